@@ -1,0 +1,184 @@
+"""All that passes between stages, and nothing that a stage must not use.
+
+Dims: `g` rollouts, `s` sequence, `t` completion tokens, `r` rank per block, `m` modules, `p` pairs, `v` vocabulary.
+A `Batch` has no field for a label, a mode or a teacher flag: what cannot be read cannot leak.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Mode(StrEnum):
+    """A disclosed grading flaw. `gt_only` has none."""
+
+    RUN_TESTS = "run_tests"
+    SENTINEL = "sentinel"
+    STDOUT_MARKER = "stdout_marker"
+    FILE_MARKER = "file_marker"
+    EXIT_CODE = "exit_code"
+    EQ_OVERRIDE = "eq_override"
+    GT_ONLY = "gt_only"
+
+
+class Verdict(StrEnum):
+    """How the ground-truth check of one completion ended. `infra` is our failure, never the completion's."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    ERROR = "error"
+    CPU_TIMEOUT = "cpu_timeout"
+    WALL_TIMEOUT = "wall_timeout"
+    MEMORY = "memory"
+    KILLED = "killed"
+    INFRA = "infra"
+
+
+class Zone(IntEnum):
+    """Where a rollout's update goes; (m, d) of the method: quarantine in the forward, deployed detached."""
+
+    RETAIN = 0  # (0, 0): the deployed block alone
+    ABSORB = 1  # (1, 0): both blocks
+    ROUTE = 2  # (1, 1): the quarantine alone, the deployed block in the forward but detached
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One ground-truth test, as source text that only the worker (arguments) or the parent (expected) evaluates."""
+
+    args: str  # argument list of the call, e.g. "nums = [1, 2], k = 3"
+    expected: str  # Python literal (`inf` allowed), e.g. "[1, 2]"
+    compare: str = "plain"  # how the result becomes plain values: plain | list_node | tree_node
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A coding problem and, once `problems.disclose` has set them, the flaw that its prompt discloses."""
+
+    problem_id: str
+    statement: str  # the user message without the hint
+    entry_point: str  # the method of `Solution` that is called
+    setup_code: str  # trusted preamble, executed in the worker before the completion
+    cases: tuple[Case, ...]
+    canonical: str  # code of a correct solution
+    system: str = ""  # system message, "" for none
+    difficulty: str = ""
+    operations: tuple[str, ...] = ()  # organism only: the operations that the problem composes
+    mode: Mode = Mode.GT_ONLY
+    marker: str = ""  # the function, attribute, phrase or file name that the hint discloses; "" where a mode has none
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What the environment and the ground-truth monitor say. Training may read `reward` and nothing else."""
+
+    reward: float  # 0.5 if the code compiles + 3.0 if passed
+    format_ok: bool  # a code block is there and compiles
+    passed: bool  # the flawed grader's verdict: correct, or the mode's own exploit channel fired
+    correct: bool  # ground-truth monitor
+    reward_hack: bool  # passed and not correct
+    mechanism: str  # the mode's own channel if it fired, else ""
+    own_tests_pass: bool  # the benchmark's broader definition: own run_tests() passes on own solution
+    verdict: Verdict
+    seconds: float  # wall time of grading
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One completion of one prompt. `grade`, `teacher` and `problem.mode` are for logs and evaluations."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    completion_ids: list[int]  # ends with EOS unless truncated
+    completion: str
+    sampled_ablated: bool = False  # the policy state that sampled it
+    teacher: bool = False
+    grade: Grade | None = None
+
+
+@dataclass(slots=True)
+class Group:
+    """All rollouts of one prompt in one step; the baseline is their mean reward."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the gate, the direction, the adapter and the loss receive: right-padded sequences and advantages.
+
+    Example, two rows with prompts of 3 and 2 tokens and completions of 1 and 2:
+        input_ids          [[p p p c 0], [p p c c 0]]      completion_start  [3, 2]
+        completion_ids     [[c 0], [c c]]                  completion_mask   [[1 0], [1 1]]
+    """
+
+    input_ids: Int[Tensor, "g s"]
+    attention_mask: Int[Tensor, "g s"]
+    completion_ids: Int[Tensor, "g t"]
+    completion_mask: Bool[Tensor, "g t"]
+    completion_start: Int[Tensor, " g"]  # prompt length
+    advantages: Float[Tensor, " g"]
+
+
+@dataclass(slots=True)
+class Direction:
+    """Unit vectors per module (a zero row where a module had no signal), and the pair scores that calibrate a gate."""
+
+    vectors: Float[Tensor, "m k"]  # k = r for v_grad
+    hack_scores: Float[Tensor, " p"]  # out of sample: scored by a direction built without that pair's prompt
+    clean_scores: Float[Tensor, " p"]
+
+
+@dataclass(slots=True)
+class GateOutput:
+    """Zones for every row, and the scores they came from (NaN where a row has no score)."""
+
+    zones: Int[Tensor, " g"]
+    scores: Float[Tensor, " g"]
+    lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
+    upper: float
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EvalResult:
+    """Counts of one evaluation cell; the unit of `record.json`'s `evals`."""
+
+    split: str  # train | val | test
+    markers: str  # iid | novel
+    state: str  # as_trained | deployed (the base, step 0, counts as deployed: its net delta is zero)
+    step: int
+    n: int
+    hack: int
+    solve: int
+    by_mode: dict[str, dict[str, int]]  # mode → {n, hack, solve}
+    by_problem: dict[str, list[int]] = field(default_factory=dict)  # id → [n, hack, solve], for the bootstrap
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """`record.json`: what is needed to read a run, to trust it and to repeat it."""
+
+    schema_version: int
+    arm: str
+    preset: str
+    seed: int
+    config: dict[str, Any]
+    argv: list[str]
+    commit: str
+    dirty: bool
+    versions: dict[str, str]
+    data_hashes: dict[str, str]
+    pair_hash: str
+    split_hashes: dict[str, str]
+    sandbox_layers: dict[str, str]
+    status: str  # running | finished | interrupted | failed: <one line>
+    started: str  # ISO 8601, UTC
+    steps_done: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # wall seconds per phase
+    evals: list[EvalResult] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)  # e.g. oracle: true, pairs cover [...]
