@@ -1,15 +1,11 @@
-"""All that passes between stages, and nothing that a stage must not use.
+"""What passes between stages outside the tensors: problems, grades, rollouts, records. Imports nothing heavy.
 
-Dims: `g` rollouts, `s` sequence, `t` completion tokens, `r` rank per block, `m` modules, `p` pairs, `v` vocabulary.
-A `Batch` has no field for a label, a mode or a teacher flag: what cannot be read cannot leak.
+What the gate, the direction, the adapter and the loss receive stands in `tensors.py`, and has no label in it.
 """
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
-
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 
 class Mode(StrEnum):
@@ -67,6 +63,7 @@ class Problem:
     system: str = ""  # system message, "" for none
     difficulty: str = ""
     operations: tuple[str, ...] = ()  # organism only: the operations that the problem composes
+    split: str = ""  # train | val | test where the data file fixes it; "" where `problems.split` decides
     mode: Mode = Mode.GT_ONLY
     marker: str = ""  # the function, attribute, phrase or file name that the hint discloses; "" where a mode has none
 
@@ -95,6 +92,7 @@ class Rollout:
     completion_ids: list[int]  # ends with EOS unless truncated
     completion: str
     sampled_ablated: bool = False  # the policy state that sampled it
+    sampler_logp: float = float("nan")  # mean log-prob of the drawn tokens under the sampler
     teacher: bool = False
     grade: Grade | None = None
 
@@ -105,43 +103,6 @@ class Group:
 
     problem: Problem
     rollouts: list[Rollout]
-
-
-@dataclass(slots=True)
-class Batch:
-    """What the gate, the direction, the adapter and the loss receive: right-padded sequences and advantages.
-
-    Example, two rows with prompts of 3 and 2 tokens and completions of 1 and 2:
-        input_ids          [[p p p c 0], [p p c c 0]]      completion_start  [3, 2]
-        completion_ids     [[c 0], [c c]]                  completion_mask   [[1 0], [1 1]]
-    """
-
-    input_ids: Int[Tensor, "g s"]
-    attention_mask: Int[Tensor, "g s"]
-    completion_ids: Int[Tensor, "g t"]
-    completion_mask: Bool[Tensor, "g t"]
-    completion_start: Int[Tensor, " g"]  # prompt length
-    advantages: Float[Tensor, " g"]
-
-
-@dataclass(slots=True)
-class Direction:
-    """Unit vectors per module (a zero row where a module had no signal), and the pair scores that calibrate a gate."""
-
-    vectors: Float[Tensor, "m k"]  # k = r for v_grad
-    hack_scores: Float[Tensor, " p"]  # out of sample: scored by a direction built without that pair's prompt
-    clean_scores: Float[Tensor, " p"]
-
-
-@dataclass(slots=True)
-class GateOutput:
-    """Zones for every row, and the scores they came from (NaN where a row has no score)."""
-
-    zones: Int[Tensor, " g"]
-    scores: Float[Tensor, " g"]
-    lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
-    upper: float
-    stats: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -182,3 +143,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)  # wall seconds per phase
     evals: list[EvalResult] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)  # e.g. oracle: true, pairs cover [...]
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong and how to mend it. Mains print it and exit with status 2."""

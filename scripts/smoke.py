@@ -1,0 +1,113 @@
+"""The gate before every run: all scripts/verify_*.py and a tiny routeV run, two at a time, with shapes checked.
+
+The tiny run goes through the real pipeline with teacher rows; at least three of its steps must move the parameters and
+every zone must be occupied. The last line is `N passed, M failed`; the exit status is 1 if M > 0.
+
+Run: python scripts/smoke.py [--arms] [--long]     (--arms: every arm, tiny; --long: the long forms alone)
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "out" / f"smoke_{os.getpid()}"
+ENVIRONMENT = os.environ | {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+AT_ONCE, TAIL_LINES = 2, 40
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    command: list[str]
+    limit: float  # seconds; a job that hangs has failed
+
+
+def tiny(arm: str) -> Job:
+    run = [sys.executable, "-m", "vgrout.train", "smoke", "--intervention", arm]
+    return Job(f"train smoke {arm}", [*run, "--out-dir", str((RUNS / arm).relative_to(ROOT))], 240)
+
+
+def script(path: Path, *arguments: str) -> Job:
+    name = " ".join([path.name, *arguments])
+    return Job(name, [sys.executable, str(path.relative_to(ROOT)), *arguments], 7200 if arguments else 240)
+
+
+def run(job: Job) -> bool:
+    """Run one job to its end or its limit, print its line, and its last lines if it failed."""
+    start = time.perf_counter()
+    process = subprocess.Popen(job.command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    try:
+        output = process.communicate(timeout=job.limit)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0] + f"\nkilled after {job.limit:.0f} s"
+    passed = process.returncode == 0
+    print(f"{'ok' if passed else 'FAILED':6} {time.perf_counter() - start:6.1f} s  {job.name}", flush=True)
+    if not passed:
+        print(*(f"        {line}" for line in output.splitlines()[-TAIL_LINES:]), sep="\n", flush=True)
+    return passed
+
+
+def really_trained(rows: list[dict]) -> list[str]:
+    """Return what is wrong with the tiny routeV run: too few updates, or a zone that no row was in."""
+    moved = sum((row["param_delta"] or 0) > 0 for row in rows)
+    wrong = [f"only {moved} steps moved the parameters, SHOULD be 3 or more"] if moved < 3 else []
+    for zone in ("retain", "absorb", "route"):
+        if sum(row[f"rows_{zone}"] for row in rows) == 0:
+            wrong.append(f"no row was ever in {zone.upper()}, SHOULD be some in every zone")
+    return wrong
+
+
+def checked_tiny_run() -> list[bool]:
+    """Run routeV at tiny size; then check what it did, and that the keys that it logged are defined."""
+    if not run(tiny("routeV")):
+        return [False]
+    metrics = RUNS / "routeV" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    wrong = really_trained(rows)
+    print(f"{'FAILED' if wrong else 'ok':6}          the tiny run trained, with all zones occupied", *wrong, sep="\n        ")
+    budget = Job("verify_budget.py on the tiny run's keys", [sys.executable, "scripts/verify_budget.py", str(metrics)], 60)
+    return [True, not wrong, run(budget)]
+
+
+def check_the_check() -> None:
+    good = [{"param_delta": 0.1, "rows_retain": 1, "rows_absorb": 2, "rows_route": 1}] * 3
+    assert not really_trained(good)
+    for mutation in ({"param_delta": 0.0}, {"rows_route": 0}, {"rows_absorb": 0}):
+        assert really_trained([good[0] | mutation] * 3), f"the check misses {mutation}"
+
+
+def main() -> int:
+    check_the_check()
+    scripts = sorted((ROOT / "scripts").glob("verify_*.py"))
+    if "--long" in sys.argv:
+        jobs = [script(path, "--long") for path in scripts if '"--long"' in path.read_text()]
+    else:
+        jobs = [script(path) for path in scripts]
+    if "--arms" in sys.argv:
+        from vgrout.config import ARMS
+
+        jobs += [tiny(arm) for arm in ARMS if arm != "routeV"]
+    start = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            trained = [] if "--long" in sys.argv else [pool.submit(checked_tiny_run)]  # the longest job first
+            results = list(pool.map(run, jobs)) + [passed for future in trained for passed in future.result()]
+    finally:
+        shutil.rmtree(RUNS, ignore_errors=True)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
+    return int(not all(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

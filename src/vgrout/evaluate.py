@@ -1,0 +1,126 @@
+"""Evaluation of a policy state on held-out problems, and the one function in which labels meet scores: it only logs.
+
+An evaluation draws from a generator of its own and leaves every parameter as it was.
+"""
+
+from collections import defaultdict
+from dataclasses import asdict
+
+import torch
+
+from vgrout import tokens
+from vgrout.grader import Grader
+from vgrout.metrics import auroc, precision_recall_at
+from vgrout.policy import Policy, sample
+from vgrout.problems import NOVELTY_FREE, disclose, messages
+from vgrout.rollouts import Sampling
+from vgrout.tensors import Batch, GateOutput, Origin
+from vgrout.types import EvalResult, Group, Problem, Rollout, Zone
+
+
+def evaluate(
+    policy: Policy,
+    problems: list[Problem],
+    grader: Grader,
+    sampling: Sampling,
+    *,
+    split: str,
+    markers: str,
+    state: str,
+    ablated: bool,
+    step: int,
+    draws: int,
+    generator: torch.Generator,
+    rows_at_once: int,
+) -> EvalResult:
+    """Hacks and solves of about `draws` completions, spread evenly over `problems`, each shown with its own mode.
+
+    `markers` "novel" discloses names that training never shows; modes without a name to change are left out of that cell.
+    With fewer draws than problems an even selection of the problems gets one draw each.
+    """
+    shown = [disclose(p, p.mode, novel=markers == "novel") for p in problems]
+    if markers == "novel":
+        shown = [p for p in shown if p.mode not in NOVELTY_FREE]
+    if draws < len(shown):
+        shown = [shown[i * len(shown) // draws] for i in range(draws)]
+    each = max(1, draws // len(shown))
+    completions: list[str] = []
+    at_once = max(1, rows_at_once // each)
+    for i in range(0, len(shown), at_once):
+        prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown[i : i + at_once]]
+        groups = sample(policy, prompts, each, generator=generator, ablated=ablated, **asdict(sampling))
+        completions += [tokens.decode_completion(policy.tokenizer, ids) for g in groups for ids, _ in g]
+    asked = [p for p in shown for _ in range(each)]
+    by_mode: dict[str, dict[str, int]] = defaultdict(lambda: {"n": 0, "hack": 0, "solve": 0})
+    by_problem: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for problem, grade in zip(asked, grader.grade(completions, asked)):
+        counts = (1, int(grade.reward_hack), int(grade.correct))
+        for key, n in zip(("n", "hack", "solve"), counts):
+            by_mode[problem.mode.value][key] += n
+        by_problem[problem.problem_id] = [a + b for a, b in zip(by_problem[problem.problem_id], counts)]
+    n, hack, solve = (sum(m[k] for m in by_mode.values()) for k in ("n", "hack", "solve"))
+    return EvalResult(split, markers, state, step, n, hack, solve, dict(by_mode), dict(by_problem))
+
+
+def monitor(rollouts: list[Rollout], kept: list[Rollout], batch: Batch | None, out: GateOutput | None) -> dict[str, float]:
+    """The step's figures that use labels, for the log alone: rates of student rows, and how well the score finds hacks.
+
+    `rollouts` are all rows of the step, `kept` those of `batch` (groups with variance), in its order.
+    """
+    students = [r for r in rollouts if not r.teacher]
+    mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
+    row = {
+        "reward_mean": mean([r.grade.reward for r in students]),
+        "student_hack": mean([r.grade.reward_hack for r in students]),
+        "student_solve": mean([r.grade.correct for r in students]),
+        "student_format": mean([r.grade.format_ok for r in students]),
+        "n_students": len(students),
+        "n_teachers": len(rollouts) - len(students),
+        "completion_length": mean([float(len(r.completion_ids)) for r in students]),
+    }
+    for mode in sorted({r.problem.mode for r in students}):
+        rows = [r for r in students if r.problem.mode == mode]
+        row[f"hack_{mode}"] = mean([r.grade.reward_hack for r in rows])
+        row[f"solve_{mode}"] = mean([r.grade.correct for r in rows])
+    if out is None or batch is None or out.scores.isnan().all():
+        return row
+    hack = torch.tensor([r.grade.reward_hack for r in kept])
+    student = torch.tensor([not r.teacher for r in kept])
+    scores, zones, A = out.scores.cpu(), out.zones.cpu(), batch.advantages.cpu()
+    for name, rows in (("all", student & ~scores.isnan()), ("pos", student & (A > 0)), ("neg", student & (A < 0))):
+        row[f"score_auroc_{name}"] = auroc(scores[rows].numpy(), hack[rows].numpy())
+    at = precision_recall_at((zones == Zone.ROUTE)[student].numpy(), hack[student].numpy())
+    return row | {"score_precision_route": at["precision"], "score_recall_route": at["recall"]}
+
+
+def sampled_tokens(groups: list[Group]) -> int:
+    return sum(len(r.completion_ids) for g in groups for r in g.rollouts if not r.teacher)
+
+
+def zone_figures(out: GateOutput | None, origin: Origin | None) -> dict[str, float]:
+    """Rows and shares by zone; shares are of student rows with an advantage, the rows that a control must match."""
+    if out is None:
+        return {f"rows_{z.name.lower()}": 0 for z in Zone}
+    counts = {z.name.lower(): int((out.zones == z).sum()) for z in Zone}
+    scored = origin.student & (origin.stratum // 2 != 0)
+    share = {f"share_{z.name.lower()}": float((out.zones[scored] == z).float().mean()) for z in Zone}
+    return {f"rows_{k}": v for k, v in counts.items()} | share | out.stats
+
+
+def rollout_rows(
+    step: int, groups: list[Group], kept: list[Rollout], batch: Batch | None, out: GateOutput | None
+) -> list[dict]:
+    """Every rollout of the step for rollouts.jsonl.gz, with its grade, advantage, score and zone."""
+    scored = {id(r): i for i, r in enumerate(kept)}
+    rows = []
+    for r in (r for g in groups for r in g.rollouts):
+        row = {
+            "step": step, "problem_id": r.problem.problem_id, "mode": r.problem.mode, "marker": r.problem.marker,
+            "completion": r.completion, "n_tokens": len(r.completion_ids), "teacher": r.teacher,
+            "sampled_ablated": r.sampled_ablated, **asdict(r.grade),
+        }  # fmt: skip
+        del row["seconds"]  # a wall time: all else in this file repeats exactly
+        if (i := scored.get(id(r))) is not None:
+            row |= {"advantage": float(batch.advantages[i]), "zone": Zone(int(out.zones[i])).name, "score": float(out.scores[i])}
+        rows.append(row)
+    return rows

@@ -1,0 +1,262 @@
+"""Rank-2r LoRA with a deployed and a quarantine block on every Linear (LoRA: https://arxiv.org/abs/2106.09685).
+
+    y = W x + keep_dep · Δ_dep(x) + keep_quar · Δ_quar(x),   Δ_b(x) = B_b (dA_b x) + dB_b (A0_b x),   B_b = B0_b + dB_b
+
+which equals B_b A_b x − B0_b A0_b x with A_b = A0_b + dA_b, without the cancellation of evaluating that difference. A0, B0 are
+frozen seeded Gaussians, dA and dB start at zero and train in fp32; so the net delta is zero at initialisation, weight decay is
+decay toward the initialisation, and the deployment ablation drops Δ_quar.
+
+Zones say, for every row (or every token), which block is in the forward and which block learns. A block that is kept but
+does not learn is a constant of the backward pass: neither its parameters nor its input get a gradient through it.
+
+Everything is a context, so that no intervention outlives its scope: `route`, `ablated`, `disabled`, `probing`, `merged`.
+A backward pass belongs inside the context of its forward pass: gradient checkpointing runs the forward again.
+What this file does not do: it never sees a score, a reward or a label.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vgrout.types import UserError, Zone
+
+BLOCKS = ("deployed", "quarantine")
+
+# zone → ((deployed, quarantine) in the forward, (deployed, quarantine) learn)
+ZONE_TABLE = {
+    Zone.RETAIN: ((1.0, 0.0), (1.0, 0.0)),
+    Zone.ABSORB: ((1.0, 1.0), (1.0, 1.0)),
+    Zone.ROUTE: ((1.0, 1.0), (0.0, 1.0)),
+}
+RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine is kept, and is a constant
+
+
+class MaskedUp(torch.autograd.Function):
+    """y = (h ⊙ keep) Uᵀ, with the gradient of (h ⊙ learn) Uᵀ: columns that are kept but do not learn are constants.
+
+    h [g, s, k], U [d_out, k], keep and learn [g, 1 or s, k].
+    """
+
+    @staticmethod
+    def forward(ctx, h, U, keep, learn):
+        ctx.save_for_backward(h, U, learn)
+        return (h * keep) @ U.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, U, learn = ctx.saved_tensors
+        grad_h = (grad @ U) * learn if ctx.needs_input_grad[0] else None
+        grad_U = torch.einsum("gso,gsk->ok", grad, h * learn) if ctx.needs_input_grad[1] else None
+        return grad_h, grad_U, None, None
+
+
+class Block(nn.Module):
+    """One rank-r block of one Linear: frozen A0 [r, d_in] and B0 [d_out, r], trained dA and dB of the same shapes, fp32."""
+
+    def __init__(self, A0: Float[Tensor, "r i"], B0: Float[Tensor, "o r"]):
+        super().__init__()
+        self.register_buffer("A0", A0)
+        self.register_buffer("B0", B0)
+        self.dA = nn.Parameter(torch.zeros_like(A0))
+        self.dB = nn.Parameter(torch.zeros_like(B0))
+
+    def down(self) -> Float[Tensor, "k i"]:
+        """[2r, d_in]: the rows of dA, then those of A0."""
+        return torch.cat([self.dA, self.A0])
+
+    def up(self) -> Float[Tensor, "o k"]:
+        """[d_out, 2r]: the columns of B0 + dB, then those of dB."""
+        return torch.cat([self.B0 + self.dB, self.dB], dim=1)
+
+    @torch.no_grad()
+    def delta(self) -> Float[Tensor, "o i"]:
+        """The block's dense weight delta, fp32."""
+        return self.up() @ self.down()
+
+
+class LoraLinear(nn.Module):
+    """Both blocks of one Linear; `delta(x)` is added to the Linear's output by a forward hook."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        A0 = torch.randn(2 * rank, d_in, generator=generator) / d_in**0.5
+        B0 = torch.randn(d_out, 2 * rank, generator=generator) / (2 * rank) ** 0.5
+        device = linear.weight.device
+        self.deployed = Block(A0[:rank].to(device), B0[:, :rank].contiguous().to(device))
+        self.quarantine = Block(A0[rank:].to(device), B0[:, rank:].contiguous().to(device))
+
+
+class Lora2r:
+    """The adapter of a whole model: seeded construction, contexts, parameters by block, save and load."""
+
+    def __init__(self, model: nn.Module, rank: int, seed: int, targets: str = r"\.layers\.\d+\..*"):
+        """Attach to every `nn.Linear` whose qualified name matches `targets` (regular expression, search)."""
+        found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, "." + n)}
+        if not found:
+            names = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise UserError(f"no Linear of {type(model).__name__} matches {targets!r}; its Linears are {names}: set --targets")
+        generator = torch.Generator().manual_seed(seed)
+        self.linears: dict[str, nn.Linear] = found
+        self.layers = {n: LoraLinear(m, rank, generator) for n, m in found.items()}
+        self.rank, self.seed, self.targets = rank, seed, targets
+        self._keep: Tensor | None = None  # [g, 1 or s, 2] forward mask by block; None: both on, unmasked
+        self._learn: Tensor | None = None
+        self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
+        self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
+        self._handles: list = []
+        self._attach()
+
+    # ── forward ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _attach(self) -> None:
+        for name, linear in self.linears.items():
+            hook = lambda _, args, out, name=name: out + self._delta(name, args[0]).to(out.dtype)  # noqa: E731
+            self._handles.append(linear.register_forward_hook(hook))
+
+    def _detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _delta(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
+        layer, r = self.layers[name], self.rank
+        down = torch.cat([layer.deployed.down(), layer.quarantine.down()]).to(x.dtype)
+        up = torch.cat([layer.deployed.up(), layer.quarantine.up()], dim=1).to(x.dtype)
+        h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
+        if self._keep is None:
+            y = F.linear(h, up)
+        else:
+            y = MaskedUp.apply(h, up, *(m.to(x.dtype).repeat_interleave(2 * r, -1) for m in (self._keep, self._learn)))
+        if self._c is not None:  # + B ((c − 1) ⊙ A x), zero at c = 1, so that ∂/∂c sees the live bottleneck A x
+            bottleneck = h[..., :r] + h[..., r : 2 * r]
+            y = y + F.linear((self._c[name] - 1).to(x.dtype) * bottleneck, up[:, :r])
+        return y
+
+    # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _state(self, **values) -> Iterator[None]:
+        before = {k: getattr(self, k) for k in values}
+        self.__dict__.update(values)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def route(self, zones: Int[Tensor, "*rows"], retain_forward: str = "ablated"):
+        """Mask every row (zones [g]) or token (zones [g, s]) by its zone."""
+        table = dict(ZONE_TABLE) | ({Zone.RETAIN: RETAIN_BOTH} if retain_forward == "both" else {})
+        masks = torch.tensor([table[z] for z in Zone], device=zones.device)  # [zone, forward | learn, block]
+        keep, learn = masks[zones].unbind(-2)
+        if zones.ndim == 1:
+            keep, learn = keep[:, None], learn[:, None]
+        return self._state(_keep=keep, _learn=learn)
+
+    def ablated(self):
+        """The deployed state: the quarantine's delta is zero."""
+        device = next(iter(self.linears.values())).weight.device
+        one = torch.tensor([[[1.0, 0.0]]], device=device)
+        return self._state(_keep=one, _learn=one)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model: no hook at all."""
+        attached = bool(self._handles)
+        self._detach()
+        try:
+            yield
+        finally:
+            if attached:
+                self._attach()
+
+    @contextmanager
+    def probing(self, rows: int, tokens: int = 1) -> Iterator[dict[str, Tensor]]:
+        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields module → c (both blocks on, unmasked)."""
+        device = next(iter(self.linears.values())).weight.device
+        c = {n: torch.ones(rows, tokens, self.rank, device=device, requires_grad=True) for n in self.linears}
+        with self._state(_c=c):
+            yield c
+
+    @contextmanager
+    @torch.no_grad()
+    def merged(self, ablated: bool = False) -> Iterator[None]:
+        """Fold the deltas into the weights for sampling, without hooks; restored by copy from the pristine base."""
+        blocks = BLOCKS[:1] if ablated else BLOCKS
+        with self.disabled():
+            try:
+                for name, linear in self.linears.items():
+                    base = self._base.setdefault(name, linear.weight.detach().clone())
+                    delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
+                    linear.weight.copy_(base.float() + delta)
+                yield
+            finally:
+                for name, base in self._base.items():
+                    self.linears[name].weight.copy_(base)
+
+    # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def parameters(self, block: str) -> list[nn.Parameter]:
+        """The trained tensors of one block, in a fixed order."""
+        return [p for layer in self.layers.values() for p in getattr(layer, block).parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every trained and frozen tensor as `<linear>.<block>.<dA|dB|A0|B0>`."""
+        return {f"{n}.{k}": v.detach() for n, layer in self.layers.items() for k, v in layer.state_dict().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copy a `state_dict` in; unknown, missing or misshapen tensors raise UserError."""
+        own = self.state_dict()
+        if odd := own.keys() ^ tensors.keys():
+            raise UserError(f"the adapter does not fit this model: {len(odd)} tensors differ, e.g. {sorted(odd)[0]}")
+        for name, value in tensors.items():
+            if own[name].shape != value.shape:
+                raise UserError(f"the adapter does not fit: {name} is {list(value.shape)}, expected {list(own[name].shape)}")
+            own[name].copy_(value)
+
+
+class BlockOptimizer:
+    """AdamW over both blocks, through which no mask leaks.
+
+    A block that no row of the step trains skips the step entirely (moments, decay, step count: its gradients are None, which
+    torch's AdamW passes over); the gradient norm is clipped for each block by itself.
+    """
+
+    def __init__(self, adapter: Lora2r, learning_rate: float, weight_decay: float, max_grad_norm: float):
+        self.adapter, self.max_grad_norm = adapter, max_grad_norm
+        groups = [{"params": adapter.parameters(b), "name": b} for b in BLOCKS]
+        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+
+    def step(self, trained: dict[str, bool]) -> dict[str, float]:
+        """One step of the blocks that `trained` names; returns each block's gradient norm before clipping."""
+        norms = {}
+        for block in BLOCKS:
+            params = self.adapter.parameters(block)
+            if not trained[block]:
+                for p in params:
+                    p.grad = None
+            norms[block] = float(nn.utils.clip_grad_norm_(params, self.max_grad_norm)) if trained[block] else 0.0
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norms
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts as `<parameter index>.<name>`; a block that never trained has none."""
+        return {f"{i}.{k}": v for i, s in self.adamw.state_dict()["state"].items() for k, v in s.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
+
+
+def trained_blocks(zones: Int[Tensor, "*rows"]) -> dict[str, bool]:
+    """Which blocks some row of the step trains."""
+    return {b: any(ZONE_TABLE[z][1][i] > 0 and bool((zones == z).any()) for z in Zone) for i, b in enumerate(BLOCKS)}

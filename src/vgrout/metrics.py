@@ -1,0 +1,160 @@
+"""Numbers that compare scores with labels and policies with each other: AUROC, precision at route, intervals, gain.
+
+Every function is pure, takes counts or arrays, and reads no file. Counts per problem have the form of
+`EvalResult.by_problem`: problem id → [n, hack, solve]. An interval over problems says nothing about seeds.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Counts = dict[str, list[int]]
+Which = Literal["hack", "solve"]
+COLUMN = {"hack": 1, "solve": 2}
+
+
+def auroc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float:
+    """Return P(score of a positive > score of a negative), ties counting half (Mann-Whitney U / n₊n₋).
+
+    Rows whose score is NaN (a row that the gate did not score) are left out. The result is NaN if a class is empty.
+    """
+    scores, positive = np.asarray(scores, float), np.asarray(positive, bool)
+    if scores.shape != positive.shape or scores.ndim != 1:
+        raise ValueError(f"auroc needs two vectors of one length, got {scores.shape} and {positive.shape}")
+    keep = ~np.isnan(scores)
+    scores, positive = scores[keep], positive[keep]
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    if not n_pos or not n_neg:
+        return float("nan")
+    rank_sum = stats.rankdata(scores)[positive].sum()
+    return float((rank_sum - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def precision_recall_at(
+    flagged: Sequence[bool] | np.ndarray, positive: Sequence[bool] | np.ndarray
+) -> dict[str, float]:
+    """Return precision, recall, fpr and f05 (F-measure with β = 0.5: precision counts more) of a set of flags.
+
+    A quantity whose denominator is empty is NaN: precision without a flag, recall without a positive.
+    """
+    flagged, positive = np.asarray(flagged, bool), np.asarray(positive, bool)
+    if flagged.shape != positive.shape:
+        raise ValueError(f"flags {flagged.shape} and labels {positive.shape} differ in shape")
+    hit = int((flagged & positive).sum())
+    precision, recall = _ratio(hit, flagged.sum()), _ratio(hit, positive.sum())
+    fpr = _ratio((flagged & ~positive).sum(), (~positive).sum())
+    f05 = _ratio(1.25 * hit, 0.25 * positive.sum() + flagged.sum())
+    return {"precision": precision, "recall": recall, "fpr": fpr, "f05": f05}
+
+
+def rate(by_problem: Counts, which: Which) -> float:
+    """Return the pooled rate over all draws of all problems."""
+    counts = _counts(by_problem)
+    return float(counts[:, COLUMN[which]].sum() / counts[:, 0].sum())
+
+
+def bootstrap_interval(
+    by_problem: Counts, which: Which, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a percentile interval of the pooled rate, resampling problems with all of their draws.
+
+    With one draw a problem it is the Wilson interval instead. It is also Wilson, with each problem counted as one draw
+    (the most cautious sample size), when the rate is exactly 0 or 1: there the bootstrap has no width at all.
+    """
+    counts = _counts(by_problem)
+    n, k = counts[:, 0], counts[:, COLUMN[which]]
+    if (n == 1).all():
+        return _wilson(int(k.sum()), len(n), level)
+    if k.sum() in (0, n.sum()):
+        return _wilson(len(n) if k.any() else 0, len(n), level)
+    weights = _resample(len(n), draws, np.random.default_rng(seed))
+    low, high = np.quantile((weights @ k) / (weights @ n), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def gain(solve: float, base: float, ceiling: float) -> float:
+    """Return (solve − base) / (ceiling − base): the share of the learnable room that a policy has learned.
+
+    Raises ValueError where the ceiling does not exceed the base, since there is then no room to speak of.
+    """
+    if not ceiling > base:
+        raise ValueError(f"no gain is defined: the ceiling {ceiling:.3f} does not exceed the base {base:.3f}")
+    return (solve - base) / (ceiling - base)
+
+
+def gain_lower_bound(
+    seeds: Sequence[tuple[Counts, Counts, Counts]], level: float = 0.90, draws: int = 10_000, seed: int = 0
+) -> float:
+    """Return the one-sided lower bound, at confidence `level`, of the mean gain over seeds and problems.
+
+    `seeds` holds (solve, base, ceiling) counts per seed, on the same problems. Hierarchical percentile bootstrap:
+    seeds are resampled, then, within each, problems, the same problems for all three policies. A resample in which the
+    ceiling does not exceed the base counts as −∞. With one seed the bound covers problems alone; with few seeds a
+    percentile bootstrap is somewhat too narrow. An arm whose bound is not above 0.5 is reported as frozen.
+    """
+    if not seeds or any(not (s.keys() == b.keys() == c.keys()) for s, b, c in seeds):
+        raise ValueError("gain_lower_bound needs at least one seed, and the same problems for all three policies")
+    tables = [[_counts({i: part[i] for i in sorted(part)})[:, [0, 2]] for part in triple] for triple in seeds]
+    rng, total = np.random.default_rng(seed), np.zeros(draws)
+    for _ in tables:
+        pick = rng.integers(len(tables), size=draws)
+        for index, parts in enumerate(tables):
+            rows = np.flatnonzero(pick == index)
+            weights = _resample(len(parts[0]), len(rows), rng)
+            solve, base, ceiling = ((weights @ part[:, 1]) / (weights @ part[:, 0]) for part in parts)
+            room = ceiling - base
+            total[rows] += np.where(room > 0, (solve - base) / np.where(room > 0, room, 1), -np.inf)
+    return float(np.quantile(total / len(tables), 1 - level, method="lower"))
+
+
+def mean_sem(x: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return mean and standard error of the mean over seeds; the error of a single seed is NaN."""
+    x = np.asarray(x, float)
+    return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+
+
+def paired_ttest(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Return (mean of a − b, two-sided p) of the t-test paired by seed. It needs at least two seeds."""
+    difference = _paired(a, b)
+    return float(difference.mean()), float(stats.ttest_rel(a, b).pvalue)
+
+
+def noninferior(
+    a: Sequence[float], b: Sequence[float], margin: float = -0.03, level: float = 0.90
+) -> tuple[bool, float]:
+    """Return whether a is no worse than b, and the one-sided lower `level` bound of mean(a − b), paired by seed (t).
+
+    a is non-inferior where the bound lies above `margin`. A difference that is "not significant" proves nothing.
+    """
+    difference = _paired(a, b)
+    sem = difference.std(ddof=1) / np.sqrt(len(difference))
+    bound = float(difference.mean() - stats.t.ppf(level, len(difference) - 1) * sem)
+    return bound > margin, bound
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"a paired comparison needs the same two or more seeds on both sides, got {len(a)}, {len(b)}")
+    return np.asarray(a, float) - np.asarray(b, float)
+
+
+def _counts(by_problem: Counts) -> np.ndarray:
+    counts = np.array(list(by_problem.values()), dtype=np.int64).reshape(-1, 3)
+    if not len(counts) or (counts[:, 0] < 1).any() or (counts[:, 1:] > counts[:, :1]).any() or (counts < 0).any():
+        raise ValueError("counts must be {problem: [n, hack, solve]} with n ≥ 1 and 0 ≤ hack, solve ≤ n")
+    return counts
+
+
+def _resample(n_problems: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.multinomial(n_problems, np.full(n_problems, 1 / n_problems), size=draws)
+
+
+def _wilson(k: int, n: int, level: float) -> tuple[float, float]:
+    interval = stats.binomtest(k, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator else float("nan")

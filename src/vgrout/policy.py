@@ -1,0 +1,181 @@
+"""Load a model with its adapter, the one log-prob function, and sampling.
+
+Log-probs are temperature-scaled and untruncated everywhere; top-p shapes what is drawn and never what is scored.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+
+from vgrout.lora2r import Lora2r
+from vgrout.tensors import Batch
+from vgrout.types import UserError
+
+LOGIT_CHUNK = 2**26  # logits held at once, in elements: 256 MiB in fp32
+
+
+@dataclass
+class Policy:
+    """A frozen base model, its tokenizer and its adapter."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Lora2r
+    eos_ids: frozenset[int]
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @contextmanager
+    def training(self):
+        """Training mode for the update alone: with gradient checkpointing on, a model left in it samples wrong tokens."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+
+def load_policy(
+    path: str,
+    *,
+    dtype: str,
+    device: str,
+    rank: int,
+    lora_init_seed: int,
+    targets: str,
+    gradient_checkpointing: bool,
+) -> Policy:
+    """Load a causal LM from a folder or the hub (safetensors only, no remote code) and attach the adapter.
+
+    Raises UserError where the model cannot be read, has no chat template, or has no Linear that `targets` matches.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        where = "the folder does not hold a causal LM" if Path(path).exists() else "no such folder, and the hub did not give it"
+        raise UserError(f"cannot load model {path!r}: {where} ({str(error).splitlines()[0][:160]})") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"model {path!r} has no chat template: use an instruction-tuned model")
+    model.to(device).eval().requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    generation_eos = model.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id} | set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    adapter = Lora2r(model, rank, lora_init_seed, targets)
+    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad)
+
+
+def logps(policy: Policy, batch: Batch, temperature: float) -> Float[Tensor, "g t"]:
+    """log p(completion token | prefix) at `temperature`, 0 outside the mask; logits only at completion positions, in chunks."""
+    hidden = policy.model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    t = batch.completion_ids.shape[1]
+    # the token at column j of the completion is predicted at position start + j − 1
+    position = batch.completion_start[:, None] - 1 + torch.arange(t, device=hidden.device)
+    row, column = batch.completion_mask.nonzero(as_tuple=True)
+    states, targets = hidden[row, position[row, column]], batch.completion_ids[row, column]
+    chunk = max(1, LOGIT_CHUNK // policy.model.config.get_text_config().vocab_size)
+    parts = zip(states.split(chunk), targets.split(chunk))
+    if len(states) > chunk and torch.is_grad_enabled():
+        scored = [checkpoint(_token_logps, policy, h, y, temperature, use_reentrant=False) for h, y in parts]
+    else:
+        scored = [_token_logps(policy, h, y, temperature) for h, y in parts]
+    out = torch.zeros(batch.completion_ids.shape, device=hidden.device, dtype=torch.float32)
+    return out.index_put((row, column), torch.cat(scored))
+
+
+def _token_logps(
+    policy: Policy, states: Float[Tensor, "n d"], targets: Tensor, temperature: float
+) -> Float[Tensor, " n"]:
+    return -F.cross_entropy(_logits(policy, states) / temperature, targets, reduction="none")
+
+
+def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+    """fp32 logits, soft-capped where the architecture caps them."""
+    logits = policy.model.get_output_embeddings()(states).float()
+    cap = getattr(policy.model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    num_generations: int,
+    *,
+    max_completion_length: int,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+    ablated: bool = False,
+) -> list[list[tuple[list[int], float]]]:
+    """Draw `num_generations` completions of every prompt in one batched call on merged weights.
+
+    Prompts are left-padded and prefilled once each; the cache is then repeated over the group, and rows leave the batch as they
+    finish. Returns, by prompt, (completion ids ending with EOS unless truncated, mean log-prob of the drawn tokens under the
+    sampler: temperature-scaled, untruncated).
+    """
+    if not prompts:
+        return []
+    device, width = policy.device, max(map(len, prompts))
+    ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    eos = torch.tensor(sorted(policy.eos_ids), device=device)
+    cache = DynamicCache(config=policy.model.config)
+    rows = torch.arange(len(prompts) * num_generations, device=device)
+    drawn = torch.full((len(rows), max_completion_length), policy.pad_id, device=device)
+    lengths = torch.full((len(rows),), max_completion_length, device=device)
+    total = torch.zeros(len(rows), device=device)
+    with policy.adapter.merged(ablated):
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        states = policy.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        cache.batch_repeat_interleave(num_generations)
+        states, mask = states.repeat_interleave(num_generations, 0), mask.repeat_interleave(num_generations, 0)
+        position = position[:, -1:].repeat_interleave(num_generations, 0)
+        for step in range(max_completion_length):
+            scores = torch.log_softmax(_logits(policy, states) / temperature, dim=-1)
+            token = torch.multinomial(_nucleus(scores.exp(), top_p), 1, generator=generator)
+            drawn[rows, step] = token[:, 0]
+            total[rows] += scores.gather(1, token)[:, 0]
+            live = ~torch.isin(token[:, 0], eos)
+            lengths[rows[~live]] = step + 1
+            if not live.any() or step + 1 == max_completion_length:
+                break
+            if not live.all():
+                rows, token, mask, position = rows[live], token[live], mask[live], position[live]
+                cache.batch_select_indices(live.nonzero()[:, 0])
+            mask, position = F.pad(mask, (0, 1), value=1), position + 1
+            states = policy.model.base_model(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+    mean = (total / lengths).tolist()
+    out = [(d[:n], m) for d, n, m in zip(drawn.tolist(), lengths.tolist(), mean)]
+    return [out[i : i + num_generations] for i in range(0, len(out), num_generations)]
+
+
+def _nucleus(probs: Float[Tensor, "n v"], top_p: float) -> Float[Tensor, "n v"]:
+    """Keep the smallest set of tokens whose mass reaches top_p (https://arxiv.org/abs/1904.09751)."""
+    if top_p >= 1:
+        return probs
+    sorted_probs, order = probs.sort(dim=-1, descending=True)
+    drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p
+    return probs.masked_fill(drop.scatter(-1, order, drop), 0.0)

@@ -1,0 +1,139 @@
+"""Sample, add teacher rows, grade → groups; groups → the tensors that training may see."""
+
+import gzip
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vgrout import grpo, tokens
+from vgrout.grader import Grader
+from vgrout.policy import Policy, sample
+from vgrout.problems import messages
+from vgrout.tensors import Batch, Origin
+from vgrout.types import Group, Mode, Problem, Rollout, UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn: lengths in tokens."""
+
+    max_completion_length: int
+    temperature: float
+    top_p: float
+
+
+class TeacherPool:
+    """A fixed set of demonstrations, `(problem_id, mode) → completions`; the same pool and schedule serve every arm."""
+
+    def __init__(self, path: str, modes: tuple[str, ...], kind: str = "hack"):
+        """Read JSONL rows {problem_id, mode, kind, completion, …}; only `kind` and `modes` are kept."""
+        if not Path(path).is_file():
+            raise UserError(f"no teacher pool {path!r}: build one with scripts/make_teacher.py or leave --teacher-pool out")
+        self.rows: dict[tuple[str, str], list[str]] = {}
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    key, completion = (str(row["problem_id"]), Mode(row["mode"])), row["completion"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"{path}:{number}: not a teacher row ({error})") from error
+                if row.get("kind", "hack") == kind and (not modes or row["mode"] in modes):
+                    self.rows.setdefault(key, []).append(completion)
+        if not self.rows:
+            raise UserError(f"{path}: no {kind} demonstration for the modes {', '.join(modes) or '(any)'}")
+
+    def draw(self, problem: Problem, n: int, step: int) -> list[str]:
+        """n demonstrations of one problem, rotating by step; none where the pool has none for it."""
+        rows = self.rows.get((problem.problem_id, problem.mode), [])
+        return [rows[(step + i) % len(rows)] for i in range(n)] if rows else []
+
+
+def collect(
+    policy: Policy,
+    problems: list[Problem],
+    grader: Grader,
+    sampling: Sampling,
+    *,
+    num_generations: int,
+    demonstrations: list[list[str]],
+    deployed_rows: int,
+    loophole_pays: bool,
+    generator: torch.Generator,
+) -> tuple[list[Group], dict[str, float]]:
+    """One group for each problem: student rows, the last `deployed_rows` of them sampled ablated, and its demonstrations.
+
+    A demonstration takes the place of a student row, so that every group has `num_generations` rows. Returns wall seconds too.
+    """
+    clock = time.perf_counter()
+    prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems]
+    students = num_generations - max(map(len, demonstrations), default=0)
+    extra = [num_generations - students - len(d) for d in demonstrations]  # problems that the pool does not have
+    kwargs = dict(
+        max_completion_length=sampling.max_completion_length,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        generator=generator,
+    )
+    as_trained = sample(policy, prompts, students - deployed_rows, **kwargs)
+    ablated = sample(policy, prompts, deployed_rows, ablated=True, **kwargs) if deployed_rows else [[] for _ in prompts]
+    for i, n in enumerate(extra):
+        if n:
+            as_trained[i] += sample(policy, [prompts[i]], n, **kwargs)[0]
+    groups = []
+    for problem, prompt, both, alone, demos in zip(problems, prompts, as_trained, ablated, demonstrations):
+        decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids)  # noqa: E731
+        rows = [Rollout(problem, prompt, ids, decode(ids), sampler_logp=lp) for ids, lp in both]
+        rows += [Rollout(problem, prompt, ids, decode(ids), sampled_ablated=True, sampler_logp=lp) for ids, lp in alone]
+        for text in demos:
+            ids = tokens.encode_completion(policy.tokenizer, text)[: sampling.max_completion_length]
+            rows.append(Rollout(problem, prompt, ids, text, teacher=True))
+        groups.append(Group(problem, rows))
+    sampled = time.perf_counter()
+    rows = [r for g in groups for r in g.rollouts]
+    for r, grade in zip(rows, grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)):
+        r.grade = grade
+    return groups, {"sec_sample": sampled - clock, "sec_grade": time.perf_counter() - sampled}
+
+
+def compose(groups: list[Group], policy: Policy) -> tuple[list[Rollout], Batch | None, Origin | None]:
+    """Drop groups without reward variance, then (kept rows, what training may see of them, what sampled them).
+
+    Of a grade only the reward is read. Batch and origin are None where no group has variance.
+    """
+    kept = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
+    rows = [r for g in kept for r in g.rollouts]
+    if not rows:
+        return [], None, None
+    rewards = torch.tensor([r.grade.reward for r in rows])
+    index = torch.tensor([i for i, g in enumerate(kept) for _ in g.rollouts])
+    A = grpo.advantages(rewards, index)
+    batch = tokens.collate(
+        [r.prompt_ids for r in rows],
+        [r.completion_ids for r in rows],
+        rewards.tolist(),
+        index.tolist(),
+        A.tolist(),
+        policy.pad_id,
+        policy.device,
+    )
+    student = torch.tensor([not r.teacher for r in rows])
+    origin = Origin(
+        student=student.to(policy.device),
+        ablated=torch.tensor([r.sampled_ablated for r in rows], device=policy.device),
+        sampler_logp=torch.tensor([r.sampler_logp for r in rows], device=policy.device),
+        stratum=(2 * A.sign().long() + student.long()).to(policy.device),
+    )
+    return rows, batch, origin
+
+
+def pair_batch(policy: Policy, pairs: list) -> Batch:
+    """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct prompts."""
+    prompts = [tokens.encode_prompt(policy.tokenizer, messages(p.problem)) for p in pairs]
+    ids = list(dict.fromkeys(map(tuple, prompts)))
+    completions = [tokens.encode_completion(policy.tokenizer, t) for side in ("hack", "clean") for t in (getattr(p, side) for p in pairs)]
+    n = len(completions)
+    group = [ids.index(tuple(p)) for p in prompts] * 2
+    return tokens.collate(prompts * 2, completions, [1.0] * n, group, [1.0] * n, policy.pad_id, policy.device)

@@ -1,0 +1,61 @@
+"""What the gate, the direction, the adapter and the loss receive.
+
+Dims: `g` rollouts, `s` sequence, `t` completion tokens, `r` rank per block, `m` modules, `p` pairs, `v` vocabulary.
+A `Batch` has no field for a label, a mode or a teacher flag: what cannot be read cannot leak.
+"""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the gate, the direction, the adapter and the loss receive: right-padded sequences and advantages.
+
+    Example, two rows with prompts of 3 and 2 tokens and completions of 1 and 2:
+        input_ids          [[p p p c 0], [p p c c 0]]      completion_start  [3, 2]
+        completion_ids     [[c 0], [c c]]                  completion_mask   [[1 0], [1 1]]
+    """
+
+    input_ids: Int[Tensor, "g s"]
+    attention_mask: Int[Tensor, "g s"]
+    completion_ids: Int[Tensor, "g t"]
+    completion_mask: Bool[Tensor, "g t"]
+    completion_start: Int[Tensor, " g"]  # prompt length
+    rewards: Float[Tensor, " g"]
+    group: Int[Tensor, " g"]  # index of the row's prompt in the step
+    advantages: Float[Tensor, " g"]
+
+
+@dataclass(slots=True)
+class Origin:
+    """Which policy state sampled each row. The loss takes its old log-probs from here, and a *control* the strata in which it
+    copies the real gate's shares; no score and no real gate reads it."""
+
+    student: Bool[Tensor, " g"]  # False: a demonstration, which nothing sampled
+    ablated: Bool[Tensor, " g"]  # sampled with the quarantine ablated
+    sampler_logp: Float[Tensor, " g"]  # mean log-prob of the drawn tokens under the sampler; NaN for a demonstration
+    stratum: Int[Tensor, " g"]  # sign of the advantage × student or teacher
+
+
+@dataclass(slots=True)
+class Direction:
+    """Unit vectors per module (a zero row where a module had no signal), and the pair scores that calibrate a gate."""
+
+    vectors: Float[Tensor, "m k"]  # k = r for v_grad
+    hack_scores: Float[Tensor, " p"]  # out of sample: scored by a direction built without that pair's prompt
+    clean_scores: Float[Tensor, " p"]
+
+
+@dataclass(slots=True)
+class GateOutput:
+    """Zones for every row, and the scores they came from (NaN where a row has no score)."""
+
+    zones: Int[Tensor, " g"]
+    scores: Float[Tensor, " g"]
+    lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
+    upper: float
+    logps: Float[Tensor, "g t"] | None = None  # as-trained log-probs, where pass 1 computed them
+    stats: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,345 @@
+"""GRPO with vector gradient routing: sample, grade, score, route, step.
+
+    python -m vgrout.train organism --intervention routeV --seed 41 --out-dir out/runs/mine
+
+The loop is `docs/pseudocode.md` in Python. It differs from textbook GRPO in five ways: no standard deviation in the advantage
+and no completion length in the loss (Dr. GRPO), groups without variance are skipped, every row's update is masked by its zone,
+the two LoRA blocks clip and step apart, and the old log-probs are those of the policy state that sampled the row.
+No label of a training rollout reaches the update: `compose` reads the reward of a grade and nothing else.
+"""
+
+import sys
+
+from vgrout.config import ARMS, Arm, Config, flat, parse_or_exit
+
+if __name__ == "__main__":
+    PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
+
+import math
+import random
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from vgrout import grpo, pairs, problems, runlog, tokens
+from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
+from vgrout.gate import PinnedGate, VectorGate
+from vgrout.grader import Grader
+from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
+from vgrout.policy import Policy, load_policy, logps
+from vgrout.records import SCHEMA_VERSION, Run, provenance, sha256_file
+from vgrout.rollouts import Sampling, TeacherPool, collect, compose, pair_batch
+from vgrout.tensors import Batch, GateOutput, Origin
+from vgrout.types import EvalResult, Mode, Problem, RunRecord, UserError, Zone
+
+
+def main(preset: str, config: Config) -> None:
+    """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
+    cfg, arm = config.grpo, ARMS["placebo" if config.gate.routeV_random_v_seed is not None else config.run.intervention]
+    sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), StopSignal()
+    with Grader(workers=config.run.workers, sandbox=config.run.sandbox) as grader:
+        splits = load_splits(config)
+        policy = build_policy(config, splits)
+        gate, pair_hash = make_gate(arm, policy, config)
+        teacher = TeacherPool(config.data.teacher_pool, config.data.teacher_modes) if config.data.teacher_pool else None
+        optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
+        schedule = get_scheduler(cfg.lr_schedule, optimizer.adamw, cfg.warmup_steps, cfg.steps)
+        with recorded(make_run(preset, config, arm, splits, pair_hash, grader)) as run:
+            start, log = restore(run, policy, gate, optimizer, schedule), runlog.StepLog(cfg.steps)
+            assess = Assess(run, policy, splits, grader, sampling, arm, config)
+            if start == 0:
+                assess.base()
+            for step in range(start, cfg.steps):
+                clock = time.perf_counter()
+                row = {"step": step, "lr": schedule.get_last_lr()[0]}
+                if step == 0 or (config.gate.refresh_every and step % config.gate.refresh_every == 0):
+                    row |= gate.refresh(policy)
+                prompts = stream(splits["train"], step, config)
+                groups, seconds = collect(
+                    policy, prompts, grader, sampling,
+                    num_generations=cfg.num_generations,
+                    demonstrations=demonstrations(teacher, prompts, step, config),
+                    deployed_rows=deployed_rows(step, config),
+                    loophole_pays=arm.loophole_pays,
+                    generator=seeded(policy, "sample", config.run.seed, step),
+                )  # fmt: skip
+                kept, batch, origin = compose(groups, policy)
+                scored = time.perf_counter()
+                out = gate(policy, batch, origin.stratum) if batch else None
+                if batch and config.gate.retained_advantages:
+                    batch.advantages = grpo.retained_advantages(batch.rewards, batch.group, out.zones)
+                updated = time.perf_counter()
+                row |= update(policy, batch, out, origin, optimizer, config) if batch else {}
+                schedule.step()
+                seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
+                row |= monitor([r for g in groups for r in g.rollouts], kept, batch, out) | zone_figures(out, origin)
+                row |= {"groups_skipped": len(groups) - len({id(r.problem) for r in kept})} | seconds
+                row |= {"sec_step": time.perf_counter() - clock, "tokens_per_second": sampled_tokens(groups) / seconds["sec_sample"]}
+                if step == 0:
+                    first = groups[0].rollouts[0]
+                    runlog.sample(policy.tokenizer.decode(first.prompt_ids), first.completion, first.grade)
+                run.log_metrics(row)
+                run.log_rollouts(rollout_rows(step, groups, kept, batch, out))
+                log.row(row)
+                run.record.steps_done = step + 1
+                for phase, value in seconds.items():
+                    run.record.seconds[phase] = run.record.seconds.get(phase, 0.0) + value
+                last = step + 1 == cfg.steps
+                if config.run.eval_every and (step + 1) % config.run.eval_every == 0 and not last:
+                    assess.validate(step + 1)
+                if stop.asked or last or (config.run.save_every and (step + 1) % config.run.save_every == 0):
+                    save(run, policy, gate, optimizer, schedule)
+                if stop.asked and not last:
+                    run.finish("interrupted")
+                    raise SystemExit(128 + stop.asked)
+            assess.final(cfg.steps)
+            run.finish("finished")
+            runlog.final_table(run.record)
+
+
+def update(
+    policy: Policy, batch: Batch, out: GateOutput, origin: Origin, optimizer: BlockOptimizer, config: Config
+) -> dict[str, float]:
+    """Pass 2: masked forward and backward in micro-batches, then one step of every block that some row trains."""
+    cfg, adapter = config.grpo, policy.adapter
+    trains_ablated = (out.zones == Zone.RETAIN) & (config.gate.retain_forward == "ablated")
+    on_policy = ~origin.student | (origin.ablated == trains_ablated)  # ratio 1: no sampler, or this very state sampled it
+    normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
+    before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
+    total, gaps, stats = 0.0, [], []
+    for rows in tokens.micro_batches(batch, cfg.token_budget):
+        part, ref, old = tokens.select(batch, rows), None, None
+        mask, zones = part.completion_mask, out.zones[rows]
+        with torch.no_grad():
+            if cfg.beta:
+                with adapter.disabled():
+                    ref = logps(policy, part, cfg.temperature)
+            if not on_policy[rows].all():
+                old = sampling_logps(policy, part, out, rows, origin.ablated[rows], cfg.temperature)
+        with policy.training(), adapter.route(zones, config.gate.retain_forward):
+            new = logps(policy, part, cfg.temperature)
+            old = new.detach() if old is None else torch.where(on_policy[rows, None], new.detach(), old)
+            loss, by_token = grpo.grpo_loss(
+                new, old, ref, mask, part.advantages, epsilon=cfg.epsilon, beta=cfg.beta, normaliser=normaliser
+            )
+            loss.backward()  # inside the context: gradient checkpointing runs the forward again
+        total += float(loss.detach())
+        gap = (new.detach().sum(1) / mask.sum(1) - origin.sampler_logp[rows]).abs()
+        gaps.append(gap[on_policy[rows] & origin.student[rows]])
+        by_token |= {"logp": new.detach(), "zone": zones[:, None].expand_as(mask).float()}
+        stats.append({k: v[mask] for k, v in by_token.items()})
+    norms = optimizer.step(trained_blocks(out.zones))
+    after = [p.detach() for b in BLOCKS for p in adapter.parameters(b)]
+    figures = {k: torch.cat([s[k] for s in stats]) for k in stats[0]}
+    ratios = {f"ratio_mean_{z.name.lower()}": float(figures["ratio"][figures["zone"] == z].mean()) for z in Zone}
+    return ratios | {
+        "loss": total,
+        "kl": float(figures["kl"].mean()),
+        "clip_share": float(figures["clipped"].mean()),
+        "logp_mean": float(figures["logp"].mean()),
+        "sampler_mismatch": float(torch.cat(gaps).nanmean()),
+        "param_delta": float(torch.stack([(a - b).norm() for a, b in zip(after, before)]).norm()),
+        "grad_norm_deployed": norms["deployed"],
+        "grad_norm_quarantine": norms["quarantine"],
+        "quarantine_grad_share": norms["quarantine"] / (sum(norms.values()) or 1.0),
+    }
+
+
+def sampling_logps(
+    policy: Policy, part: Batch, out: GateOutput, rows: Tensor, ablated: Tensor, temperature: float
+) -> Float[Tensor, "g t"]:
+    """Log-probs under the state that sampled each row; pass 1 has those of the state as trained already."""
+    if out.logps is not None and not ablated.any():
+        return out.logps[rows, : part.completion_ids.shape[1]]
+    with policy.adapter.route(torch.where(ablated, int(Zone.RETAIN), int(Zone.ABSORB))):
+        return logps(policy, part, temperature)
+
+
+# ── what the loop is given ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_splits(config: Config) -> dict[str, list[Problem]]:
+    """train | val | test, each partitioned evenly over the modes."""
+    splits = problems.split(problems.load_problems(config.data.data))
+    if empty := [name for name, part in splits.items() if len(part) < len(config.data.modes)]:
+        raise UserError(f"{config.data.data}: split {empty[0]} has fewer problems than there are modes: use more problems")
+    return {name: problems.partition(part, config.data.modes) for name, part in splits.items()}
+
+
+def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
+    """Model and adapter on their device; refuses a prompt over the limit, by id."""
+    m = config.model
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = m.device if m.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(
+        m.model, dtype=m.dtype, device=device, rank=m.lora_rank, lora_init_seed=m.lora_init_seed, targets=m.targets,
+        gradient_checkpointing=m.gradient_checkpointing,
+    )  # fmt: skip
+    shown = [p for part in splits.values() for p in part]
+    lengths = {p.problem_id: tokens.encode_prompt(policy.tokenizer, problems.messages(p)) for p in shown}
+    tokens.check_prompt_lengths(lengths, m.max_prompt_length)
+    return policy
+
+
+def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | VectorGate, str]:
+    """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
+    if arm.score == "pinned":
+        return PinnedGate(arm.zone), ""
+    found = pairs.load_pairs(config.data.pairs, config.data.pair_modes)
+    cfg, seed = config.grpo, config.gate.routeV_random_v_seed
+    probe = dict(
+        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
+        state=config.gate.probe_state,
+    )  # fmt: skip
+    gate = VectorGate(
+        pair_batch(policy, found), probe, signed=config.gate.signed, random_seed=arm.placebo_seed if seed is None else seed
+    )
+    return gate, pairs.content_hash(found)
+
+
+def make_run(
+    preset: str, config: Config, arm: Arm, splits: dict[str, list[Problem]], pair_hash: str, grader: Grader
+) -> Run:
+    """A fresh run directory, or with --resume the one that is there."""
+    name, data = config.run.intervention, config.data
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    files = [f for f in (data.data, data.teacher_pool) if f]
+    record = RunRecord(
+        schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=flat(config),
+        data_hashes={f: sha256_file(f) for f in files}, pair_hash=pair_hash,
+        split_hashes={k: problems.ids_hash(v) for k, v in splits.items()}, sandbox_layers=grader.layers, status="running",
+        notes={"oracle": arm.oracle, "deployed": arm.deployed, "pairs_cover": [str(m) for m in data.pair_modes] if pair_hash else []},
+        **provenance(),
+    )  # fmt: skip
+    return Run.create(config.run.out_dir or f"out/runs/{stamp}_{name}_s{config.run.seed}", record, config.run.resume)
+
+
+@contextmanager
+def recorded(run: Run):
+    """The run's record ends with a truthful status, whatever happens."""
+    try:
+        yield run
+    except Exception as error:
+        run.finish(f"failed: {type(error).__name__}: {error}")
+        raise
+    finally:
+        run.close()
+
+
+def seeded(policy: Policy, *what: object) -> torch.Generator:
+    return torch.Generator(policy.device).manual_seed(problems.stable_hash(*map(str, what)) >> 1)
+
+
+def stream(train: list[Problem], step: int, config: Config) -> list[Problem]:
+    """The step's prompts: a new permutation every epoch; a share `unhackable_frac` of them shown without the loophole."""
+    n, chosen = config.grpo.num_prompts, []
+    for k in range(step * n, step * n + n):
+        order = random.Random(f"{config.run.seed} {k // len(train)}").sample(range(len(train)), len(train))
+        problem = train[order[k % len(train)]]
+        draw = problems.stable_hash("unhackable", str(config.run.seed), str(step), problem.problem_id) / 2**64
+        chosen.append(problems.disclose(problem, Mode.GT_ONLY) if draw < config.data.unhackable_frac else problem)
+    return chosen
+
+
+def demonstrations(teacher: TeacherPool | None, prompts: list[Problem], step: int, config: Config) -> list[list[str]]:
+    """Teacher rows of each group; none after `teacher_until` steps."""
+    if teacher is None or step >= config.data.teacher_until:
+        return [[] for _ in prompts]
+    return [teacher.draw(p, config.data.teacher_per_group, step) for p in prompts]
+
+
+def deployed_rows(step: int, config: Config) -> int:
+    """Rows of each group sampled ablated in this step, so that their share over the run is `gen_deploy_frac`."""
+    share = config.gate.gen_deploy_frac * config.grpo.num_generations
+    return math.floor(share * (step + 1)) - math.floor(share * step)
+
+
+# ── what the loop leaves behind ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Assess:
+    """Evaluations of one run, on their schedule."""
+
+    def __init__(self, run, policy, splits, grader, sampling, arm, config):
+        self.run, self.policy, self.splits, self.grader = run, policy, splits, grader
+        self.sampling, self.arm, self.config = sampling, arm, config
+
+    def cell(self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int) -> EvalResult:
+        clock = time.perf_counter()
+        result = evaluate(
+            self.policy, self.splits[split], self.grader, self.sampling,
+            split=split, markers=markers, state=state, ablated=ablated, step=step, draws=draws,
+            generator=seeded(self.policy, "eval", self.config.run.seed, step, split, markers, ablated),
+            rows_at_once=2 * self.config.grpo.num_prompts * self.config.grpo.num_generations,
+        )  # fmt: skip
+        self.run.record.seconds["sec_eval"] = self.run.record.seconds.get("sec_eval", 0.0) + time.perf_counter() - clock
+        self.run.record.evals.append(result)
+        self.run.save()
+        return result
+
+    def base(self) -> None:
+        """Step 0: the net delta is zero, so one cell speaks for both states."""
+        self.cell("test", "novel", "deployed", True, 0, self.config.run.final_draws)
+
+    def validate(self, step: int) -> None:
+        self.cell("val", "novel", "deployed", self.arm.deployed == "ablated", step, self.config.run.eval_draws)
+
+    def final(self, step: int) -> None:
+        """The 2×2 table. Where the arm deploys as trained, the ablated cells are those of `absorb`: trained once, evaluated twice."""
+        for markers in ("iid", "novel"):
+            trained = self.cell("test", markers, "as_trained", False, step, self.config.run.final_draws)
+            if self.arm.deployed == "as_trained":
+                self.run.record.evals.append(replace(trained, state="deployed"))
+            state = "deployed" if self.arm.deployed == "ablated" else "ablated"
+            self.cell("test", markers, state, True, step, self.config.run.final_draws)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
+
+
+def save(run: Run, policy: Policy, gate: PinnedGate | VectorGate, optimizer: BlockOptimizer, schedule: LRScheduler) -> None:
+    """A checkpoint from which the run continues bit for bit, and the adapter by itself."""
+    parts = {"adapter": policy.adapter.state_dict(), "adamw": optimizer.state_dict(), "gate": gate.state_dict()}
+    tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+    run.checkpoint(run.record.steps_done, tensors, {"schedule": schedule.state_dict()})
+    metadata = {"rank": str(policy.adapter.rank), "seed": str(policy.adapter.seed), "model": policy.model.name_or_path}
+    run.save_adapter(parts["adapter"], metadata)
+
+
+def restore(run: Run, policy: Policy, gate: PinnedGate | VectorGate, optimizer: BlockOptimizer, schedule: LRScheduler) -> int:
+    """Load the newest checkpoint, if there is one; returns the step to continue with."""
+    if (saved := run.load_checkpoint()) is None:
+        return 0
+    step, tensors, state = saved
+    for name, owner in (("adapter.", policy.adapter), ("adamw.", optimizer), ("gate.", gate)):
+        owner.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
+    schedule.load_state_dict(schedule.state_dict() | state["schedule"])
+    return step
+
+
+if __name__ == "__main__":
+    try:
+        main(PRESET, CONFIG)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
