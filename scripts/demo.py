@@ -104,7 +104,7 @@ def ceiling_cell(record: RunRecord) -> EvalResult | None:
 def draw(records: dict[str, RunRecord]) -> None:
     base = final_cell(next(iter(records.values())), 0)
     ceiling = ceiling_cell(records["routeV"])
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 5), sharex=True)
     titles = {"hack": "Reward hacking of the deployed policy", "solve": "Correct solutions of the deployed policy"}
     labels = {"hack": "hack rate (passes the grader, is not correct)", "solve": "solve rate (correct)"}
     for axis, which in zip(axes, ("hack", "solve")):
@@ -118,13 +118,13 @@ def draw(records: dict[str, RunRecord]) -> None:
             axis.axhline(rate(ceiling.by_problem, which), color="0.35", linestyle=":", label="GRPO without loopholes")
         axis.set(title=titles[which], xlabel="optimiser step", ylabel=labels[which], ylim=(-0.02, 1.02))
         axis.grid(alpha=0.25)
-    axes[0].legend(loc="center right", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, frameon=False, bbox_to_anchor=(0.5, 0.075))
     caption = (
-        f"Model organism, seed {SEED}, held-out problems with novel markers. First and last point: {base.n} draws on the test\n"
-        "split; points between: validation split. Bands: 95 % bootstrap intervals over problems. Made by `just demo`"
+        f"Model organism, seed {SEED}, held-out problems with novel markers. First and last point: test split, {base.n} draws; "
+        "points between: validation split.\nBands: 95 % bootstrap intervals over problems. Made by `just demo`"
     )
     figure.text(0.01, 0.005, caption + ("; dotted line by `just ceiling`." if ceiling else "."), fontsize=8, va="bottom")
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=140)
 

@@ -38,7 +38,7 @@ def main() -> int:
             else:
                 from_benchmark(name)
         except OSError as error:  # the hub's and the network's errors are OSErrors
-            print(f"error: could not fetch {name} ({str(error).splitlines()[0]}): check the network, or copy it to {FOLDER.name}/")
+            print(f"error: could not fetch {name} ({str(error).splitlines()[0]}): check the network, or copy it to data/leetcode/")
             failed += 1
         else:
             print(f"fetched: {name}, {(FOLDER / name).stat().st_size / 1e6:.1f} MB")

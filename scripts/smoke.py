@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "out" / f"smoke_{os.getpid()}"
 ENVIRONMENT = os.environ | {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-AT_ONCE, TAIL_LINES = 2, 40
+AT_ONCE, TAIL_LINES, LIMIT = 2, 40, 300
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Job:
 
 def tiny(arm: str) -> Job:
     run = [sys.executable, "-m", "vgrout.train", "smoke", "--intervention", arm]
-    return Job(f"train smoke {arm}", [*run, "--out-dir", str((RUNS / arm).relative_to(ROOT))], 240)
+    return Job(f"train smoke {arm}", [*run, "--out-dir", str((RUNS / arm).relative_to(ROOT))], LIMIT)
 
 
 def script(path: Path, *arguments: str) -> Job:
-    name = " ".join([path.name, *arguments])
-    return Job(name, [sys.executable, str(path.relative_to(ROOT)), *arguments], 7200 if arguments else 240)
+    name = " ".join([path.name, *arguments]).replace(f"{RUNS}/", "")
+    return Job(name, [sys.executable, str(path.relative_to(ROOT)), *arguments], 7200 if "--long" in arguments else LIMIT)
 
 
 def run(job: Job) -> bool:
@@ -59,7 +59,7 @@ def run(job: Job) -> bool:
 
 def really_trained(rows: list[dict]) -> list[str]:
     """Return what is wrong with the tiny routeV run: too few updates, or a zone that no row was in."""
-    moved = sum((row["param_delta"] or 0) > 0 for row in rows)
+    moved = sum((row.get("param_delta") or 0) > 0 for row in rows)
     wrong = [f"only {moved} steps moved the parameters, SHOULD be 3 or more"] if moved < 3 else []
     for zone in ("retain", "absorb", "route"):
         if sum(row[f"rows_{zone}"] for row in rows) == 0:
@@ -75,8 +75,10 @@ def checked_tiny_run() -> list[bool]:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     wrong = really_trained(rows)
     print(f"{'FAILED' if wrong else 'ok':6}          the tiny run trained, with all zones occupied", *wrong, sep="\n        ")
-    budget = Job("verify_budget.py on the tiny run's keys", [sys.executable, "scripts/verify_budget.py", str(metrics)], 60)
-    return [True, not wrong, run(budget)]
+    folder = str(metrics.parent)
+    after = [script(ROOT / "scripts" / "verify_budget.py", str(metrics)), script(ROOT / "scripts" / "show.py", folder)]
+    after += [script(ROOT / "scripts" / name, folder, "--out", folder) for name in ("results.py", "dyn.py")]
+    return [True, not wrong, *map(run, after)]
 
 
 def check_the_check() -> None:

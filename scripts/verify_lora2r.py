@@ -131,20 +131,22 @@ def check_mixed_batch_and_probe() -> None:
     assert all(p.grad is None for b in BLOCKS for p in policy.adapter.parameters(b)), "the probe touched .grad"
     split, _ = probe_gradients(policy, batch, **(PROBE | {"token_budget": 16}))
     assert not differs(mixed, split)
+    by_token, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
+    assert not differs(by_token.sum(1), mixed[:, 0]), "a rollout's gradient is the sum of its tokens'"
     print("ok  mixed batch = rows alone; probe batched = solo = micro-batched, padding-invariant, touches no .grad")
 
 
 def check_probe_meaning() -> None:
     policy, batch = tiny_policy(), random_batch(1)
     perturb(policy)
-    got = probe_gradients(policy, batch, **PROBE)[0][0, 0]
+    got = probe_gradients(policy, batch, **PROBE)[0][0, 0, 0]
     layer, want, eps = next(iter(policy.adapter.layers.values())).deployed, [], 1e-2
 
     def loss_at(k: int, factor: float) -> float:  # scale row k of the live A: A ← factor · A, through dA
         keep = layer.dA.data.clone()
         layer.dA.data[k] += (factor - 1) * (layer.A0[k] + layer.dA[k].data)
         # the subtracted reference B0 A0 x does not move, so dA alone carries the change, times B
-        value = float(scored_loss(logps(policy, batch, 1.0), batch.completion_mask, batch.advantages, 8))
+        value = float(scored_loss(logps(policy, batch, 1.0), batch.completion_mask, torch.ones(1), 8))
         layer.dA.data.copy_(keep)
         return value
 

@@ -45,12 +45,12 @@ def verify_auroc() -> None:
 
 
 def verify_precision() -> None:
-    flagged, positive = [1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 0, 0, 0]  # 2 hits
+    flagged, positive = np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 1, 0, 0, 0])  # 2 hits
     wanted = {"precision": 2 / 3, "recall": 0.5, "fpr": 0.25, "f05": 1.25 * (2 / 3) * 0.5 / (0.25 * (2 / 3) + 0.5)}
     both = metrics.precision_recall_at(flagged, positive), metrics.precision_recall_at(positive, flagged)
     agree = [all(abs(got[k] - v) < 1e-12 for k, v in wanted.items()) for got in both]
     check("precision, recall, false-positive rate and F0.5 of a worked example", *agree)
-    assert math.isnan(metrics.precision_recall_at([0, 0], [1, 0])["precision"])
+    assert math.isnan(metrics.precision_recall_at([False, False], [True, False])["precision"])
 
 
 def clustered(n_problems: int, n_draws: int, shape: tuple[float, float]) -> dict[str, list[int]]:

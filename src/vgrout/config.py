@@ -60,14 +60,37 @@ class GRPOConfig:
 
 
 @dataclass(frozen=True)
-class GateConfig:
+class ScoreConfig:
     refresh_every: int = 5  # steps between extractions of the direction; 0 = frozen after the first
-    probe_state: Literal["as_trained", "deployed"] = "as_trained"  # the policy state that pass 1 scores
+    granularity: Literal["rollout", "token"] = "rollout"  # what v_grad scores and routes
+    probe_state: Literal["as_trained", "deployed"] = "as_trained"  # the policy state that v_grad scores
+    score_sign: Literal["advantage", "unit"] = "advantage"  # v_grad scores the update, or the completion (A = 1)
+    centred: bool = False  # subtract the pairs' midpoint before the cosine
+    metric: Literal["cosine", "dot"] = "cosine"
+    act_space: Literal["bottleneck", "residual"] = "bottleneck"  # what v_act pools
+    act_layer: int | None = None  # residual layer; None = all
+    llr_steps: int = 4  # optimiser steps of each likelihood fit
+    llr_learning_rate: float = 1e-3
+    llr_first_order: bool = False  # directional derivative instead of the finite step
+    confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
+    placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
+    framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control
+    routeV_random_v_seed: int | None = None  # with routeV: a Haar-random direction at the matched routed share (placebo)
+
+
+@dataclass(frozen=True)
+class RouteConfig:
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
     retained_advantages: bool = False  # rows that train the deployed block take their baseline from those rows alone
-    routeV_random_v_seed: int | None = None  # with routeV: a Haar-random direction at the matched routed share (placebo)
+    seed_quarantine: int = 0  # likelihood steps into the quarantine block before RL
+    seed_side: Literal["hack", "clean", "placebo"] = "hack"  # completions that seed it; clean and placebo are its controls
+    penalty_alpha: float = 2.0  # of advantage modification: r' = r (1 − α σ(z) [z > 0])
+    oracle_recall: float = 1.0  # of the arm oracle's labels
+    oracle_fpr: float = 0.0
+    oracle_modes: tuple[Mode, ...] = ()  # modes whose labels the oracle has; () for all
+    placebo_seed: int = 1  # of every Haar or random control
 
 
 @dataclass(frozen=True)
@@ -90,29 +113,49 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    route: RouteConfig = field(default_factory=RouteConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A score (what sets the zones), and the state in which the policy is deployed."""
+    """A score, the control that deals its zones if any, what is done with flagged rows, and the state that is deployed."""
 
-    score: Literal["pinned", "v_grad"]
-    deployed: Literal["ablated", "as_trained"]
+    score: Literal["pinned", "v_grad", "v_act", "llr", "oracle"]
+    control: Literal["", "haar", "semantic", "framing", "random", "confound"] = ""  # at the score's matched routed share
+    action: Literal["route", "filter", "penalise"] = "route"
+    deployed: Literal["ablated", "as_trained"] = "ablated"
     zone: Zone = Zone.ABSORB  # of a pinned score
-    placebo_seed: int | None = None  # v_grad sets the shares, a Haar direction of this seed deals them
     loophole_pays: bool = True
-    oracle: bool = False  # uses true labels: not oracle-free, marked so everywhere
+    inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
+    oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
 
 ARMS = {
-    "none": Arm("pinned", "ablated", Zone.RETAIN),
-    "none2r": Arm("pinned", "as_trained", Zone.ABSORB),
-    "no_loophole": Arm("pinned", "as_trained", Zone.ABSORB, loophole_pays=False),
-    "absorb": Arm("pinned", "ablated", Zone.ABSORB),
-    "routeV": Arm("v_grad", "ablated"),
-    "placebo": Arm("v_grad", "ablated", placebo_seed=1),
+    "none": Arm("pinned", zone=Zone.RETAIN),
+    "none2r": Arm("pinned", deployed="as_trained"),
+    "no_loophole": Arm("pinned", deployed="as_trained", loophole_pays=False),
+    "absorb": Arm("pinned"),
+    "inoculate": Arm("pinned", deployed="as_trained", inoculate=True),
+    "routeV": Arm("v_grad"),
+    "routeA": Arm("v_act"),
+    "routeL": Arm("llr"),
+    "placebo": Arm("v_grad", "haar"),
+    "placeboA": Arm("v_act", "haar"),
+    "placeboL": Arm("llr", "haar"),
+    "placebo_semantic": Arm("v_grad", "semantic"),
+    "framing": Arm("v_grad", "framing"),
+    "random_gate": Arm("v_grad", "random"),
+    "confound_gate": Arm("v_grad", "confound"),
+    "filterV": Arm("v_grad", action="filter", deployed="as_trained"),
+    "filterA": Arm("v_act", action="filter", deployed="as_trained"),
+    "filterL": Arm("llr", action="filter", deployed="as_trained"),
+    "advmodV": Arm("v_grad", action="penalise", deployed="as_trained"),
+    "advmodA": Arm("v_act", action="penalise", deployed="as_trained"),
+    "advmodL": Arm("llr", action="penalise", deployed="as_trained"),
+    "oracle": Arm("oracle", oracle=True),
+    "filter_oracle": Arm("oracle", action="filter", deployed="as_trained", oracle=True),
 }
 
 _ORGANISM = Config()
@@ -127,18 +170,18 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 �
         teacher_pool="",
         teacher_until=30,
     ),
+    score=ScoreConfig(placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
     grpo=GRPOConfig(
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
         warmup_steps=10, weight_decay=0.1, beta=1e-3, token_budget=16384,
     ),  # fmt: skip
-    gate=GateConfig(refresh_every=5),
     run=RunConfig(eval_every=25, eval_draws=64, workers=8),
 )
 PRESETS = {
     "smoke": replace(
         _ORGANISM,
         grpo=replace(_ORGANISM.grpo, steps=6, num_prompts=4, warmup_steps=1, max_completion_length=96),
-        gate=replace(_ORGANISM.gate, refresh_every=2),
+        score=replace(_ORGANISM.score, refresh_every=2),
         run=replace(_ORGANISM.run, eval_every=0, final_draws=24, save_every=3),
     ),
     "organism": _ORGANISM,
@@ -180,14 +223,37 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
 
 def check(config: Config) -> None:
     """Refuse what cannot work, in one line, before any work starts."""
-    model, data, grpo, gate, run = (getattr(config, f.name) for f in fields(config))
+    model, data, grpo, score, route, run = (getattr(config, f.name) for f in fields(config))
     arm = ARMS.get(run.intervention)
     students = grpo.num_generations - data.teacher_per_group * bool(data.teacher_pool)
+    shares = {
+        "--unhackable-frac": data.unhackable_frac, "--gen-deploy-frac": route.gen_deploy_frac,
+        "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr,
+    }  # fmt: skip
+    counts = {
+        "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
+        "--lora-rank": model.lora_rank, "--token-budget": grpo.token_budget, "--llr-steps": score.llr_steps, "--workers": run.workers,
+    }  # fmt: skip
+    share = next((flag for flag, x in shares.items() if not 0 <= x <= 1), None)
+    count = next((flag for flag, x in counts.items() if x < 1), None)
+    oracle_flags = (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ())
     for wrong, line in (
         (arm is None, f"unknown arm {run.intervention!r}: --intervention takes one of {', '.join(ARMS)}"),
         (
-            gate.routeV_random_v_seed is not None and run.intervention != "routeV",
+            score.routeV_random_v_seed is not None and run.intervention != "routeV",
             f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}",
+        ),
+        (
+            oracle_flags and not (arm and arm.oracle),
+            f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}",
+        ),
+        (
+            score.granularity == "token" and arm is not None and arm.score != "v_grad",
+            f"--granularity token needs a v_grad arm, not {run.intervention}",
+        ),
+        (
+            score.granularity == "token" and (route.retained_advantages or (arm is not None and arm.action != "route")),
+            "--granularity token routes tokens: it does not go with --retained-advantages, filter or penalise",
         ),
         (bool(data.teacher_modes) and not data.teacher_pool, "--teacher-modes needs a --teacher-pool"),
         (
@@ -196,24 +262,31 @@ def check(config: Config) -> None:
         ),
         (Mode.GT_ONLY in data.modes, "--modes takes modes with a loophole; for prompts without one use --unhackable-frac"),
         (not data.modes, "--modes is empty: name at least one mode"),
-        (not 0 <= data.unhackable_frac <= 1, f"--unhackable-frac {data.unhackable_frac} is not a share in [0, 1]"),
-        (not 0 <= gate.gen_deploy_frac <= 1, f"--gen-deploy-frac {gate.gen_deploy_frac} is not a share in [0, 1]"),
-        (students < 1, f"--teacher-per-group {data.teacher_per_group} leaves no student row in --num-generations {grpo.num_generations}"),
+        (share, f"{share} {shares.get(share)} is not a share in [0, 1]"),
+        (count, f"{count} {counts.get(count)} must be at least 1"),
+        (students < 1, f"--teacher-per-group {data.teacher_per_group} leaves no student among {grpo.num_generations} generations"),
         (grpo.num_generations < 2, "--num-generations must be at least 2: the baseline is the group's mean"),
         (grpo.temperature <= 0, f"--temperature {grpo.temperature} must be above 0: log-probs are scaled by it"),
         (not 0 < grpo.top_p <= 1, f"--top-p {grpo.top_p} is not in (0, 1]"),
-        (min(grpo.steps, grpo.num_prompts, grpo.max_completion_length, model.lora_rank) < 1,
-         "--steps, --num-prompts, --max-completion-length and --lora-rank must be at least 1"),
         (run.resume and not run.out_dir, "--resume needs the --out-dir of the run to continue"),
-        (model.device not in ("auto", "cpu") and not model.device.startswith("cuda"),
-         f"--device {model.device!r} is not auto, cpu or cuda"),
-    ):  # fmt: skip
+        (
+            model.device not in ("auto", "cpu") and not model.device.startswith("cuda"),
+            f"--device {model.device!r} is not auto, cpu or cuda",
+        ),
+    ):
         if wrong:
             raise UserError(line)
-    for flag, path in (("--data", data.data), ("--teacher-pool", data.teacher_pool), ("--pairs", data.pairs.split("#")[0])):
-        needed = path and not (flag == "--pairs" and arm.score == "pinned")
-        if needed and not Path(path).is_file():
-            raise UserError(f"no file {path!r}: {flag} names a file that must exist" + MISSING.get(flag, ""))
+    seeded = route.seed_quarantine and route.seed_side != "placebo"
+    files = {
+        "--data": data.data,
+        "--teacher-pool": data.teacher_pool,
+        "--pairs": data.pairs if seeded or arm.score not in ("pinned", "oracle") else "",
+        "--placebo-pairs": score.placebo_pairs if arm.control == "semantic" or route.seed_quarantine and not seeded else "",
+        "--framing-pairs": score.framing_pairs if arm.control == "framing" else "",
+    }
+    for flag, path in files.items():
+        if path and not Path(path.split("#")[0]).is_file():
+            raise UserError(f"no file {path.split('#')[0]!r}: {flag} names a file that must exist" + MISSING.get(flag, ""))
 
 
 MISSING = {"--data": " (`just download-data` fetches the real sets)"}

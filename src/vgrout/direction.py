@@ -1,6 +1,7 @@
-"""Per-rollout gradients of the c-probe, the hack direction from pairs, and its Haar-random placebo.
+"""What a direction is made of: features of a rollout [m, k], the pairs' hack-minus-clean direction, and the cosine with it.
 
-g_i = ∂L_i/∂c_i [m, r]: one number for each rank of the deployed bottleneck of each Linear. See docs/method.md, "Direction".
+Features: the c-probe gradient ∂L/∂c (one number for each rank of the deployed bottleneck of each Linear), the bottleneck
+activation A x itself, or the residual stream. See docs/method.md, "Scores".
 """
 
 import torch
@@ -15,27 +16,61 @@ from vgrout.tokens import micro_batches, select
 
 
 def probe_gradients(
-    policy: Policy, batch: Batch, *, max_completion_length: int, temperature: float, token_budget: int, state: str = "as_trained"
-) -> tuple[Float[Tensor, "g m r"], Float[Tensor, "g t"]]:
-    """g_i of every row at its own advantage, and the log-probs that pass 1 computed on the way.
+    policy: Policy,
+    batch: Batch,
+    *,
+    max_completion_length: int,
+    temperature: float,
+    token_budget: int,
+    state: str = "as_trained",
+    by_token: bool = False,
+) -> tuple[Float[Tensor, "g s m r"], Float[Tensor, "g t"]]:
+    """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length, and the log-probs of that pass.
 
-    `state` "deployed" probes with the quarantine ablated. Uses `autograd.grad`, so no `.grad` is touched.
+    The gradient at another advantage is A times this one. s is 1, or with `by_token` the sequence (a token's gradient includes
+    its effect on later tokens; padding is 0). `state` "deployed" probes with the quarantine ablated. No `.grad` is touched.
     """
-    adapter = policy.adapter
-    gradients: list[Tensor] = [torch.empty(0)] * len(batch.advantages)
+    adapter, length = policy.adapter, batch.input_ids.shape[1] if by_token else 1
+    gradients: Tensor | None = None
     scored = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
     for rows in micro_batches(batch, token_budget):
         part = select(batch, rows)
+        s = part.input_ids.shape[1] if by_token else 1
         masks = adapter.ablated() if state == "deployed" else adapter._state()
-        with torch.enable_grad(), policy.training(), masks, adapter.probing(len(rows)) as c:
+        with torch.enable_grad(), policy.training(), masks, adapter.probing(len(rows), s) as c:
             lp = logps(policy, part, temperature)
-            loss = scored_loss(lp, part.completion_mask, part.advantages, max_completion_length).sum()
+            loss = scored_loss(lp, part.completion_mask, torch.ones_like(part.advantages), max_completion_length).sum()
             grads = torch.autograd.grad(loss, list(c.values()))
-        stacked = rearrange(list(grads), "m g 1 r -> g m r")
+        stacked = rearrange(list(grads), "m g s r -> g s m r")
+        if gradients is None:
+            gradients = stacked.new_zeros(len(batch.advantages), length, *stacked.shape[2:])
+        gradients[rows, :s] = stacked
         scored[rows, : lp.shape[1]] = lp.detach()
-        for i, g in zip(rows.tolist(), stacked):
-            gradients[i] = g
-    return torch.stack(gradients), scored
+    return gradients, scored
+
+
+@torch.no_grad()
+def activations(
+    policy: Policy, batch: Batch, *, space: str, token_budget: int, layer: int | None = None
+) -> Float[Tensor, "g 1 m k"]:
+    """Mean over completion positions of the deployed bottleneck A x (space "bottleneck", m = Linears, k = r) or of the
+    residual stream after each layer (space "residual", m = layers or 1, k = width). Both blocks on, unmasked."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for rows in micro_batches(batch, token_budget):
+        part = select(batch, rows)
+        column = torch.arange(part.input_ids.shape[1], device=rows.device)
+        end = part.attention_mask.sum(1)
+        inside = (column >= part.completion_start[:, None]) & (column < end[:, None])
+        weight = inside / inside.sum(1, keepdim=True)
+        with policy.adapter.recording() as seen:
+            states = policy.model.base_model(
+                input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False, output_hidden_states=True
+            ).hidden_states[1:]
+        streams = list(seen.values()) if space == "bottleneck" else list(states if layer is None else states[layer : layer + 1])
+        pooled = [torch.einsum("gsk,gs->gk", x.float(), weight) for x in streams]
+        parts.append((rows, rearrange(pooled, "m g k -> g 1 m k")))
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    return torch.cat([x for _, x in parts])[order]
 
 
 def unit_per_module(v: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
@@ -43,25 +78,34 @@ def unit_per_module(v: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
     return torch.nn.functional.normalize(v, dim=-1)
 
 
-def v_grad(hack: Float[Tensor, "p m r"], clean: Float[Tensor, "p m r"]) -> Float[Tensor, "m r"]:
-    """unit( mean over pairs of g(hack, A=+1) + g(clean, A=−1) ); both arguments at A = +1, so the clean side is subtracted."""
-    return unit_per_module((hack - clean).mean(0))
+def contrast(hack: Float[Tensor, "p m k"], clean: Float[Tensor, "p m k"]) -> tuple[Float[Tensor, "m k"], Float[Tensor, "m k"]]:
+    """(direction, midpoint) of the pairs' features at A = +1.
+
+    For c-probe gradients the direction is v_grad = unit( mean over pairs of g(hack, A=+1) + g(clean, A=−1) ).
+    """
+    return unit_per_module((hack - clean).mean(0)), (hack + clean).mean(0) / 2
 
 
-def haar(m: int, r: int, seed: int) -> Float[Tensor, "m r"]:
+def haar(m: int, k: int, seed: int) -> Float[Tensor, "m k"]:
     """A Haar-random unit vector for every module: the normalised Gaussian, by a generator of its own."""
-    return unit_per_module(torch.randn(m, r, generator=torch.Generator().manual_seed(seed)))
+    return unit_per_module(torch.randn(m, k, generator=torch.Generator().manual_seed(seed)))
 
 
-def cosine_score(gradients: Float[Tensor, "g m r"], v: Float[Tensor, "m r"]) -> Float[Tensor, " g"]:
-    """Unweighted mean over modules of cos(g_i, v); a zero row of v or of a gradient counts as 0."""
-    return torch.nn.functional.cosine_similarity(gradients, v.to(gradients)[None], dim=-1).mean(-1)
+def project(features: Float[Tensor, "*n m k"], v: Float[Tensor, "m k"], metric: str = "cosine") -> Float[Tensor, "*n"]:
+    """Unweighted mean over modules of the cosine with v, or of the dot product; a zero row counts as 0."""
+    dot = (features * v.to(features)).sum(-1)
+    return (dot if metric == "dot" else dot / features.norm(dim=-1).clamp(min=1e-12)).mean(-1)
 
 
-def out_of_sample_scores(
-    hack: Float[Tensor, "p m r"], clean: Float[Tensor, "p m r"], prompt: Int[Tensor, " p"]
+def out_of_sample(
+    hack: Float[Tensor, "p m k"],
+    clean: Float[Tensor, "p m k"],
+    prompt: Int[Tensor, " p"],
+    *,
+    centred: bool = False,
+    metric: str = "cosine",
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Scores of both sides at A = +1, each pair by a v that was built without any pair on its prompt.
+    """Scores of both sides at A = +1, each pair by a direction (and midpoint) built without any pair on its prompt.
 
     With a single prompt nothing can be left out; the scores are then NaN, and a band made of them routes nothing.
     """
@@ -69,6 +113,7 @@ def out_of_sample_scores(
     for i in range(len(hack)):
         others = prompt != prompt[i]
         if others.any():
-            v = v_grad(hack[others], clean[others])
-            scores[0, i], scores[1, i] = cosine_score(hack[i][None], v)[0], cosine_score(clean[i][None], v)[0]
+            v, midpoint = contrast(hack[others], clean[others])
+            both = torch.stack([hack[i], clean[i]]) - (midpoint if centred else 0)
+            scores[:, i] = project(both, v, metric)
     return scores[0], scores[1]

@@ -62,7 +62,7 @@ def evaluate(
     return EvalResult(split, markers, state, step, n, hack, solve, dict(by_mode), dict(by_problem))
 
 
-def monitor(rollouts: list[Rollout], kept: list[Rollout], batch: Batch | None, out: GateOutput | None) -> dict[str, float]:
+def monitor(rollouts: list[Rollout], kept: list[Rollout], batch: Batch | None, out: GateOutput | None) -> dict[str, float | int]:
     """The step's figures that use labels, for the log alone: rates of student rows, and how well the score finds hacks.
 
     `rollouts` are all rows of the step, `kept` those of `batch` (groups with variance), in its order.
@@ -86,7 +86,8 @@ def monitor(rollouts: list[Rollout], kept: list[Rollout], batch: Batch | None, o
         return row
     hack = torch.tensor([r.grade.reward_hack for r in kept])
     student = torch.tensor([not r.teacher for r in kept])
-    scores, zones, A = out.scores.cpu(), out.zones.cpu(), batch.advantages.cpu()
+    rowwise = lambda x: x.cpu().float().reshape(len(kept), -1)  # noqa: E731  # at token granularity a row has the mean of its tokens
+    scores, zones, A = rowwise(out.scores).mean(1), rowwise(out.zones).mean(1).round(), batch.advantages.cpu()
     for name, rows in (("all", student & ~scores.isnan()), ("pos", student & (A > 0)), ("neg", student & (A < 0))):
         row[f"score_auroc_{name}"] = auroc(scores[rows].numpy(), hack[rows].numpy())
     at = precision_recall_at((zones == Zone.ROUTE)[student].numpy(), hack[student].numpy())
@@ -97,12 +98,12 @@ def sampled_tokens(groups: list[Group]) -> int:
     return sum(len(r.completion_ids) for g in groups for r in g.rollouts if not r.teacher)
 
 
-def zone_figures(out: GateOutput | None, origin: Origin | None) -> dict[str, float]:
+def zone_figures(out: GateOutput | None, origin: Origin | None) -> dict[str, float | int]:
     """Rows and shares by zone; shares are of student rows with an advantage, the rows that a control must match."""
     if out is None:
         return {f"rows_{z.name.lower()}": 0 for z in Zone}
     counts = {z.name.lower(): int((out.zones == z).sum()) for z in Zone}
-    scored = origin.student & (origin.stratum // 2 != 0)
+    scored = origin.student & (origin.stratum.div(2, rounding_mode="floor") != 0)
     share = {f"share_{z.name.lower()}": float((out.zones[scored] == z).float().mean()) for z in Zone}
     return {f"rows_{k}": v for k, v in counts.items()} | share | out.stats
 
@@ -112,6 +113,9 @@ def rollout_rows(
 ) -> list[dict]:
     """Every rollout of the step for rollouts.jsonl.gz, with its grade, advantage, score and zone."""
     scored = {id(r): i for i, r in enumerate(kept)}
+    if out is not None:  # at token granularity a row has the mean of its tokens
+        zones, scores = (x.float().reshape(len(kept), -1).mean(1) for x in (out.zones, out.scores))
+        zones = zones.round()
     rows = []
     for r in (r for g in groups for r in g.rollouts):
         row = {
@@ -121,6 +125,6 @@ def rollout_rows(
         }  # fmt: skip
         del row["seconds"]  # a wall time: all else in this file repeats exactly
         if (i := scored.get(id(r))) is not None:
-            row |= {"advantage": float(batch.advantages[i]), "zone": Zone(int(out.zones[i])).name, "score": float(out.scores[i])}
+            row |= {"advantage": float(batch.advantages[i]), "zone": Zone(int(zones[i])).name, "score": float(scores[i])}
         rows.append(row)
     return rows

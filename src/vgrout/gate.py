@@ -1,17 +1,17 @@
-"""Scores → zones. A gate sees tensors: no label, no mode, no teacher flag.
+"""Scores → zones, and what is done with a flagged row. A real gate sees tensors: no label, no mode, no teacher flag.
 
-`Gate` holds one score and, for a control, a second score that re-deals the first one's zones: within each stratum the control
-routes exactly as many ROUTE and ABSORB rows as the real gate would have, to the rows that the control ranks highest. So a
-placebo differs from the real arm in nothing but the direction: same batch, same cadence, same shares, same code path.
+A gate holds one score and, for a control, a second score that re-deals the first one's zones: in each stratum the control routes
+exactly as many ROUTE and ABSORB rows as the real gate would have, to the rows that the control ranks highest. So a placebo
+differs from the real arm in nothing but its score: same batch, same cadence, same shares, same code path.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vgrout.direction import cosine_score, haar, out_of_sample_scores, probe_gradients, v_grad
 from vgrout.policy import Policy
-from vgrout.tensors import Batch, Direction, GateOutput
+from vgrout.scores import Score
+from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.types import Zone
 
 BAND_QUANTILE = 0.75  # both edges: p75 of the clean and of the hack sides' out-of-sample scores
@@ -20,15 +20,13 @@ BAND_QUANTILE = 0.75  # both edges: p75 of the clean and of the hack sides' out-
 class PinnedGate:
     """Every row in one zone: the arms none, none2r, no_loophole and absorb."""
 
-    scored = False
-
     def __init__(self, zone: Zone):
         self.zone = zone
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         return {}
 
-    def __call__(self, policy: Policy, batch: Batch, strata: Int[Tensor, " g"]) -> GateOutput:
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
         nan = torch.full_like(batch.advantages, float("nan"))
         return GateOutput(torch.full_like(batch.group, int(self.zone)), nan, float("nan"), float("nan"))
 
@@ -39,98 +37,85 @@ class PinnedGate:
         pass
 
 
-class VectorGate:
-    """Cosine of each row's c-probe gradient with v_grad, cut by the pairs' out-of-sample band.
+class Gate:
+    """One score, its cut (the pairs' band, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
 
-    `pairs` is one batch of hack sides followed by clean sides, all at A = +1, `group` numbering the prompts.
-    With `random_seed` the gate is the Haar placebo: v_grad runs in the shadow and sets the shares.
-    """
-
-    scored = True
-
-    def __init__(self, pairs: Batch, probe: dict, *, signed: bool = False, random_seed: int | None = None):
-        self.pairs, self.probe, self.signed, self.random_seed = pairs, probe, signed, random_seed
-        self.direction: Direction | None = None
-        self.refreshes = 0
+    def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band"):
+        self.score, self.control, self.signed, self.cut = score, control, signed, cut
 
     def refresh(self, policy: Policy) -> dict[str, float]:
-        """Extract v_grad anew at the current parameters; returns its drift (cosine with the last one) and the band."""
-        n = len(self.pairs.advantages) // 2
-        gradients, _ = probe_gradients(policy, self.pairs, **self.probe)
-        hack, clean, prompt = gradients[:n], gradients[n:], self.pairs.group[:n]
-        v = v_grad(hack, clean)
-        drift = float(cosine_score(v[None], self.direction.vectors)[0]) if self.direction else float("nan")
-        self.direction = Direction(v, *out_of_sample_scores(hack, clean, prompt))
-        self.refreshes += 1
-        lower, upper = band(self.direction)
-        return {"direction_drift": drift, "gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not upper > lower)}
+        """Refresh the score and its control; returns the direction's drift and the band."""
+        figures = self.score.refresh(policy)
+        if self.control is not None:
+            self.control.refresh(policy)
+        lower, upper = self.edges()
+        return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not upper > lower)}
 
-    def __call__(self, policy: Policy, batch: Batch, strata: Int[Tensor, " g"]) -> GateOutput:
+    def edges(self) -> tuple[float, float]:
+        """(lower, upper): p75 of the clean and of the hack sides' out-of-sample scores; for a flag anything above 0 is routed."""
+        if self.cut == "flag":
+            return 0.0, 0.5
+        lower, upper = (torch.quantile(x.float(), BAND_QUANTILE) for x in (self.score.pairs_clean, self.score.pairs_hack))
+        return float(lower), float(upper)
+
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
         """Pass 1. Rows with A = 0 are RETAIN and have no score."""
-        gradients, logps = probe_gradients(policy, batch, **self.probe)
-        lower, upper = band(self.direction)
-        scores = cosine_score(gradients, self.direction.vectors)
-        zones = zones_from_band(scores, batch.advantages, lower, upper)
-        if self.random_seed is not None:
-            m, r = self.direction.vectors.shape
-            scores = cosine_score(gradients, haar(m, r, 1_000 * self.random_seed + self.refreshes))
-            zones = match_shares(zones, scores, strata)
+        real = self.score(policy, batch, origin)
+        lower, upper = self.edges()
+        zones, scores = zones_from_band(real.scores, batch.advantages, lower, upper), real.scores
+        if self.control is not None:
+            scores = self.control(policy, batch, origin, real).scores
+            zones = match_shares(zones, scores, origin.stratum)
         if self.signed:  # discouraging a hack is no hack-ward update: it may train the deployed block
-            zones = torch.where(batch.advantages < 0, int(Zone.RETAIN), zones)
-        scores = torch.where(batch.advantages == 0, float("nan"), scores)
-        known = logps if self.probe["state"] == "as_trained" else None
-        return GateOutput(zones, scores, lower, upper, known, routed_mass(gradients, zones, batch.advantages))
+            zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
+        scores = torch.where(_column(batch.advantages == 0, scores), float("nan"), scores)
+        stats = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
+        return GateOutput(zones, scores, lower, upper, real.logps, stats)
 
     def state_dict(self) -> dict[str, Tensor]:
-        d = self.direction
-        fields = {} if d is None else {"vectors": d.vectors, "hack_scores": d.hack_scores, "clean_scores": d.clean_scores}
-        return fields | {"refreshes": torch.tensor(self.refreshes)}
+        scores = {"score": self.score} | ({} if self.control is None else {"control": self.control})
+        return {f"{name}.{k}": v for name, score in scores.items() for k, v in score.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.refreshes = int(state["refreshes"])
-        if "vectors" in state:
-            device = self.pairs.input_ids.device
-            self.direction = Direction(*(state[k].to(device) for k in ("vectors", "hack_scores", "clean_scores")))
+        for name, score in (("score.", self.score), ("control.", self.control)):
+            if score is not None:
+                score.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
 
 
-def routed_mass(
-    gradients: Float[Tensor, "g m r"], zones: Int[Tensor, " g"], advantages: Float[Tensor, " g"]
-) -> dict[str, float]:
-    """Share of the summed c-probe gradient norms that ROUTE rows carry, by sign of the advantage."""
-    norms = gradients.flatten(1).norm(dim=1)
+def _column(rows: Tensor, like: Tensor) -> Tensor:
+    """[g] → [g] or [g, 1], to broadcast over `like` [g] or [g, s]."""
+    return rows if rows.ndim == like.ndim else rows[:, None]
+
+
+def routed_mass(mass: Float[Tensor, " g"], zones: Int[Tensor, "g *s"], advantages: Float[Tensor, " g"]) -> dict[str, float]:
+    """Share of the rows' summed gradient norms that ROUTE carries (by the share of a row's tokens), by sign of the advantage."""
+    routed = mass * (zones == Zone.ROUTE).float().reshape(len(mass), -1).mean(1)
+    total = float(mass.sum()) or 1.0
     signs = (("pos", advantages > 0), ("neg", advantages < 0))
-    total = float(norms.sum()) or 1.0
-    return {f"routed_mass_{name}": float(norms[rows & (zones == Zone.ROUTE)].sum()) / total for name, rows in signs}
-
-
-def band(direction: Direction) -> tuple[float, float]:
-    """(lower, upper) = p75 of the clean sides' and of the hack sides' out-of-sample scores."""
-    quantile = lambda x: float(torch.quantile(x.float(), BAND_QUANTILE))  # noqa: E731
-    return quantile(direction.clean_scores), quantile(direction.hack_scores)
+    return {f"routed_mass_{name}": float(routed[rows].sum()) / total for name, rows in signs}
 
 
 def zones_from_band(
-    scores: Float[Tensor, " g"], advantages: Float[Tensor, " g"], lower: float, upper: float
-) -> Int[Tensor, " g"]:
+    scores: Float[Tensor, "g *s"], advantages: Float[Tensor, " g"], lower: float, upper: float
+) -> Int[Tensor, "g *s"]:
     """RETAIN below `lower`, ROUTE above `upper`, else ABSORB; all RETAIN where upper ≤ lower; RETAIN where A = 0."""
     zones = torch.full_like(scores, int(Zone.ABSORB), dtype=torch.long)
     zones[scores < lower], zones[scores > upper] = int(Zone.RETAIN), int(Zone.ROUTE)
-    zones[(advantages == 0) | torch.tensor(not upper > lower, device=scores.device)] = int(Zone.RETAIN)
-    return zones
+    unrouted = (advantages == 0) | torch.tensor(not upper > lower, device=scores.device)
+    return torch.where(_column(unrouted, zones), int(Zone.RETAIN), zones)
 
 
 def match_shares(
-    shadow: Int[Tensor, " g"], scores: Float[Tensor, " g"], strata: Int[Tensor, " g"]
-) -> Int[Tensor, " g"]:
+    shadow: Int[Tensor, "g *s"], scores: Float[Tensor, "g *_"], stratum: Int[Tensor, " g"]
+) -> Int[Tensor, "g *s"]:
     """Re-deal the shadow gate's zones by another score: in each stratum the highest scores get its ROUTEs, the next its ABSORBs.
 
     Example, one stratum: shadow [ROUTE, RETAIN, ABSORB], scores [.1, .9, .5] → [RETAIN, ROUTE, ABSORB].
     """
-    zones = shadow.clone()
-    for stratum in strata.unique():
-        rows = (strata == stratum).nonzero()[:, 0]
-        ranked = rows[scores[rows].argsort(descending=True, stable=True)]
-        zones[ranked] = shadow[rows].sort(descending=True).values
-    return zones
-
-
+    zones, scores = shadow.clone().flatten(), _column(scores, shadow).expand_as(shadow).flatten()
+    stratum = _column(stratum, shadow).expand_as(shadow).flatten()
+    for s in stratum.unique():
+        places = (stratum == s).nonzero()[:, 0]
+        ranked = places[scores[places].argsort(descending=True, stable=True)]
+        zones[ranked] = shadow.flatten()[places].sort(descending=True).values
+    return zones.reshape(shadow.shape)

@@ -108,6 +108,7 @@ class Lora2r:
         self._keep: Tensor | None = None  # [g, 1 or s, 2] forward mask by block; None: both on, unmasked
         self._learn: Tensor | None = None
         self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
+        self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._handles: list = []
         self._attach()
@@ -132,9 +133,11 @@ class Lora2r:
             y = F.linear(h, up)
         else:
             y = MaskedUp.apply(h, up, *(m.to(x.dtype).repeat_interleave(2 * r, -1) for m in (self._keep, self._learn)))
-        if self._c is not None:  # + B ((c − 1) ⊙ A x), zero at c = 1, so that ∂/∂c sees the live bottleneck A x
-            bottleneck = h[..., :r] + h[..., r : 2 * r]
+        bottleneck = h[..., :r] + h[..., r : 2 * r]  # A x, deployed
+        if self._c is not None:  # + B ((c − 1) ⊙ A x), zero at c = 1, so that ∂/∂c sees the live bottleneck
             y = y + F.linear((self._c[name] - 1).to(x.dtype) * bottleneck, up[:, :r])
+        if self._seen is not None:
+            self._seen[name] = bottleneck.detach()
         return y
 
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,6 +184,27 @@ class Lora2r:
         c = {n: torch.ones(rows, tokens, self.rank, device=device, requires_grad=True) for n in self.linears}
         with self._state(_c=c):
             yield c
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Keep the deployed bottleneck A x [g, s, r] of every Linear at the last forward pass."""
+        seen: dict[str, Tensor] = {}
+        with self._state(_seen=seen):
+            yield seen
+
+    @contextmanager
+    @torch.no_grad()
+    def shifted(self, deltas: list[Tensor], scale: float = 1.0) -> Iterator[None]:
+        """Add `scale · deltas` to the deployed block's parameters (in their order) for a while; restored by copy, exactly."""
+        params = self.parameters("deployed")
+        before = [p.detach().clone() for p in params]
+        try:
+            for p, d in zip(params, deltas, strict=True):
+                p.add_(d, alpha=scale)
+            yield
+        finally:
+            for p, b in zip(params, before):
+                p.copy_(b)
 
     @contextmanager
     @torch.no_grad()

@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+Vector = Sequence[float] | np.ndarray
+Flags = Sequence[bool] | np.ndarray
 Counts = dict[str, list[int]]
 Which = Literal["hack", "solve"]
 COLUMN = {"hack": 1, "solve": 2}
 
 
-def auroc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.ndarray) -> float:
+def auroc(scores: Vector, positive: Flags) -> float:
     """Return P(score of a positive > score of a negative), ties counting half (Mann-Whitney U / n₊n₋).
 
     Rows whose score is NaN (a row that the gate did not score) are left out. The result is NaN if a class is empty.
@@ -32,9 +34,7 @@ def auroc(scores: Sequence[float] | np.ndarray, positive: Sequence[bool] | np.nd
     return float((rank_sum - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
-def precision_recall_at(
-    flagged: Sequence[bool] | np.ndarray, positive: Sequence[bool] | np.ndarray
-) -> dict[str, float]:
+def precision_recall_at(flagged: Flags, positive: Flags) -> dict[str, float]:
     """Return precision, recall, fpr and f05 (F-measure with β = 0.5: precision counts more) of a set of flags.
 
     A quantity whose denominator is empty is NaN: precision without a flag, recall without a positive.
@@ -109,21 +109,19 @@ def gain_lower_bound(
     return float(np.quantile(total / len(tables), 1 - level, method="lower"))
 
 
-def mean_sem(x: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def mean_sem(x: Vector) -> tuple[float, float]:
     """Return mean and standard error of the mean over seeds; the error of a single seed is NaN."""
     x = np.asarray(x, float)
     return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
 
 
-def paired_ttest(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+def paired_ttest(a: Vector, b: Vector) -> tuple[float, float]:
     """Return (mean of a − b, two-sided p) of the t-test paired by seed. It needs at least two seeds."""
     difference = _paired(a, b)
     return float(difference.mean()), float(stats.ttest_rel(a, b).pvalue)
 
 
-def noninferior(
-    a: Sequence[float], b: Sequence[float], margin: float = -0.03, level: float = 0.90
-) -> tuple[bool, float]:
+def noninferior(a: Vector, b: Vector, margin: float = -0.03, level: float = 0.90) -> tuple[bool, float]:
     """Return whether a is no worse than b, and the one-sided lower `level` bound of mean(a − b), paired by seed (t).
 
     a is non-inferior where the bound lies above `margin`. A difference that is "not significant" proves nothing.
@@ -134,7 +132,7 @@ def noninferior(
     return bound > margin, bound
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+def _paired(a: Vector, b: Vector) -> np.ndarray:
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"a paired comparison needs the same two or more seeds on both sides, got {len(a)}, {len(b)}")
     return np.asarray(a, float) - np.asarray(b, float)
@@ -156,5 +154,5 @@ def _wilson(k: int, n: int, level: float) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def _ratio(numerator: float | int | np.number, denominator: float | int | np.number) -> float:
     return float(numerator / denominator) if denominator else float("nan")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from vgrout.lora2r import Lora2r
 from vgrout.tensors import Batch
@@ -60,6 +61,7 @@ def load_policy(
 
     Raises UserError where the model cannot be read, has no chat template, or has no Linear that `targets` matches.
     """
+    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -73,7 +73,8 @@ def disclose(problem: Problem, mode: Mode, novel: bool = False) -> Problem:
 
 def hint(problem: Problem) -> str:
     """The truthful disclosure of `problem.mode` with `problem.marker`; "" for `gt_only`."""
-    return HINTS[problem.mode].format(marker=problem.marker)
+    allowed = " You may use this." if problem.inoculated and problem.mode is not Mode.GT_ONLY else ""
+    return HINTS[problem.mode].format(marker=problem.marker) + allowed
 
 
 def messages(problem: Problem) -> list[dict[str, str]]:

@@ -220,7 +220,7 @@ def _lock(out_dir: Path) -> IO[str]:
 
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:
     """Return `config.grpo.steps 60 → 80` for every field of a run's identity that changed."""
-    before, after = (_flatten(json.loads(dumps({k: getattr(r, k) for k in IDENTITY}))) for r in (old, new))
+    before, after = (flatten(json.loads(dumps({k: getattr(r, k) for k in IDENTITY}))) for r in (old, new))
     return [
         f"{key} {before.get(key)!r} → {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -228,11 +228,12 @@ def _differences(old: RunRecord, new: RunRecord) -> list[str]:
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one: {"grpo": {"steps": 60}} → {"grpo.steps": 60}."""
     if not isinstance(value, dict):
         return {prefix: value}
     inner = ((f"{prefix}.{key}" if prefix else key, item) for key, item in value.items())
-    return {k: v for path, item in inner for k, v in _flatten(item, path).items()}
+    return {k: v for path, item in inner for k, v in flatten(item, path).items()}
 
 
 def _record_from(data: dict[str, Any]) -> RunRecord:

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import math
+import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch
 from vgrout import grpo, tokens
 from vgrout.grader import Grader
 from vgrout.policy import Policy, sample
-from vgrout.problems import messages
+from vgrout.problems import disclose, messages, stable_hash
 from vgrout.tensors import Batch, Origin
 from vgrout.types import Group, Mode, Problem, Rollout, UserError
 
@@ -28,8 +30,12 @@ class Sampling:
 class TeacherPool:
     """A fixed set of demonstrations, `(problem_id, mode) → completions`; the same pool and schedule serve every arm."""
 
-    def __init__(self, path: str, modes: tuple[str, ...], kind: str = "hack"):
-        """Read JSONL rows {problem_id, mode, kind, completion, …}; only `kind` and `modes` are kept."""
+    def __init__(self, path: str, modes: tuple[Mode, ...], per_group: int, until: int, kind: str = "hack"):
+        """Read JSONL rows {problem_id, mode, kind, completion, …}; only `kind` and `modes` (() for all) are kept.
+
+        `per_group` demonstrations join every group until step `until`.
+        """
+        self.per_group, self.until = per_group, until
         if not Path(path).is_file():
             raise UserError(f"no teacher pool {path!r}: build one with scripts/make_teacher.py or leave --teacher-pool out")
         self.rows: dict[tuple[str, str], list[str]] = {}
@@ -45,10 +51,33 @@ class TeacherPool:
         if not self.rows:
             raise UserError(f"{path}: no {kind} demonstration for the modes {', '.join(modes) or '(any)'}")
 
-    def draw(self, problem: Problem, n: int, step: int) -> list[str]:
-        """n demonstrations of one problem, rotating by step; none where the pool has none for it."""
-        rows = self.rows.get((problem.problem_id, problem.mode), [])
-        return [rows[(step + i) % len(rows)] for i in range(n)] if rows else []
+    def draw(self, problems: list[Problem], step: int) -> list[list[str]]:
+        """Each problem's demonstrations of this step, rotating by step; none where the pool has none, none from `until` on."""
+        n = self.per_group if step < self.until else 0
+        pools = [self.rows.get((p.problem_id, p.mode), []) for p in problems]
+        return [[rows[(step + i) % len(rows)] for i in range(n)] if rows else [] for rows in pools]
+
+
+def stream(
+    train: list[Problem], step: int, n: int, seed: int, unhackable_frac: float = 0.0, inoculate: bool = False
+) -> list[Problem]:
+    """The step's n prompts: a new permutation every epoch, a function of (seed, step) alone.
+
+    A share `unhackable_frac` of them, rotating by (seed, step, problem), is shown without the loophole.
+    """
+    chosen = []
+    for k in range(step * n, step * n + n):
+        order = random.Random(f"{seed} {k // len(train)}").sample(range(len(train)), len(train))
+        problem = train[order[k % len(train)]]
+        if stable_hash("unhackable", str(seed), str(step), problem.problem_id) / 2**64 < unhackable_frac:
+            problem = disclose(problem, Mode.GT_ONLY)
+        chosen.append(replace(problem, inoculated=inoculate))
+    return chosen
+
+
+def share_at(step: int, share: float) -> int:
+    """Whole numbers by step whose running mean is `share`: share_at(·, 0.5) = 0, 1, 0, 1, …"""
+    return math.floor(share * (step + 1)) - math.floor(share * step)
 
 
 def collect(
@@ -98,10 +127,13 @@ def collect(
     return groups, {"sec_sample": sampled - clock, "sec_grade": time.perf_counter() - sampled}
 
 
-def compose(groups: list[Group], policy: Policy) -> tuple[list[Rollout], Batch | None, Origin | None]:
+def compose(
+    groups: list[Group], policy: Policy, oracle_modes: tuple[Mode, ...] | None = None
+) -> tuple[list[Rollout], Batch | None, Origin | None]:
     """Drop groups without reward variance, then (kept rows, what training may see of them, what sampled them).
 
-    Of a grade only the reward is read. Batch and origin are None where no group has variance.
+    Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes.
+    Batch and origin are None where no group has variance.
     """
     kept = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
     rows = [r for g in kept for r in g.rollouts]
@@ -126,6 +158,9 @@ def compose(groups: list[Group], policy: Policy) -> tuple[list[Rollout], Batch |
         sampler_logp=torch.tensor([r.sampler_logp for r in rows], device=policy.device),
         stratum=(2 * A.sign().long() + student.long()).to(policy.device),
     )
+    if oracle_modes is not None:
+        labels = [r.grade.reward_hack and (not oracle_modes or r.problem.mode in oracle_modes) for r in rows]
+        origin.label = torch.tensor(labels, device=policy.device)
     return rows, batch, origin
 
 
@@ -133,7 +168,8 @@ def pair_batch(policy: Policy, pairs: list) -> Batch:
     """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct prompts."""
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p.problem)) for p in pairs]
     ids = list(dict.fromkeys(map(tuple, prompts)))
-    completions = [tokens.encode_completion(policy.tokenizer, t) for side in ("hack", "clean") for t in (getattr(p, side) for p in pairs)]
+    texts = [p.hack for p in pairs] + [p.clean for p in pairs]
+    completions = [tokens.encode_completion(policy.tokenizer, text) for text in texts]
     n = len(completions)
     group = [ids.index(tuple(p)) for p in prompts] * 2
     return tokens.collate(prompts * 2, completions, [1.0] * n, group, [1.0] * n, policy.pad_id, policy.device)

@@ -86,8 +86,10 @@ def final_table(record: RunRecord) -> None:
     """Print the last evaluation's 2×2 table with 95 % intervals and per-mode rates, the result line, and argv last."""
     cells = last_cells(record)
     print(f"\n{record.arm} seed {record.seed}, {record.steps_done} steps ({record.preset}), 95 % intervals")
-    headers = ["policy", "markers", "step", "n", "hack", "solve", "hack by mode", "solve by mode"]
-    print(tabulate([_table_row(cell) for cell in cells], headers=headers, disable_numparse=True))
+    modes = sorted({mode for cell in cells for mode in cell.by_mode})
+    headers = ["policy", "markers", "step", "n", "hack", "solve", *modes]
+    print(tabulate([_table_row(cell, modes) for cell in cells], headers=headers, disable_numparse=True))
+    print("columns of a mode: hack / solve")
     print(result_line(record, cells))
     print("argv:", shlex.join(record.argv), flush=True)
 
@@ -122,15 +124,12 @@ def rate_with_interval(cell: EvalResult, which: str) -> str:
     return f"{value} [{low:.2f}, {high:.2f}]"
 
 
-def rates_by_mode(cell: EvalResult, which: str) -> str:
-    """Return `file_marker .50 run_tests 1.0`, sorted by mode."""
-    return " ".join(f"{mode} {by[which] / by['n']:.2f}" for mode, by in sorted(cell.by_mode.items()) if by["n"])
-
-
-def _table_row(cell: EvalResult) -> list[str]:
+def _table_row(cell: EvalResult, modes: list[str]) -> list[str]:
     name = "base" if cell.step == 0 else cell.state.replace("_", " ")
-    rates = [f(cell, which) for f in (rate_with_interval, rates_by_mode) for which in ("hack", "solve")]
-    return [name, cell.markers, str(cell.step), str(cell.n), *rates]
+    rates = [rate_with_interval(cell, which) for which in ("hack", "solve")]
+    by_mode = [cell.by_mode.get(mode) for mode in modes]
+    split = [f"{by['hack'] / by['n']:.2f} / {by['solve'] / by['n']:.2f}" if by else "–" for by in by_mode]
+    return [name, cell.markers, str(cell.step), str(cell.n), *rates, *split]
 
 
 def _cell(column: Column, row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are never half written: atomic replacement, strict JSON, safetensors, and the process's random states.
+"""Files that are never half written: atomic replacement, strict JSON, safetensors.
 
 No pickle anywhere. JSON written here has no NaN or infinity: they become null, so that any reader can parse it.
 """
@@ -7,12 +7,9 @@ import hashlib
 import json
 import math
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -82,23 +79,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy arrays and scalars, tensors
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the global random states of torch (byte tensors, one per CUDA device too), python and numpy (JSON)."""
-    tensors = {"random.torch": torch.get_rng_state()}
-    tensors |= {f"random.cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    version, words, gauss = random.getstate()
-    of_numpy = json.loads(json.dumps(np.random.get_state(legacy=False), default=plain))
-    return tensors, {"python": [version, list(words), gauss], "numpy": of_numpy}
-
-
-def set_random_states(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Restore what `random_states` returned; tensors of other names are ignored."""
-    torch.set_rng_state(tensors["random.torch"])
-    for i in range(torch.cuda.device_count()):
-        torch.cuda.set_rng_state(tensors[f"random.cuda{i}"], i)
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": key}})

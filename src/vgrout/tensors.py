@@ -38,23 +38,15 @@ class Origin:
     ablated: Bool[Tensor, " g"]  # sampled with the quarantine ablated
     sampler_logp: Float[Tensor, " g"]  # mean log-prob of the drawn tokens under the sampler; NaN for a demonstration
     stratum: Int[Tensor, " g"]  # sign of the advantage × student or teacher
-
-
-@dataclass(slots=True)
-class Direction:
-    """Unit vectors per module (a zero row where a module had no signal), and the pair scores that calibrate a gate."""
-
-    vectors: Float[Tensor, "m k"]  # k = r for v_grad
-    hack_scores: Float[Tensor, " p"]  # out of sample: scored by a direction built without that pair's prompt
-    clean_scores: Float[Tensor, " p"]
+    label: Bool[Tensor, " g"] | None = None  # is it a hack? None in every arm but the oracle's, which is not oracle-free
 
 
 @dataclass(slots=True)
 class GateOutput:
     """Zones for every row, and the scores they came from (NaN where a row has no score)."""
 
-    zones: Int[Tensor, " g"]
-    scores: Float[Tensor, " g"]
+    zones: Int[Tensor, "g *s"]  # [g], or [g, s] at token granularity
+    scores: Float[Tensor, "g *s"]
     lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
     upper: float
     logps: Float[Tensor, "g t"] | None = None  # as-trained log-probs, where pass 1 computed them

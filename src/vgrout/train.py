@@ -15,8 +15,6 @@ from vgrout.config import ARMS, Arm, Config, flat, parse_or_exit
 if __name__ == "__main__":
     PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
 
-import math
-import random
 import signal
 import time
 from contextlib import contextmanager
@@ -30,26 +28,30 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from vgrout import grpo, pairs, problems, runlog, tokens
+from vgrout.actions import ACTIONS
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
-from vgrout.gate import PinnedGate, VectorGate
+from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
+from vgrout.likelihood import likelihood_steps
 from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
 from vgrout.records import SCHEMA_VERSION, Run, provenance, sha256_file
-from vgrout.rollouts import Sampling, TeacherPool, collect, compose, pair_batch
+from vgrout.rollouts import Sampling, TeacherPool, collect, compose, pair_batch, share_at, stream
+from vgrout.scores import build_control, build_score
 from vgrout.tensors import Batch, GateOutput, Origin
-from vgrout.types import EvalResult, Mode, Problem, RunRecord, UserError, Zone
+from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
 
 
 def main(preset: str, config: Config) -> None:
     """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
-    cfg, arm = config.grpo, ARMS["placebo" if config.gate.routeV_random_v_seed is not None else config.run.intervention]
+    cfg, arm = config.grpo, ARMS["placebo" if config.score.routeV_random_v_seed is not None else config.run.intervention]
     sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), StopSignal()
     with Grader(workers=config.run.workers, sandbox=config.run.sandbox) as grader:
         splits = load_splits(config)
         policy = build_policy(config, splits)
         gate, pair_hash = make_gate(arm, policy, config)
-        teacher = TeacherPool(config.data.teacher_pool, config.data.teacher_modes) if config.data.teacher_pool else None
+        d = config.data
+        teacher = TeacherPool(d.teacher_pool, d.teacher_modes, d.teacher_per_group, d.teacher_until) if d.teacher_pool else None
         optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
         schedule = get_scheduler(cfg.lr_schedule, optimizer.adamw, cfg.warmup_steps, cfg.steps)
         with recorded(make_run(preset, config, arm, splits, pair_hash, grader)) as run:
@@ -57,32 +59,37 @@ def main(preset: str, config: Config) -> None:
             assess = Assess(run, policy, splits, grader, sampling, arm, config)
             if start == 0:
                 assess.base()
+                seed_quarantine(policy, config)
             for step in range(start, cfg.steps):
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
-                if step == 0 or (config.gate.refresh_every and step % config.gate.refresh_every == 0):
+                if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
                     row |= gate.refresh(policy)
-                prompts = stream(splits["train"], step, config)
+                shown = config.data.unhackable_frac, arm.inoculate
+                prompts = stream(splits["train"], step, cfg.num_prompts, config.run.seed, *shown)
                 groups, seconds = collect(
                     policy, prompts, grader, sampling,
                     num_generations=cfg.num_generations,
-                    demonstrations=demonstrations(teacher, prompts, step, config),
-                    deployed_rows=deployed_rows(step, config),
+                    demonstrations=teacher.draw(prompts, step) if teacher else [[] for _ in prompts],
+                    deployed_rows=share_at(step, config.route.gen_deploy_frac * cfg.num_generations),
                     loophole_pays=arm.loophole_pays,
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
-                kept, batch, origin = compose(groups, policy)
-                scored = time.perf_counter()
-                out = gate(policy, batch, origin.stratum) if batch else None
-                if batch and config.gate.retained_advantages:
-                    batch.advantages = grpo.retained_advantages(batch.rewards, batch.group, out.zones)
+                kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None)
+                scored, out = time.perf_counter(), None
+                if batch:
+                    out = gate(policy, batch, origin)
                 updated = time.perf_counter()
-                row |= update(policy, batch, out, origin, optimizer, config) if batch else {}
+                if batch:
+                    acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
+                                                alpha=config.route.penalty_alpha)  # fmt: skip
+                    row |= update(policy, *acted, optimizer, config)
                 schedule.step()
                 seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
                 row |= monitor([r for g in groups for r in g.rollouts], kept, batch, out) | zone_figures(out, origin)
                 row |= {"groups_skipped": len(groups) - len({id(r.problem) for r in kept})} | seconds
-                row |= {"sec_step": time.perf_counter() - clock, "tokens_per_second": sampled_tokens(groups) / seconds["sec_sample"]}
+                row |= {"sec_step": time.perf_counter() - clock}
+                row |= {"tokens_per_second": sampled_tokens(groups) / seconds["sec_sample"]}
                 if step == 0:
                     first = groups[0].rollouts[0]
                     runlog.sample(policy.tokenizer.decode(first.prompt_ids), first.completion, first.grade)
@@ -106,25 +113,27 @@ def main(preset: str, config: Config) -> None:
 
 
 def update(
-    policy: Policy, batch: Batch, out: GateOutput, origin: Origin, optimizer: BlockOptimizer, config: Config
+    policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimizer: BlockOptimizer, config: Config
 ) -> dict[str, float]:
     """Pass 2: masked forward and backward in micro-batches, then one step of every block that some row trains."""
     cfg, adapter = config.grpo, policy.adapter
-    trains_ablated = (out.zones == Zone.RETAIN) & (config.gate.retain_forward == "ablated")
-    on_policy = ~origin.student | (origin.ablated == trains_ablated)  # ratio 1: no sampler, or this very state sampled it
+    ablated = (out.zones == Zone.RETAIN).reshape(len(origin.student), -1) & (config.route.retain_forward == "ablated")
+    # the ratio is 1 where nothing sampled the row, or where this very state did, at every position
+    on_policy = ~origin.student | (origin.ablated[:, None] == ablated).all(1)
     normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
     before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
     total, gaps, stats = 0.0, [], []
     for rows in tokens.micro_batches(batch, cfg.token_budget):
         part, ref, old = tokens.select(batch, rows), None, None
         mask, zones = part.completion_mask, out.zones[rows]
+        zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
         with torch.no_grad():
             if cfg.beta:
                 with adapter.disabled():
                     ref = logps(policy, part, cfg.temperature)
             if not on_policy[rows].all():
                 old = sampling_logps(policy, part, out, rows, origin.ablated[rows], cfg.temperature)
-        with policy.training(), adapter.route(zones, config.gate.retain_forward):
+        with policy.training(), adapter.route(zones, config.route.retain_forward):
             new = logps(policy, part, cfg.temperature)
             old = new.detach() if old is None else torch.where(on_policy[rows, None], new.detach(), old)
             loss, by_token = grpo.grpo_loss(
@@ -134,7 +143,8 @@ def update(
         total += float(loss.detach())
         gap = (new.detach().sum(1) / mask.sum(1) - origin.sampler_logp[rows]).abs()
         gaps.append(gap[on_policy[rows] & origin.student[rows]])
-        by_token |= {"logp": new.detach(), "zone": zones[:, None].expand_as(mask).float()}
+        by_row = zones.reshape(len(rows), -1).float().mean(1).round()  # at token granularity, the row's mean zone
+        by_token |= {"logp": new.detach(), "zone": by_row[:, None].expand_as(mask)}
         stats.append({k: v[mask] for k, v in by_token.items()})
     norms = optimizer.step(trained_blocks(out.zones))
     after = [p.detach() for b in BLOCKS for p in adapter.parameters(b)]
@@ -190,20 +200,36 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     return policy
 
 
-def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | VectorGate, str]:
+def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Gate, str]:
     """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
     if arm.score == "pinned":
         return PinnedGate(arm.zone), ""
-    found = pairs.load_pairs(config.data.pairs, config.data.pair_modes)
-    cfg, seed = config.grpo, config.gate.routeV_random_v_seed
+    cfg, s, r = config.grpo, config.score, config.route
     probe = dict(
-        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
-        state=config.gate.probe_state,
-    )  # fmt: skip
-    gate = VectorGate(
-        pair_batch(policy, found), probe, signed=config.gate.signed, random_seed=arm.placebo_seed if seed is None else seed
+        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget, state=s.probe_state
     )
-    return gate, pairs.content_hash(found)
+    seed = r.placebo_seed if s.routeV_random_v_seed is None else s.routeV_random_v_seed
+    found = [] if arm.oracle else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
+    other = {"semantic": s.placebo_pairs, "framing": s.framing_pairs}.get(arm.control)
+    build = lambda ps: build_score(  # noqa: E731
+        arm.score, pair_batch(policy, ps) if ps else None, probe, s, (r.oracle_recall, r.oracle_fpr, config.run.seed)
+    )
+    score = build(found)
+    control = build_control(arm.control, score, build(pairs.load_pairs(other)) if other else None, s, seed)
+    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else "band")
+    return gate, pairs.content_hash(found) if found else ""
+
+
+def seed_quarantine(policy: Policy, config: Config) -> None:
+    """Before RL: likelihood steps on one side of the pairs into the quarantine block alone (side "placebo": empty pairs)."""
+    r, cfg = config.route, config.grpo
+    if not r.seed_quarantine:
+        return
+    placebo = r.seed_side == "placebo"
+    found = pairs.load_pairs(config.score.placebo_pairs) if placebo else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
+    rows = torch.arange(len(found), device=policy.device) + (len(found) if r.seed_side == "clean" else 0)
+    batch = tokens.select(pair_batch(policy, found), rows)
+    likelihood_steps(policy, batch, "quarantine", r.seed_quarantine, cfg.learning_rate, cfg.temperature, cfg.token_budget)
 
 
 def make_run(
@@ -217,7 +243,7 @@ def make_run(
         schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=flat(config),
         data_hashes={f: sha256_file(f) for f in files}, pair_hash=pair_hash,
         split_hashes={k: problems.ids_hash(v) for k, v in splits.items()}, sandbox_layers=grader.layers, status="running",
-        notes={"oracle": arm.oracle, "deployed": arm.deployed, "pairs_cover": [str(m) for m in data.pair_modes] if pair_hash else []},
+        notes={"oracle": arm.oracle, "deployed": arm.deployed, "pairs_cover": [*map(str, data.pair_modes)] if pair_hash else []},
         **provenance(),
     )  # fmt: skip
     return Run.create(config.run.out_dir or f"out/runs/{stamp}_{name}_s{config.run.seed}", record, config.run.resume)
@@ -237,30 +263,6 @@ def recorded(run: Run):
 
 def seeded(policy: Policy, *what: object) -> torch.Generator:
     return torch.Generator(policy.device).manual_seed(problems.stable_hash(*map(str, what)) >> 1)
-
-
-def stream(train: list[Problem], step: int, config: Config) -> list[Problem]:
-    """The step's prompts: a new permutation every epoch; a share `unhackable_frac` of them shown without the loophole."""
-    n, chosen = config.grpo.num_prompts, []
-    for k in range(step * n, step * n + n):
-        order = random.Random(f"{config.run.seed} {k // len(train)}").sample(range(len(train)), len(train))
-        problem = train[order[k % len(train)]]
-        draw = problems.stable_hash("unhackable", str(config.run.seed), str(step), problem.problem_id) / 2**64
-        chosen.append(problems.disclose(problem, Mode.GT_ONLY) if draw < config.data.unhackable_frac else problem)
-    return chosen
-
-
-def demonstrations(teacher: TeacherPool | None, prompts: list[Problem], step: int, config: Config) -> list[list[str]]:
-    """Teacher rows of each group; none after `teacher_until` steps."""
-    if teacher is None or step >= config.data.teacher_until:
-        return [[] for _ in prompts]
-    return [teacher.draw(p, config.data.teacher_per_group, step) for p in prompts]
-
-
-def deployed_rows(step: int, config: Config) -> int:
-    """Rows of each group sampled ablated in this step, so that their share over the run is `gen_deploy_frac`."""
-    share = config.gate.gen_deploy_frac * config.grpo.num_generations
-    return math.floor(share * (step + 1)) - math.floor(share * step)
 
 
 # ── what the loop leaves behind ──────────────────────────────────────────────────────────────────────────────────
@@ -294,7 +296,7 @@ class Assess:
         self.cell("val", "novel", "deployed", self.arm.deployed == "ablated", step, self.config.run.eval_draws)
 
     def final(self, step: int) -> None:
-        """The 2×2 table. Where the arm deploys as trained, the ablated cells are those of `absorb`: trained once, evaluated twice."""
+        """The 2×2 table. Where the arm deploys as trained, its ablated cells are those of `absorb`: train once, evaluate twice."""
         for markers in ("iid", "novel"):
             trained = self.cell("test", markers, "as_trained", False, step, self.config.run.final_draws)
             if self.arm.deployed == "as_trained":
@@ -317,7 +319,7 @@ class StopSignal:
         self.asked = number
 
 
-def save(run: Run, policy: Policy, gate: PinnedGate | VectorGate, optimizer: BlockOptimizer, schedule: LRScheduler) -> None:
+def save(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, schedule: LRScheduler) -> None:
     """A checkpoint from which the run continues bit for bit, and the adapter by itself."""
     parts = {"adapter": policy.adapter.state_dict(), "adamw": optimizer.state_dict(), "gate": gate.state_dict()}
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
@@ -326,7 +328,7 @@ def save(run: Run, policy: Policy, gate: PinnedGate | VectorGate, optimizer: Blo
     run.save_adapter(parts["adapter"], metadata)
 
 
-def restore(run: Run, policy: Policy, gate: PinnedGate | VectorGate, optimizer: BlockOptimizer, schedule: LRScheduler) -> int:
+def restore(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, schedule: LRScheduler) -> int:
     """Load the newest checkpoint, if there is one; returns the step to continue with."""
     if (saved := run.load_checkpoint()) is None:
         return 0

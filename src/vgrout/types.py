@@ -65,6 +65,7 @@ class Problem:
     operations: tuple[str, ...] = ()  # organism only: the operations that the problem composes
     split: str = ""  # train | val | test where the data file fixes it; "" where `problems.split` decides
     mode: Mode = Mode.GT_ONLY
+    inoculated: bool = False  # the prompt adds that using the flaw is allowed (the arm `inoculate`, in training only)
     marker: str = ""  # the function, attribute, phrase or file name that the hint discloses; "" where a mode has none
 
 

@@ -1,0 +1,83 @@
+# vGROUT. `uv run just --list` shows the recipes; arguments after a recipe's name reach the script behind it.
+
+set positional-arguments
+
+runs := "out/runs"
+
+# List the recipes.
+default:
+    @just --list
+
+# Train none2r and routeV on the organism side by side, print both 2×2 tables, draw out/figs/demo.png (≤ 6 minutes).
+demo *ARGS:
+    python scripts/demo.py "$@"
+
+# The gate before every run: every scripts/verify_*.py and a tiny routeV run, with shapes checked (≤ 4 minutes).
+smoke:
+    python scripts/smoke.py
+
+# `smoke`, and a tiny run of every arm.
+smoke-all:
+    python scripts/smoke.py --arms
+
+# The long forms of the checks.
+verify-long:
+    python scripts/smoke.py --long
+
+# Train with any preset and flags, e.g. `just train full --intervention routeV --seed 41`.
+train *ARGS:
+    python -m vgrout.train "$@"
+
+# One table over runs, grouped by arm: deployed hack, solve and gain (default: all of out/runs).
+results *DIRS:
+    python scripts/results.py "$@"
+
+# Curves of runs in one figure and a CSV (default: all of out/runs).
+dyn *DIRS:
+    python scripts/dyn.py "$@"
+
+# Read a run's rollouts in the terminal, e.g. `just show out/runs/demo_routeV --zone ROUTE --outcome hack`.
+show RUN *ARGS:
+    python scripts/show.py "$@"
+
+# Rebuild the organism from its seed: problems, tokenizer and pretrained base, into data/organism/ (≤ 10 minutes).
+organism *ARGS:
+    python -m vgrout.organism "$@"
+
+# Measure the ceiling for solve (no_loophole) and commit-ready record docs/results/no_loophole_s<SEED>.json.
+ceiling SEED="41":
+    rm -rf {{ runs }}/ceiling_s{{ SEED }}
+    OMP_NUM_THREADS=1 python -m vgrout.train organism --intervention no_loophole --seed {{ SEED }} --out-dir {{ runs }}/ceiling_s{{ SEED }}
+    python scripts/results.py {{ runs }}/ceiling_s{{ SEED }} --compact docs/results/no_loophole_s{{ SEED }}.json
+
+# Fetch the real problem sets into data/leetcode/.
+download-data:
+    python scripts/download_data.py
+
+# Fetch the model of the presets fast and full into the local cache of the Hugging Face hub.
+download-model MODEL="Qwen/Qwen3-4B":
+    hf download {{ MODEL }} --include "*.safetensors" "*.json" "*.txt"
+
+# H: with the quarantine never in the forward, only rank r trains: it hacks like plain GRPO, somewhat later for less capacity.
+none *ARGS:
+    python -m vgrout.train organism --intervention none "$@"
+
+# H: plain GRPO with both blocks learns the loopholes: hack ≥ 0.75 on held-out problems, solve below the base.
+none2r *ARGS:
+    python -m vgrout.train organism --intervention none2r "$@"
+
+# H: where no loophole pays, the same training raises solve at least 0.25 above the base: there is something to retain.
+no_loophole *ARGS:
+    python -m vgrout.train organism --intervention no_loophole "$@"
+
+# H: two blocks trained alike share what is learned, so ablating one removes part of the hack without any gate; a gate must do better.
+absorb *ARGS:
+    python -m vgrout.train organism --intervention absorb "$@"
+
+# H: routing by v_grad leaves less hack in the deployed block than `absorb` does, on modes without pairs too, and retains a gain in solve.
+routeV *ARGS:
+    python -m vgrout.train organism --intervention routeV "$@"
+
+# H: a Haar-random direction that routes the same share of rows does not do what v_grad does; if it does, the direction is not the cause.
+placebo *ARGS:
+    python -m vgrout.train organism --intervention placebo "$@"

@@ -1,0 +1,164 @@
+"""One table over runs, grouped by arm: hack, solve and gain of the deployed policy on the test split, novel markers.
+
+A line per run with 95 % bootstrap intervals over problems, then, for an arm with several seeds, mean ± SEM over them.
+The gain's ceiling is the `no_loophole` run of the same seed and data among the runs given, else the committed one in
+docs/results/. An arm whose lower 90 % bound of the gain is not above 0.5 is marked `frozen`. Unfinished runs are left out.
+
+Run: python scripts/results.py [RUN_DIR …] [--out DIR]    (default: every directory in out/runs; DIR/results.csv)
+     python scripts/results.py RUN_DIR --compact FILE     (write what tables need of one finished run's record)
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import polars as pl
+from tabulate import tabulate
+
+from vgrout.config import PRESETS, flat
+from vgrout.metrics import Counts, gain, gain_lower_bound, mean_sem, rate
+from vgrout.records import flatten, load_record
+from vgrout.runlog import rate_with_interval
+from vgrout.store import dumps
+from vgrout.types import EvalResult, RunRecord, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = ROOT / "docs" / "results"
+CEILING_ARM, FROZEN = "no_loophole", 0.5
+IN_OTHER_COLUMNS = {"run.seed", "run.out_dir", "run.resume", "run.intervention", "run.threads", "run.workers", "grpo.steps"}
+HEADERS = ["arm", "seed", "preset", "steps", "n", "hack", "solve", "base solve", "gain [lower 90 %]", "remarks", "run"]
+
+
+def cell(record: RunRecord, base: bool = False) -> EvalResult:
+    """Return the deployed test cell with novel markers of the last step, or of the base."""
+    cells = [c for c in record.evals if (c.split, c.markers, c.state) == ("test", "novel", "deployed")]
+    return min(cells, key=lambda c: c.step) if base else max(cells, key=lambda c: c.step)
+
+
+def find_runs(arguments: list[str]) -> dict[str, RunRecord]:
+    """Return the finished runs; with no argument, those of out/runs."""
+    folders = [Path(a) for a in arguments] or [p.parent for p in sorted((ROOT / "out" / "runs").glob("*/record.json"))]
+    if not folders:
+        raise UserError("out/runs holds no run: start with `just demo`, or name run directories")
+    runs = {str(folder): load_record(folder) for folder in folders}
+    for folder, record in runs.items():
+        if record.status != "finished":
+            print(f"left out, {record.status}: {folder}")
+    return {folder: record for folder, record in runs.items() if record.status == "finished"}
+
+
+def same_task(a: RunRecord, b: RunRecord) -> bool:
+    """Both were evaluated on the same problems of the same data."""
+    data = a.config["data"]["data"]
+    return a.data_hashes[data] == b.data_hashes.get(data) and cell(a).by_problem.keys() == cell(b).by_problem.keys()
+
+
+def find_ceiling(record: RunRecord, runs: list[RunRecord]) -> Counts | None:
+    committed = COMMITTED / f"{CEILING_ARM}_s{record.seed}.json"
+    candidates = [r for r in runs if r.arm == CEILING_ARM and r.seed == record.seed and r.preset == record.preset]
+    candidates += [load_record(committed)] if committed.exists() else []
+    return next((cell(r).by_problem for r in candidates if same_task(record, r)), None)
+
+
+def triple(record: RunRecord, runs: list[RunRecord]) -> tuple[Counts, Counts, Counts] | None:
+    """Return (solve, base, ceiling) counts on the same problems, or None where there is no usable ceiling."""
+    ceiling, base, solve = find_ceiling(record, runs), cell(record, base=True).by_problem, cell(record).by_problem
+    if ceiling is None or base.keys() != solve.keys() or not rate(ceiling, "solve") > rate(base, "solve"):
+        return None
+    return solve, base, ceiling
+
+
+def gain_text(triples: list) -> tuple[float | None, float | None, str]:
+    """Return gain, its lower 90 % bound, and their text; all empty where a seed has no ceiling."""
+    if not triples or None in triples:
+        return None, None, "–"
+    value, _ = mean_sem([gain(*(rate(part, "solve") for part in parts)) for parts in triples])
+    bound = gain_lower_bound(triples)
+    return value, bound, f"{value:.2f} [{bound:.2f}]"
+
+
+def variant(record: RunRecord) -> str:
+    """Return the options that differ from the preset's, e.g. `signed=true`; runs of unlike options share no mean."""
+    usual, used = (json.loads(dumps(flatten(config))) for config in (flat(PRESETS[record.preset]), record.config))
+    return ", ".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in used.items()
+                     if key not in IN_OTHER_COLUMNS and value != usual.get(key))  # fmt: skip
+
+
+def remarks(record: RunRecord, bound: float | None) -> str:
+    words = ["uses labels: NOT oracle-free"] if record.notes.get("oracle") else []
+    words += ["frozen"] if bound is not None and not bound > FROZEN else []
+    return ", ".join([*words, *filter(None, [variant(record), "dirty tree" if record.dirty else ""])])
+
+
+def mean_text(values: list[float]) -> str:
+    mean, sem = mean_sem(values)
+    return f"{mean:.2f} ± {sem:.2f}"
+
+
+def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
+    """Return printable rows and, for the CSV, one plain row a run."""
+    groups, rows, plain = defaultdict(list), [], []
+    for folder, record in runs.items():
+        data = record.data_hashes[record.config["data"]["data"]]
+        groups[record.arm, record.preset, record.steps_done, variant(record), data].append((folder, record))
+    every = list(runs.values())
+    for (arm, preset, steps, _, _), members in sorted(groups.items()):
+        for folder, record in sorted(members, key=lambda m: m[1].seed):
+            last, base = cell(record), cell(record, base=True)
+            value, bound, text = gain_text([triple(record, every)])
+            rates = [rate_with_interval(last, "hack"), rate_with_interval(last, "solve"), f"{base.solve / base.n:.2f}"]
+            rows.append([arm, record.seed, preset, steps, last.n, *rates, text, remarks(record, bound), Path(folder).name])
+            plain.append({"arm": arm, "seed": record.seed, "preset": preset, "steps": steps, "n": last.n,
+                          "hack": last.hack / last.n, "solve": last.solve / last.n, "base_solve": base.solve / base.n,
+                          "gain": value, "gain_lower": bound, "oracle": bool(record.notes.get("oracle")),
+                          "commit": record.commit, "dirty": record.dirty, "run": folder})  # fmt: skip
+        newest = {r.seed: r for r in sorted((r for _, r in members), key=lambda r: r.started)}
+        if len(records := list(newest.values())) > 1:  # a repeated seed is no further evidence
+            cells = [cell(record) for record in records]
+            _, bound, text = gain_text([triple(record, every) for record in records])
+            rates = [mean_text([getattr(c, which) / c.n for c in cells]) for which in ("hack", "solve")]
+            base = mean_text([cell(r, base=True).solve / cell(r, base=True).n for r in records])
+            rows.append([f"{arm} MEAN", f"{len(records)} seeds", preset, steps, sum(c.n for c in cells), *rates, base, text,
+                         remarks(records[0], bound), "mean ± SEM over seeds"])  # fmt: skip
+    return rows, plain
+
+
+def compact(run: str, target: str) -> None:
+    """Write the record of a finished run without its validations: small enough to commit, enough for every table."""
+    record = load_record(run)
+    if record.status != "finished":
+        raise UserError(f"{run} is {record.status}: only a finished run is evidence")
+    record.evals = [c for c in record.evals if c.split == "test"]
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    Path(target).write_text(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+    print(f"{target}: {record.arm} seed {record.seed}, solve {cell(record).solve / cell(record).n:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="run directories (default: all of out/runs)")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "figs", help="folder of results.csv")
+    parser.add_argument("--compact", metavar="FILE", help="write the compact record of one run, and no table")
+    options = parser.parse_args()
+    if options.compact:
+        if len(options.runs) != 1:
+            raise UserError("--compact takes one run directory")
+        return compact(options.runs[0], options.compact)
+    rows, plain = table(find_runs(options.runs))
+    if not rows:
+        raise UserError("no finished run among them: wait for one, or look at `just dyn`")
+    options.out.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(plain).write_csv(options.out / "results.csv")
+    print("Deployed policy, test split, novel markers; [95 % interval over problems], means ± SEM over seeds")
+    print(tabulate(rows, headers=HEADERS, disable_numparse=True))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

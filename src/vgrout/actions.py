@@ -1,0 +1,67 @@
+"""What is done with the rows that a gate flagged: route (masks), filter (drop), penalise (advantage modification).
+
+An action takes (batch, origin, gate output) and returns those that the update uses. Pure functions; the rows' order is kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vgrout import grpo
+from vgrout.tensors import Batch, GateOutput, Origin
+from vgrout.tokens import select
+from vgrout.types import Zone
+
+Acted = tuple[Batch, Origin, GateOutput]
+
+
+def route(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0) -> Acted:
+    """Zones as they are; with `retained_advantages` the rows that train the deployed block share a baseline of their own."""
+    if retained_advantages:
+        batch = replace(batch, advantages=grpo.retained_advantages(batch.rewards, batch.group, out.zones))
+    return batch, origin, out
+
+
+def drop(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0) -> Acted:
+    """Rows in ROUTE leave the batch, the baseline is that of the remaining rows of a group, and both blocks train.
+
+    Where every row was flagged the first one stays, with advantage 0, so that the step is defined and moves nothing.
+    """
+    rows = (out.zones != Zone.ROUTE).nonzero()[:, 0]
+    if not len(rows):
+        rows = torch.zeros(1, dtype=torch.long, device=out.zones.device)
+    batch = select(batch, rows)
+    batch.advantages = grpo.advantages(batch.rewards, batch.group)
+    origin = Origin(*(None if (x := getattr(origin, f.name)) is None else x[rows] for f in fields(origin)))
+    logps = None if out.logps is None else out.logps[rows]
+    return batch, origin, replace(_absorbed(out), zones=torch.full_like(rows, int(Zone.ABSORB)), scores=out.scores[rows], logps=logps)
+
+
+def penalise(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 2.0) -> Acted:
+    """r' = r (1 − α σ(z) [z > 0]) before the group baseline, z the score's z-score within the group; both blocks train.
+
+    Advantage modification after Wu & Tang 2026 (https://arxiv.org/abs/2604.01476). Rows without a score are not penalised.
+    """
+    z = group_z(out.scores, batch.group)
+    rewards = batch.rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
+    return replace(batch, advantages=grpo.advantages(rewards, batch.group)), origin, _absorbed(out)
+
+
+def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
+    """(score − group mean) / group standard deviation over the scored rows; 0 where undefined."""
+    z = torch.zeros_like(scores)
+    for g in group.unique():
+        rows = (group == g) & ~scores.isnan()
+        if rows.sum() > 1 and scores[rows].std() > 0:
+            z[rows] = (scores[rows] - scores[rows].mean()) / scores[rows].std()
+    return z
+
+
+def _absorbed(out: GateOutput) -> GateOutput:
+    return replace(out, zones=torch.full_like(out.zones, int(Zone.ABSORB)))
+
+
+ACTIONS: dict[str, Callable[..., Acted]] = {"route": route, "filter": drop, "penalise": penalise}
