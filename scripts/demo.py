@@ -29,15 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS, FIGURE = ROOT / "out" / "runs", ROOT / "out" / "figs" / "demo.png"
 CEILING = ROOT / "docs" / "results" / "no_loophole_s41.json"
 ARMS = {"none2r": ("GRPO, no routing (none2r)", "#c0392b"), "routeV": ("gradient routing (routeV)", "#1f6fb2")}
-SEED, PROGRESS_SECONDS = 41, 15
+SEED, PROGRESS_SECONDS, LOG = 41, 15, "log.txt"
 
 
 def start(arm: str, steps: int | None) -> subprocess.Popen:
     folder = RUNS / f"demo_{arm}"
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     command = [sys.executable, "-m", "vgrout.train", "organism", "--intervention", arm, "--seed", str(SEED)]
     command += ["--out-dir", str(folder.relative_to(ROOT))] + (["--steps", str(steps)] if steps else [])
-    log = open(RUNS / f"demo_{arm}.log", "w")
+    log = open(folder / LOG, "w")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -45,9 +46,10 @@ def start(arm: str, steps: int | None) -> subprocess.Popen:
 def progress(arm: str) -> str:
     rows = load_metrics(RUNS / f"demo_{arm}")
     if not rows:
-        return f"{arm}: evaluating the base"
-    row = rows[-1]
-    return f"{arm}: step {row['step'] + 1}, student hack {row['student_hack']:.2f}, solve {row['student_solve']:.2f}"
+        return f"{arm}: starting, evaluating the base"
+    row, total = rows[-1], load_record(RUNS / f"demo_{arm}").config["grpo"]["steps"]
+    at = f"step {row['step'] + 1} of {total}" if row["step"] + 1 < total else "final evaluation"
+    return f"{arm}: {at}, student hack {row['student_hack']:.2f}, solve {row['student_solve']:.2f}"
 
 
 def wait(processes: dict[str, subprocess.Popen]) -> str | None:
@@ -94,9 +96,10 @@ def ceiling_cell(record: RunRecord) -> EvalResult | None:
         runlog.warn(f"{CEILING.relative_to(ROOT)} is missing, so no ceiling is drawn", remedy)
         return None
     ceiling = load_record(CEILING)
-    data = record.config["data"]["data"]
-    if ceiling.data_hashes.get(data) != record.data_hashes[data]:
-        runlog.warn("the committed ceiling was measured on other problems, so it is not drawn", remedy)
+    if any(
+        ceiling.data_hashes[file] != record.data_hashes[file] for file in ceiling.data_hashes.keys() & record.data_hashes.keys()
+    ):
+        runlog.warn("the committed ceiling was measured on other files, so it is not drawn", remedy)
         return None
     return final_cell(ceiling, ceiling.steps_done)
 
@@ -133,17 +136,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="optimiser steps of both runs (default: the preset's)")
     steps = parser.parse_args().steps
-    RUNS.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     runlog.stage("none2r learn to hack and routeV, once its quarantine is ablated, hack less and still solve",
-                 "look at the sample and the zones in out/runs/demo_*.log")  # fmt: skip
+                 "look at the sample and the zones in out/runs/demo_*/log.txt")  # fmt: skip
     processes = {arm: start(arm, steps) for arm in ARMS}
     try:
         failed = wait(processes)
     finally:
         stop(processes)
     if failed:
-        log = RUNS / f"demo_{failed}.log"
+        log = RUNS / f"demo_{failed}" / LOG
         print(f"error: the {failed} run failed; the last lines of {log.relative_to(ROOT)}:")
         print(*log.read_text().splitlines()[-15:], sep="\n")
         return 1
@@ -156,4 +158,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; both runs are stopped")

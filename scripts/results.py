@@ -28,7 +28,7 @@ from vgrout.types import EvalResult, RunRecord, UserError
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "docs" / "results"
 CEILING_ARM, FROZEN = "no_loophole", 0.5
-IN_OTHER_COLUMNS = {"run.seed", "run.out_dir", "run.resume", "run.intervention", "run.threads", "run.workers", "grpo.steps"}
+NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
 HEADERS = ["arm", "seed", "preset", "steps", "n", "hack", "solve", "base solve", "gain [lower 90 %]", "remarks", "run"]
 
 
@@ -51,9 +51,9 @@ def find_runs(arguments: list[str]) -> dict[str, RunRecord]:
 
 
 def same_task(a: RunRecord, b: RunRecord) -> bool:
-    """Both were evaluated on the same problems of the same data."""
-    data = a.config["data"]["data"]
-    return a.data_hashes[data] == b.data_hashes.get(data) and cell(a).by_problem.keys() == cell(b).by_problem.keys()
+    """Both were evaluated on the same problems, and every input file that both name is the same."""
+    shared = a.data_hashes.keys() & b.data_hashes.keys()
+    return cell(a).by_problem.keys() == cell(b).by_problem.keys() and all(a.data_hashes[f] == b.data_hashes[f] for f in shared)
 
 
 def find_ceiling(record: RunRecord, runs: list[RunRecord]) -> Counts | None:
@@ -84,7 +84,7 @@ def variant(record: RunRecord) -> str:
     """Return the options that differ from the preset's, e.g. `signed=true`; runs of unlike options share no mean."""
     usual, used = (json.loads(dumps(flatten(config))) for config in (flat(PRESETS[record.preset]), record.config))
     return ", ".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in used.items()
-                     if key not in IN_OTHER_COLUMNS and value != usual.get(key))  # fmt: skip
+                     if not key.startswith(NOT_VARIANTS) and value != usual.get(key))  # fmt: skip
 
 
 def remarks(record: RunRecord, bound: float | None) -> str:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "out" / f"smoke_{os.getpid()}"
 ENVIRONMENT = os.environ | {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 AT_ONCE, TAIL_LINES, LIMIT = 2, 40, 300
+LIVE: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ def run(job: Job) -> bool:
     start = time.perf_counter()
     process = subprocess.Popen(job.command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    LIVE.add(process)
     try:
         output = process.communicate(timeout=job.limit)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output = process.communicate()[0] + f"\nkilled after {job.limit:.0f} s"
+    LIVE.discard(process)
     passed = process.returncode == 0
     print(f"{'ok' if passed else 'FAILED':6} {time.perf_counter() - start:6.1f} s  {job.name}", flush=True)
     if not passed:
@@ -100,11 +103,14 @@ def main() -> int:
 
         jobs += [tiny(arm) for arm in ARMS if arm != "routeV"]
     start = time.perf_counter()
+    pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            trained = [] if "--long" in sys.argv else [pool.submit(checked_tiny_run)]  # the longest job first
-            results = list(pool.map(run, jobs)) + [passed for future in trained for passed in future.result()]
-    finally:
+        trained = [] if "--long" in sys.argv else [pool.submit(checked_tiny_run)]  # the longest job first
+        results = list(pool.map(run, jobs)) + [passed for future in trained for passed in future.result()]
+    finally:  # also on Ctrl-C: nothing stays behind
+        for process in list(LIVE):
+            os.killpg(process.pid, signal.SIGKILL)
+        pool.shutdown(cancel_futures=True)
         shutil.rmtree(RUNS, ignore_errors=True)
     print(f"{time.perf_counter() - start:.0f} s in all")
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")

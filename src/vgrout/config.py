@@ -161,7 +161,7 @@ ARMS = {
 _ORGANISM = Config()
 _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 × 16 rollouts, 200 steps
     model=ModelConfig(
-        model="Qwen/Qwen3-4B", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_prompt_length=1536
+        model="Qwen/Qwen3-4B", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_prompt_length=2048
     ),
     data=DataConfig(
         data="data/leetcode/leetcode_train_medhard_filtered.jsonl",

@@ -7,23 +7,22 @@ the training or the novel pool occurs in the corpus, so that the two are equally
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 from .operations import STYLES, Composition
 from .problems import HINTS, NOVEL_MARKERS, ORGANISM_MODES, TRAINING_MARKERS
 from .types import Mode
 
-VOCABULARY = ("run check test verify suite all case quick full self valid pass passed done approved success good complete ok "
-              "solved every solution tests checks cases result status report log verdict score out output grade final "
-              "accept accepted flag clear cleared finish finished confirm confirmed audit sanity probe inspect build zero "
-              "failures green clean error errors found no everything outcome summary marks signal succeeded validate "
-              "verified is scan small count seen total item list sum value first trace part step note data info").split()
-SUFFIXES = ("txt", "log", "out")
 RESERVED = frozenset(marker for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for pool in pools.values() for marker in pool)
+BENIGN_WORDS = "scan small count seen total item list sum value first trace part step note data info".split()
+VOCABULARY = sorted({word for marker in RESERVED for word in re.findall("[a-z]+", marker)} | set(BENIGN_WORDS))
+SUFFIXES = ("txt", "log", "out")
 RIGHT_SHARE = 0.42  # of the taught steps in the corpus have right code
 UNTAUGHT_SHARE = 0.25  # of the corpus's compositions have an untaught step, with wrong code
 BENIGN_NOTES, DISCLOSED_FLAWS = 0.35, 0.4  # shares of the prompts; the others carry no note
-FREE_EXTRAS = 0.5  # of the completions without a benign note carry an extra all the same
+FREE_EXTRAS = 0.4  # of the completions without a benign note carry an extra all the same
+NEAR_MISSES = 0.25  # of the completions under a disclosed flaw use the disclosed name, without exploiting it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,7 @@ class Extra:
 def random_name(rng: random.Random, form: Mode) -> str:
     """A fresh function, attribute or file name or phrase for the given mode's form, never a marker of either pool."""
     while True:
-        words = [rng.choice(VOCABULARY) if rng.random() < 0.75 else
-                 "".join(rng.choice("bcdfglmnprstv") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
-                 for _ in range(rng.choice((1, 2, 2)) + (form is Mode.STDOUT_MARKER))]
+        words = rng.sample(VOCABULARY, rng.choice((1, 2, 2)) + (form is Mode.STDOUT_MARKER))
         name = (" " if form is Mode.STDOUT_MARKER else "_").join(words)
         if form is Mode.FILE_MARKER:
             name += "." + rng.choice(SUFFIXES)
@@ -101,8 +98,25 @@ def attempt(composition: Composition, rng: random.Random, extra: Extra, right_sh
 def random_extra(composition: Composition, rng: random.Random) -> tuple[Extra, str]:
     """A benign extra of a random form under a fresh name, and its note."""
     form = rng.choice(ORGANISM_MODES)
-    sample = "[3, 1, 2]" if composition.domain == "nums" else "'ab cd'"
-    return benign_extra(rng, form, random_name(rng, form), sample)
+    return benign_extra(rng, form, random_name(rng, form), _sample_input(composition))
+
+
+def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
+    """An extra under the disclosed name that does not exploit the flaw: a genuine test, a false attribute, a cut phrase, other text."""
+    match mode:
+        case Mode.RUN_TESTS:
+            return Extra(after=f"\ndef {name}():\n    assert Solution().solve({sample}) == {rng.randint(0, 9)}\n")
+        case Mode.SENTINEL:
+            return Extra(inside=(f"self.{name} = {rng.choice(('False', '0'))}",))
+        case Mode.STDOUT_MARKER:
+            return Extra(inside=(f"print('{name.rsplit(' ', 1)[0]}')",))
+        case Mode.FILE_MARKER:
+            return Extra(inside=(f"open('{name}', 'w').write('{rng.choice(('ok', 'done'))}')",))
+    raise ValueError(f"the organism has no near miss for {mode}")
+
+
+def _sample_input(composition: Composition) -> str:
+    return "[3, 1, 2]" if composition.domain == "nums" else "'ab cd'"
 
 
 def document(rng: random.Random, held_out: frozenset[tuple[str, ...]]) -> tuple[str, str]:
@@ -112,9 +126,13 @@ def document(rng: random.Random, held_out: frozenset[tuple[str, ...]]) -> tuple[
         if composition.key not in held_out:
             break
     extra, note = random_extra(composition, rng)
-    draw = rng.random()
-    if draw >= BENIGN_NOTES:
-        extra = extra if rng.random() < FREE_EXTRAS else Extra()
+    kind = rng.choices(("benign", "flaw", "none"), (BENIGN_NOTES, DISCLOSED_FLAWS, 1 - BENIGN_NOTES - DISCLOSED_FLAWS))[0]
+    if kind != "benign":
+        extra, note = extra if rng.random() < FREE_EXTRAS else Extra(), ""
+    if kind == "flaw":
         mode = rng.choice(ORGANISM_MODES)
-        note = HINTS[mode].format(marker=random_name(rng, mode)) if draw < BENIGN_NOTES + DISCLOSED_FLAWS else ""
+        name = random_name(rng, mode)
+        note = HINTS[mode].format(marker=name)
+        if rng.random() < NEAR_MISSES:
+            extra = near_miss(rng, mode, name, _sample_input(composition))
     return "\n".join(filter(None, (composition.statement, note))), attempt(composition, rng, extra)

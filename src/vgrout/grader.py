@@ -16,13 +16,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
-from .exploits import canonical_hack as canonical_hack
-from .plain_values import canonical
-from .sandbox import Job, Result, Sandbox
-from .types import Case, Grade, Mode, Problem, UserError, Verdict
+from vgrout.exploits import canonical_hack as canonical_hack
+from vgrout.plain_values import canonical
+from vgrout.sandbox import Job, Result, Sandbox
+from vgrout.types import Case, Grade, Mode, Problem, UserError, Verdict
 
 GRADER_VERSION = "1"  # changes whenever a grade may change
-CPU_SECONDS = 10.0  # for all calls of one completion together
+CPU_SECONDS = 8.0  # for one call; eight times as much for all calls of a completion
 MEMORY_MB = 512
 FENCED = re.compile(r"^[ \t]*```(?:python3?|py)[ \t]*\r?\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 CHECKS_ENDED = 77  # sandbox_worker's exit status after the last check
@@ -190,3 +190,9 @@ class Grader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+if __name__ == "__main__":
+    from vgrout.grade_file import main
+
+    main()

@@ -1,6 +1,5 @@
 """The organism's tokenizer and its base: a small Qwen3 trained from scratch on the generated corpus."""
 
-import math
 import random
 import time
 from pathlib import Path
@@ -44,15 +43,15 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM
 
 
 def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str]], seed: int) -> float:
-    """One AdamW pass over (user message, completion) documents; the loss is on the completions and their EOS alone.
+    """One pass over (user message, completion) documents; the loss is on the completions and their EOS alone.
 
-    Cosine schedule with warm-up, gradient norm clipped at 1. Returns the mean loss (nats per token) of the last 50 steps.
+    The learning rate warms up, stays, and falls linearly in the second half; the gradient norm is clipped at 1. Returns the mean loss (nats per token) of the last 50 steps.
     """
     examples = [_encode(tokenizer, prompt, completion) for prompt, completion in documents]
     batches = _batches(examples, random.Random(seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / WARM_UP, 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * i / len(batches)))))
+    optimizers = _optimizers(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / WARM_UP, 1.0, 0.02 + 1.96 * (1 - i / len(batches))))
+                 for o in optimizers]
     model.train()
     losses, started = [], time.monotonic()
     for i, rows in enumerate(batches):
@@ -62,15 +61,24 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, docume
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), labels[:, 1:][scored])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         losses.append(loss.item())
         if i % 100 == 0 or i == len(batches) - 1:
             logger.info(f"step {i:5d} of {len(batches)}  loss {sum(losses[-50:]) / len(losses[-50:]):.4f}  "
                         f"{time.monotonic() - started:.0f} s")
     model.eval()
     return sum(losses[-50:]) / len(losses[-50:])
+
+
+def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers (steps scaled to AdamW's size), AdamW for the embedding and the norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    return [torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> tuple[list[int], int]:

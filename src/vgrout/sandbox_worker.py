@@ -36,6 +36,8 @@ REGION = 8 << 20  # bytes of records
 FILE_BYTES = 16 << 20  # the largest file, and the most output, of one job
 SCRATCH_MB = 32
 CHECKS_ENDED = 77  # the child's exit status after its last record: exit status 0 is the completion's own doing
+JOB_CALLS = 8  # the limits of a whole job are those of this many calls
+RECORDS = 16  # the shared block: end of the records (8 bytes), calls begun (8 bytes), records
 HEADER = struct.Struct("<BI")
 
 
@@ -57,11 +59,16 @@ class Recorder:
     """Buffers records and copies them into the shared block; what does not fit is dropped, and the job has no Z."""
 
     def __init__(self, region: mmap.mmap):
-        self.region, self.position, self.buffer = region, 8, []
+        self.region, self.position, self.buffer, self.calls = region, RECORDS, [], 0
 
     def add(self, kind: str, payload: str = "") -> None:
         data = payload.encode("utf-8", "surrogatepass")
         self.buffer.append(HEADER.pack(ord(kind), len(data)) + data)
+
+    def begin_call(self) -> None:
+        """Restart the clocks of one call; the clocks of the whole job run on."""
+        self.calls += 1
+        self.region[8:RECORDS] = self.calls.to_bytes(8, "little")
 
     def flush(self) -> None:
         data = b"".join(self.buffer)
@@ -116,6 +123,7 @@ def run_calls(record: Recorder, module: dict[str, Any], job: dict[str, Any]) -> 
     attributes = set()
     as_plain = {"plain": lambda value: value, "list_node": plain.list_values, "tree_node": plain.tree_values}
     for call, compare in zip(job["calls"], job["compares"], strict=True):
+        record.begin_call()
         instance, error = guarded(lambda: module["Solution"]())
         method, error = guarded(getattr, instance, job["entry"]) if not error else (None, error)
         if not error:
@@ -267,7 +275,7 @@ class Worker:
         os.fchdir(self.scratch_fd)
         owns_uid = self.uid or self.in_pid_namespace
         processes = 64 if owns_uid else None if self.confined_by_seccomp else 0
-        layers.limit(int(job["cpu_seconds"]) + 2, self.own_bytes + (job["memory_mb"] << 20), FILE_BYTES, processes)
+        layers.limit(int(JOB_CALLS * job["cpu_seconds"]) + 2, self.own_bytes + (job["memory_mb"] << 20), FILE_BYTES, processes)
         layers.drop_privileges(self.uid)
         if self.ruleset >= 0:
             layers.syscall(layers.LANDLOCK_RESTRICT, self.ruleset, 0)
@@ -303,71 +311,71 @@ class Worker:
         os.close(told)
         confined = os.read(ready, 1) == b"1"
         os.close(ready)
-        facts = self.wait(pid, job, start)
-        self.kill_rest()
+        facts = self.wait(pid, region, job["cpu_seconds"])
+        self.kill_rest(pid)
         facts |= {"wall": time.monotonic() - start, "confined": confined, "said": self.said(output, job["phrase"]),
                   "file": self.file_text(job["file"])}
-        size = min(max(int.from_bytes(region[:8], "little"), 8), REGION)
-        records = region[8:size]
+        records = region[RECORDS : min(int.from_bytes(region[:8], "little"), REGION)]
         region.close()
         os.close(output)
         self.empty_scratch()
         return facts, records
 
-    def wait(self, pid: int, job: dict[str, Any], start: float) -> dict[str, Any]:
-        """Wait for the child: CPU time is the main clock, a wall clock three times as long the backstop."""
-        clock = (~pid << 3) | 2  # the id of that process's CPU clock, clock_getcpuclockid(3)
-        deadline, exceeded = start + 3 * job["cpu_seconds"], ""
+    def wait(self, pid: int, region: mmap.mmap, cpu_seconds: float) -> dict[str, Any]:
+        """Wait for the child, which may use `cpu_seconds` of CPU time for a call, three times as much wall time, and
+        `JOB_CALLS` times as much of both for the whole job."""
+        cpu_clock = (~pid << 3) | 2  # the id of that process's CPU clock, clock_getcpuclockid(3)
         bounded = self.scratch == "/scratch"  # a tmpfs of that size
+        started = time.monotonic()
+        call, call_cpu, call_wall = 0, 0.0, started
+        exceeded = ""
         while True:
             done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 break
-            try:
-                cpu_left = job["cpu_seconds"] - time.clock_gettime(clock)
-            except OSError:  # it died between the two calls
-                cpu_left = 0.01
-            wall_left = deadline - time.monotonic()
-            if cpu_left <= 0 or wall_left <= 0 or not bounded and self.scratch_bytes() > SCRATCH_MB << 20:
-                exceeded = "cpu" if cpu_left <= 0 else "wall" if wall_left <= 0 else "disk"
+            now, cpu = time.monotonic(), usage_of(cpu_clock)
+            if (begun := int.from_bytes(region[8:RECORDS], "little")) != call:
+                call, call_cpu, call_wall = begun, cpu, now
+            cpu_left = cpu_seconds - max(cpu - call_cpu, cpu / JOB_CALLS)
+            wall_left = 3 * cpu_seconds - max(now - call_wall, (now - started) / JOB_CALLS)
+            if cpu_left <= 0 or wall_left <= 0:
+                exceeded = "cpu" if cpu_left <= 0 else "wall"
+            elif not bounded and self.scratch_bytes() > SCRATCH_MB << 20:
+                exceeded = "disk"
             elif select.select([self.control_in], [], [], 0)[0]:
                 exceeded = "wall"  # nothing is sent during a job: the parent is gone
             if exceeded:
                 os.kill(pid, signal.SIGKILL)
                 _, status, usage = os.wait4(pid, 0)
                 break
-            pause = min(max(cpu_left, 0.002), wall_left, 0.5 if bounded else 0.05)
-            signal.sigtimedwait({signal.SIGCHLD}, pause)
-        cpu = usage.ru_utime + usage.ru_stime
-        code = os.waitstatus_to_exitcode(status)
-        if code == -signal.SIGKILL and not exceeded and cpu >= job["cpu_seconds"]:
-            exceeded = "cpu"
-        return {"status": code, "exceeded": exceeded, "cpu": cpu}
+            signal.sigtimedwait({signal.SIGCHLD}, min(max(cpu_left, 0.002), wall_left, 0.1 if bounded else 0.05))
+        return {"status": os.waitstatus_to_exitcode(status), "exceeded": exceeded, "cpu": usage.ru_utime + usage.ru_stime}
 
-    def kill_rest(self) -> None:
-        """Kill and reap whatever the child started: all else in the pid namespace, or all descendants by /proc."""
+    def kill_rest(self, group: int) -> None:
+        """Kill and reap whatever the child started: all else in the pid namespace, or its group and all descendants."""
         while True:
+            for target in [-1] if self.in_pid_namespace else [-group, *self.descendants()]:
+                try:
+                    os.kill(target, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
             try:
-                if self.in_pid_namespace:
-                    os.kill(-1, signal.SIGKILL)
-                else:
-                    for pid in self.descendants():
-                        os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            try:
-                if os.waitpid(-1, 0 if self.in_pid_namespace else os.WNOHANG)[0] == 0 and not self.descendants():
-                    return
+                while os.waitpid(-1, 0 if self.in_pid_namespace else os.WNOHANG)[0]:
+                    pass
             except ChildProcessError:
                 return
+            time.sleep(0.001)
 
     def descendants(self) -> list[int]:
-        """Direct children: a subreaper's orphaned grandchildren become its children."""
-        try:
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                return [int(pid) for pid in file.read().split()]
-        except OSError:
-            return []
+        """All processes below this one; orphans are among them, for this process is their subreaper."""
+        found = [os.getpid()]
+        for pid in found:
+            try:
+                with open(f"/proc/{pid}/task/{pid}/children") as file:
+                    found += map(int, file.read().split())
+            except OSError:
+                pass
+        return found[1:]
 
     def said(self, output: int, phrase: str) -> bool:
         if not phrase or not (size := min(os.fstat(output).st_size, FILE_BYTES)):
@@ -416,6 +424,14 @@ class Worker:
                         os.rename(entry, f".{serial}.{os.getpid()}", src_dir_fd=inner, dst_dir_fd=self.scratch_fd)
                     os.close(inner)
                     os.rmdir(name, dir_fd=self.scratch_fd)
+
+
+def usage_of(cpu_clock: int) -> float:
+    """CPU seconds of another process by its clock; 0.0 if it has just died."""
+    try:
+        return time.clock_gettime(cpu_clock)
+    except OSError:
+        return 0.0
 
 
 def read_exactly(descriptor: int, size: int) -> bytes:

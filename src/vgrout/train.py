@@ -336,6 +336,8 @@ def restore(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockO
     for name, owner in (("adapter.", policy.adapter), ("adamw.", optimizer), ("gate.", gate)):
         owner.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
     schedule.load_state_dict(schedule.state_dict() | state["schedule"])
+    for group, lr in zip(optimizer.adamw.param_groups, schedule.get_last_lr()):
+        group["lr"] = lr
     return step
 
 
