@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from tabulate import tabulate
 from torch import Tensor
 
 from vgrout.lora2r import BLOCKS
 from vgrout.records import load_adapter, load_record
 from vgrout.runlog import last_cells, rate_with_interval
-from vgrout.store import dumps, pack, write_atomic
+from vgrout.store import dumps, write_atomic
 from vgrout.types import RunRecord, UserError
 
 CHOICES = {"deployed": BLOCKS[:1], "quarantine": BLOCKS[1:], "both": BLOCKS}
@@ -59,13 +60,19 @@ def peft_config(tensors: dict[str, Tensor], base: str) -> dict:
 def card(record: RunRecord, metadata: dict[str, str], block: str, config: dict) -> str:
     """The adapter's README.md: what it is, how it was made and measured, how to load it."""
     cells = last_cells(record) if record.status == "finished" else []
-    rows = [[c.state.replace("_", " ") if c.step else "base", c.markers, c.step, c.n, f"{c.hack} = {rate_with_interval(c, 'hack')}",
-             f"{c.solve} = {rate_with_interval(c, 'solve')}"] for c in cells]  # fmt: skip
-    headers = ["policy", "markers", "step", "draws", "hacks [95 %]", "solves [95 %]"]
+    states = {"deployed": {"ablated"}, "both": {"as_trained"}, "quarantine": set()}[block]
+    states |= {"deployed"} if record.notes["deployed"] in states else set()
+    rows = []
+    for c in cells:
+        name, mine = ("base", "no") if c.step == 0 else (c.state.replace("_", " "), "yes" if c.state in states else "no")
+        counts = [f"{n} = {rate_with_interval(c, which)}" for n, which in ((c.hack, "hack"), (c.solve, "solve"))]
+        rows.append([name, mine, c.markers, c.step, c.n, *counts])
+    headers = ["policy", "this export", "markers", "step", "draws", "hacks [95 %]", "solves [95 %]"]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     oracle = "yes: this arm reads true labels, **not oracle-free**" if record.notes.get("oracle") else "no"
     facts = [
-        ("base model", f"`{metadata['model']}`"), ("arm", f"`{record.arm}`, which deploys {record.notes['deployed'].replace('_', ' ')}"),
+        ("base model", f"`{metadata['model']}`"),
+        ("arm", f"`{record.arm}`, which deploys {record.notes['deployed'].replace('_', ' ')}"),
         ("exported", WHAT[block]), ("training used labels of rollouts", oracle),
         ("modes covered by the pairs", ", ".join(record.notes.get("pairs_cover") or ["none"])),
         ("seed", record.seed), ("adapter seed, rank per block", f"{metadata['seed']}, {metadata['rank']}"),
@@ -81,8 +88,8 @@ tags: [lora, gradient-routing, reward-hacking]
 
 # {record.arm}, seed {record.seed}: {block}
 
-A LoRA of rank {config["r"]} on {len(config["target_modules"])} Linears, trained by vGROUT: GRPO in a coding environment whose grader can
-be gamed. A *hack* passes that grader and is not correct; a *solve* is correct.
+A LoRA of rank {config["r"]} on {len(config["target_modules"])} Linears, trained by vGROUT: GRPO in a coding environment whose
+grader can be gamed. A *hack* passes that grader and is not correct; a *solve* is correct.
 
 {tabulate(facts, headers=["", ""], tablefmt="github", disable_numparse=True)}
 
@@ -90,8 +97,8 @@ be gamed. A *hack* passes that grader and is not correct; a *solve* is correct.
 
 {table if cells else "The run is not finished, so there is no final evaluation."}
 
-Held-out problems, the run's own temperature. A row speaks of this export only where its policy is the one exported:
-`deployed` and `ablated` for the deployed block, `as trained` for both blocks. Novel markers are names that training never showed.
+Held-out problems, at the run's own temperature. Only the rows marked `yes` speak of this export. Novel markers are names that
+training never showed.
 
 ## Loading
 
@@ -104,7 +111,8 @@ model = PeftModel.from_pretrained(model, "this folder")  # then, if wanted: mode
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(metadata["model"])})
 ```
 
-The delta is exact in fp32. Merging it into bf16 weights rounds small deltas away; load the base in fp32 before merging, or do not merge.
+The delta is exact in fp32. Merging it into bf16 weights rounds small deltas away: load the base in fp32 before merging, or do
+not merge.
 A low hack rate in this environment says nothing about other environments.
 """
 
@@ -114,14 +122,15 @@ def export(run: str | Path, block: str | None, out: Path | None) -> Path:
     run = Path(run)
     record = load_record(run)
     if not (run / "adapter.safetensors").exists():
-        raise UserError(f"{run} holds no adapter ({record.status}): one is written at the first checkpoint (--save-every) and at the end")
+        when = "one is written at the first checkpoint (--save-every) and at the end"
+        raise UserError(f"{run} holds no adapter ({record.status}): {when}")
     block = block or ("deployed" if record.notes["deployed"] == "ablated" else "both")
     adapter, metadata = load_adapter(run)
     tensors = peft_tensors(adapter, CHOICES[block])
     config = peft_config(tensors, metadata["model"])
     folder = out or run / f"peft_{block}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "adapter_model.safetensors", pack(tensors, {"format": "pt"}))
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     write_atomic(folder / "adapter_config.json", (dumps(config, indent=2) + "\n").encode())
     write_atomic(folder / "README.md", card(record, metadata, block, config).encode())
     return folder

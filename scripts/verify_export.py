@@ -5,17 +5,16 @@
 
 import json
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from export import CHOICES, export
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import perturb
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from export import CHOICES, export
+from tiny import perturb
 from vgrout.policy import Policy, load_policy
 from vgrout.records import Run, provenance
 from vgrout.types import EvalResult, RunRecord, UserError
@@ -25,10 +24,11 @@ BASE, TOLERANCE = "data/organism/base", 1e-5
 
 def planted_run(folder: Path, policy: Policy, deployed: str) -> Path:
     """A finished run directory with a planted adapter and one evaluation cell."""
+    cell = EvalResult("test", "novel", "deployed", 6, 4, 1, 2, {"sentinel": {"n": 4, "hack": 1, "solve": 2}}, {"p": [4, 1, 2]})
     record = RunRecord(
         schema_version=1, arm="routeV", preset="organism", seed=41, config={}, data_hashes={}, pair_hash="", split_hashes={},
-        sandbox_layers={}, status="running", steps_done=6, notes={"oracle": False, "deployed": deployed, "pairs_cover": ["sentinel"]},
-        evals=[EvalResult("test", "novel", "deployed", 6, 4, 1, 2, {"sentinel": {"n": 4, "hack": 1, "solve": 2}}, {"p": [4, 1, 2]})],
+        sandbox_layers={}, status="running", steps_done=6, evals=[cell],
+        notes={"oracle": False, "deployed": deployed, "pairs_cover": ["sentinel"]},
         **provenance(),
     )  # fmt: skip
     run = Run.create(folder, record, resume=False)
@@ -57,10 +57,12 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 
 def main() -> None:
-    policy = load_policy(BASE, dtype="float32", device="cpu", rank=4, lora_init_seed=0, targets=r"\.layers\.\d+\.", gradient_checkpointing=False)
+    policy = load_policy(
+        BASE, dtype="float32", device="cpu", rank=4, lora_init_seed=0, targets=r"\.layers\.", gradient_checkpointing=False
+    )
     perturb(policy, 0.02)
     ids = torch.randint(3, 1000, (2, 24), generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as tmp, nullcontext():
+    with tempfile.TemporaryDirectory() as tmp:
         run = planted_run(Path(tmp) / "run", policy, "ablated")
         with policy.adapter.disabled(), torch.no_grad():
             base = policy.model(ids).logits
@@ -68,11 +70,12 @@ def main() -> None:
         for block, folder in folders.items():
             want = ours(policy, block, ids)
             assert gap(want, base) > 0.1, "the planted delta must matter for this check to mean something"
-            for merge in (False, True):
-                assert (off := gap(theirs(folder, ids, merge), want)) < TOLERANCE, f"{block}, merged {merge}: logits differ by {off}"
-            others = [gap(theirs(folder, ids), ours(policy, other, ids)) for other in CHOICES if other != block]
+            got = {merge: theirs(folder, ids, merge) for merge in (False, True)}
+            for merge, logits in got.items():
+                assert (off := gap(logits, want)) < TOLERANCE, f"{block}, merged {merge}: logits differ by {off}"
+            others = [gap(got[False], ours(policy, other, ids)) for other in CHOICES if other != block]
             assert min(others) > 100 * TOLERANCE, f"{block} cannot be told from another block: {others}"
-        print(f"ok  plain peft gives our logits to {TOLERANCE:g} for {', '.join(CHOICES)}, merged too; another block's logits differ")
+        print(f"ok  plain peft gives our logits to {TOLERANCE:g} for {', '.join(CHOICES)}, merged too; another block's differ")
 
         path = folders["deployed"] / "adapter_model.safetensors"
         whole, want = load_file(path), ours(policy, "deployed", ids)
@@ -84,13 +87,13 @@ def main() -> None:
         save_file(whole, path)
         config = folders["deployed"] / "adapter_config.json"
         text = config.read_text()
-        config.write_text(json.dumps(json.loads(text) | {"lora_alpha": 2 * rank * 2}))
+        config.write_text(json.dumps(json.loads(text) | {"lora_alpha": 4 * rank}))
         assert gap(theirs(folders["deployed"], ids), want) > 100 * TOLERANCE, "the check misses a wrong scaling"
         config.write_text(text)
         print("ok  a lost term dB·A0 and a wrong lora_alpha are noticed")
 
         card = (folders["deployed"] / "README.md").read_text()
-        for words in (BASE, "routeV", "41", "1 = 0.25", "2 = 0.50", "PeftModel", json.loads((run / "record.json").read_text())["commit"]):
+        for words in (BASE, "routeV", "41", "1 = 0.25", "2 = 0.50", "PeftModel", provenance()["commit"]):
             assert words in card, f"the model card lacks {words!r}"
         assert export(run, None, None).name == "peft_deployed"
         other = planted_run(Path(tmp) / "as_trained", policy, "as_trained")
@@ -102,7 +105,7 @@ def main() -> None:
                 raise AssertionError(f"{bad} was exported")
             except UserError as error:
                 assert word in str(error), error
-        print("ok  the card names base, arm, seed, commit and counts; the default is the arm's deployed policy; no adapter, one line")
+        print("ok  the card names base, arm, seed, commit and counts; the default is what the arm deploys; no adapter, one line")
 
 
 if __name__ == "__main__":

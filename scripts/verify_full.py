@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from vgrout import pairs, problems, train
-from vgrout.config import parse
+from vgrout.cli import parse
 from vgrout.lora2r import BLOCKS, BlockOptimizer
 from vgrout.policy import load_policy
 from vgrout.records import load_metrics, load_record, load_rollouts

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from vgrout import train
-from vgrout.config import ARMS, Config, parse
+from vgrout.cli import parse
+from vgrout.config import ARMS, Config
 from vgrout.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
 from vgrout.records import load_adapter, load_metrics, load_record
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
-TIMES = {"sec_sample", "sec_grade", "sec_score", "sec_update", "sec_step", "tokens_per_second"}
+TIMES = {"sec_refresh", "sec_sample", "sec_grade", "sec_score", "sec_update", "sec_step", "tokens_per_second"}
 
 
 def run(folder: str, *flags: str, arm: str = "routeV") -> Path:

@@ -1,19 +1,12 @@
-"""Presets, arms and the command line: data, checked before anything heavy is imported. Only `train.py` reads a Config.
+"""The configuration: what a run can be told, the presets, and the arms. Data alone; `cli.py` checks it, `train.py` reads it.
 
-    python -m vgrout.train PRESET [--flag value …]
+A comment behind a field is its line in --help.
 """
 
-import contextlib
-import io
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import tyro
-
-from vgrout.types import Mode, UserError, Zone
+from vgrout.types import Mode, Zone
 
 
 @dataclass(frozen=True)
@@ -192,115 +185,3 @@ PRESETS = {
     ),
     "full": _QWEN,
 }
-
-
-def parse(argv: Sequence[str]) -> tuple[str, Config]:
-    """(preset, config) from the command line; UserError for an unknown preset or flags that contradict each other."""
-    if not argv or argv[0] not in (*PRESETS, "-h", "--help"):
-        given = f"unknown preset {argv[0]!r}" if argv else "no preset given"
-        raise UserError(f"{given}: python -m vgrout.train {{{','.join(PRESETS)}}} [--flags]; see --help")
-    preset = argv[0] if argv[0] in PRESETS else "organism"
-    args = argv[1:] if argv[0] in PRESETS else argv
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            config = tyro.cli(
-                tyro.conf.OmitArgPrefixes[tyro.conf.EnumChoicesFromValues[Config]],
-                default=PRESETS[preset],
-                args=args,
-                prog=f"python -m vgrout.train {preset}",
-                description=f"{__doc__}\npresets: {', '.join(PRESETS)}; arms: {', '.join(ARMS)}",
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        box = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
-        text = " ".join(line for line in box if not set(line) <= set("─")).split(" For full helptext")[0]
-        raise UserError(f"{text} (python -m vgrout.train {preset} --help lists the flags)") from None
-    check(config)
-    return preset, config
-
-
-def check(config: Config) -> None:
-    """Refuse what cannot work, in one line, before any work starts."""
-    model, data, grpo, score, route, run = (getattr(config, f.name) for f in fields(config))
-    arm = ARMS.get(run.intervention)
-    students = grpo.num_generations - data.teacher_per_group * bool(data.teacher_pool)
-    shares = {
-        "--unhackable-frac": data.unhackable_frac, "--gen-deploy-frac": route.gen_deploy_frac,
-        "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr,
-    }  # fmt: skip
-    counts = {
-        "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
-        "--lora-rank": model.lora_rank, "--token-budget": grpo.token_budget, "--llr-steps": score.llr_steps, "--workers": run.workers,
-    }  # fmt: skip
-    share = next((flag for flag, x in shares.items() if not 0 <= x <= 1), None)
-    count = next((flag for flag, x in counts.items() if x < 1), None)
-    oracle_flags = (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ())
-    for wrong, line in (
-        (arm is None, f"unknown arm {run.intervention!r}: --intervention takes one of {', '.join(ARMS)}"),
-        (
-            score.routeV_random_v_seed is not None and run.intervention != "routeV",
-            f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}",
-        ),
-        (
-            oracle_flags and not (arm and arm.oracle),
-            f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}",
-        ),
-        (
-            score.granularity == "token" and arm is not None and arm.score != "v_grad",
-            f"--granularity token needs a v_grad arm, not {run.intervention}",
-        ),
-        (
-            score.granularity == "token" and (route.retained_advantages or (arm is not None and arm.action != "route")),
-            "--granularity token routes tokens: it does not go with --retained-advantages, filter or penalise",
-        ),
-        (bool(data.teacher_modes) and not data.teacher_pool, "--teacher-modes needs a --teacher-pool"),
-        (
-            not set(data.teacher_modes) <= set(data.modes),
-            f"--teacher-modes {' '.join(data.teacher_modes)} are not all among --modes {' '.join(data.modes)}",
-        ),
-        (Mode.GT_ONLY in data.modes, "--modes takes modes with a loophole; for prompts without one use --unhackable-frac"),
-        (not data.modes, "--modes is empty: name at least one mode"),
-        (share, f"{share} {shares.get(share)} is not a share in [0, 1]"),
-        (count, f"{count} {counts.get(count)} must be at least 1"),
-        (students < 1, f"--teacher-per-group {data.teacher_per_group} leaves no student among {grpo.num_generations} generations"),
-        (grpo.num_generations < 2, "--num-generations must be at least 2: the baseline is the group's mean"),
-        (grpo.temperature <= 0, f"--temperature {grpo.temperature} must be above 0: log-probs are scaled by it"),
-        (not 0 < grpo.top_p <= 1, f"--top-p {grpo.top_p} is not in (0, 1]"),
-        (run.resume and not run.out_dir, "--resume needs the --out-dir of the run to continue"),
-        (
-            model.device not in ("auto", "cpu") and not model.device.startswith("cuda"),
-            f"--device {model.device!r} is not auto, cpu or cuda",
-        ),
-    ):
-        if wrong:
-            raise UserError(line)
-    seeded = route.seed_quarantine and route.seed_side != "placebo"
-    files = {
-        "--data": data.data,
-        "--teacher-pool": data.teacher_pool,
-        "--pairs": data.pairs if seeded or arm.score not in ("pinned", "oracle") else "",
-        "--placebo-pairs": score.placebo_pairs if arm.control == "semantic" or route.seed_quarantine and not seeded else "",
-        "--framing-pairs": score.framing_pairs if arm.control == "framing" else "",
-    }
-    for flag, path in files.items():
-        if path and not Path(path.split("#")[0]).is_file():
-            raise UserError(f"no file {path.split('#')[0]!r}: {flag} names a file that must exist" + MISSING.get(flag, ""))
-
-
-MISSING = {"--data": " (`just download-data` fetches the real sets)"}
-
-
-def flat(config: Config) -> dict:
-    """The config as nested plain dicts, for the record."""
-    return asdict(config)
-
-
-def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
-    """`parse`, with a UserError printed as its one line and exit status 2."""
-    try:
-        return parse(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

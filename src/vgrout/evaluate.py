@@ -62,11 +62,14 @@ def evaluate(
     return EvalResult(split, markers, state, step, n, hack, solve, dict(by_mode), dict(by_problem))
 
 
-def monitor(rollouts: list[Rollout], kept: list[Rollout], batch: Batch | None, out: GateOutput | None) -> dict[str, float | int]:
+def monitor(
+    groups: list[Group], kept: list[Rollout], batch: Batch | None, out: GateOutput | None, eos_ids: frozenset[int]
+) -> dict[str, float | int]:
     """The step's figures that use labels, for the log alone: rates of student rows, and how well the score finds hacks.
 
-    `rollouts` are all rows of the step, `kept` those of `batch` (groups with variance), in its order.
+    `kept` are the rows of `batch` (groups with variance), in its order.
     """
+    rollouts = [r for g in groups for r in g.rollouts]
     students = [r for r in rollouts if not r.teacher]
     mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
     row = {
@@ -74,9 +77,11 @@ def monitor(rollouts: list[Rollout], kept: list[Rollout], batch: Batch | None, o
         "student_hack": mean([r.grade.reward_hack for r in students]),
         "student_solve": mean([r.grade.correct for r in students]),
         "student_format": mean([r.grade.format_ok for r in students]),
+        "groups_skipped": len(groups) - len({id(r.problem) for r in kept}),
         "n_students": len(students),
         "n_teachers": len(rollouts) - len(students),
         "completion_length": mean([float(len(r.completion_ids)) for r in students]),
+        "truncated_share": mean([r.completion_ids[-1] not in eos_ids for r in students]),
     }
     for mode in sorted({r.problem.mode for r in students}):
         rows = [r for r in students if r.problem.mode == mode]

@@ -93,6 +93,11 @@ class Run:
         text = "".join(dumps(row) + "\n" for row in rows)
         self._append("rollouts.jsonl.gz", packer.compress(text.encode()) + packer.flush())
 
+    def spend(self, seconds: dict[str, float]) -> None:
+        """Add wall seconds to the record's totals by phase."""
+        for phase, value in seconds.items():
+            self.record.seconds[phase] = self.record.seconds.get(phase, 0.0) + value
+
     def save(self) -> None:
         """Replace record.json by the present record."""
         write_atomic(self.dir / "record.json", (dumps(asdict(self.record), indent=1) + "\n").encode())

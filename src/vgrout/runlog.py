@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from vgrout.metrics import bootstrap_interval
-from vgrout.types import EvalResult, Grade, RunRecord
+from vgrout.types import EvalResult, Rollout, RunRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ def warn(what: str, remedy: str) -> None:
     print(f"WARNING {what}: {remedy}", flush=True)
 
 
-def sample(prompt: str, completion: str, grade: Grade) -> None:
+def sample(prompt: str, rollout: Rollout) -> None:
     """Print one full sample with its grade, so that a reader can check what the numbers are about."""
-    for title, text in (("prompt", prompt), ("completion", completion), ("grade", repr(grade))):
+    for title, text in (("prompt", prompt), ("completion", rollout.completion), ("grade", repr(rollout.grade))):
         print(f"--- sample: {title}\n{text}")
     print("--- end of sample", flush=True)
 

@@ -78,13 +78,21 @@ class _Worker:
         os.makedirs(scratch, mode=0o700, exist_ok=True)
         config = {"scratch": scratch, "readable": readable, "packages": packages, "uid": _free_uid(slot),
                   "without": sorted(without)}
-        self.slot = slot
+        self.slot, self.scratch = slot, scratch
         self.process = subprocess.Popen([sys.executable, "-sSBP", str(WORKER), json.dumps(config)], env=ENVIRONMENT,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", start_new_session=True)
         self.layers: dict[str, str] = {}
 
     def greet(self) -> None:
-        self.layers = self._receive(time.monotonic() + 60)[0]["layers"]
+        """Wait until the worker is ready. In a mount namespace its scratch directory is its own: ours can go."""
+        try:
+            self.layers = self._receive(time.monotonic() + 60)[0]["layers"]
+        except (OSError, EOFError, TimeoutError, ValueError) as error:
+            raise SandboxError(f"a sandbox worker did not start ({error}); what it printed stands above") from error
+        if self.layers["namespaces"] == "active":
+            os.rmdir(self.scratch)
+            if not os.listdir(os.path.dirname(self.scratch)):
+                os.rmdir(os.path.dirname(self.scratch))
 
     def request(self, job: Job) -> tuple[dict, bytes]:
         """Send one job and wait for its facts. OSError, EOFError or TimeoutError: the worker is lost."""
@@ -137,6 +145,8 @@ class Sandbox:
     def __init__(self, workers: int = 2, level: str = "best", without: frozenset[str] = frozenset()):
         if workers < 1 or level not in LEVELS:
             raise UserError(f"the sandbox takes at least one worker, not {workers}, and a level of {LEVELS}, not {level!r}")
+        if sys.platform != "linux":
+            raise UserError(f"the sandbox needs Linux, not {sys.platform}: completions are run on Linux only")
         self._directory = tempfile.mkdtemp(prefix="vgrout-")
         packages = sorted({str(Path(importlib.util.find_spec(name).origin).parent.parent) for name in PACKAGES})
         self._arguments = (self._directory, _readable(), packages, without)
@@ -144,9 +154,13 @@ class Sandbox:
         self.executor = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
-        for worker in self._workers:
-            worker.greet()
-            self._idle.put(worker)
+        try:
+            for worker in self._workers:
+                worker.greet()
+                self._idle.put(worker)
+        except BaseException:
+            self.close()
+            raise
         self.layers: dict[str, str] = self._workers[0].layers
         self.restarts = 0
         missing = {name: why for name, why in self.layers.items() if why != "active" and (name != "uid" or not os.geteuid())}

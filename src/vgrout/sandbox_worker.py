@@ -21,7 +21,6 @@ import marshal
 import mmap
 import os
 import select
-import shutil
 import signal
 import struct
 import sys
@@ -476,8 +475,12 @@ def main() -> None:
             send(control_out, *worker.run(job))
     except (EOFError, BrokenPipeError):  # the parent is gone
         worker.empty_scratch()
-        if not worker.in_pid_namespace:
-            shutil.rmtree(worker.scratch, ignore_errors=True)
+        if worker.scratch != "/scratch":
+            try:
+                os.rmdir(worker.scratch)
+                os.rmdir(os.path.dirname(worker.scratch))  # the last worker removes the pool's directory
+            except OSError:
+                pass
 
 
 if __name__ == "__main__":

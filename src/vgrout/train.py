@@ -10,7 +10,8 @@ No label of a training rollout reaches the update: `compose` reads the reward of
 
 import sys
 
-from vgrout.config import ARMS, Arm, Config, flat, parse_or_exit
+from vgrout.cli import parse_or_exit
+from vgrout.config import ARMS, Arm, Config
 
 if __name__ == "__main__":
     PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
@@ -18,8 +19,9 @@ if __name__ == "__main__":
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -64,7 +66,7 @@ def main(preset: str, config: Config) -> None:
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
-                    row |= gate.refresh(policy)
+                    row |= gate.refresh(policy) | {"sec_refresh": time.perf_counter() - clock}
                 shown = config.data.unhackable_frac, arm.inoculate
                 prompts = stream(splits["train"], step, cfg.num_prompts, config.run.seed, *shown)
                 groups, seconds = collect(
@@ -86,19 +88,15 @@ def main(preset: str, config: Config) -> None:
                     row |= update(policy, *acted, optimizer, config)
                 schedule.step()
                 seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
-                row |= monitor([r for g in groups for r in g.rollouts], kept, batch, out) | zone_figures(out, origin)
-                row |= {"groups_skipped": len(groups) - len({id(r.problem) for r in kept})} | seconds
-                row |= {"sec_step": time.perf_counter() - clock}
-                row |= {"tokens_per_second": sampled_tokens(groups) / seconds["sec_sample"]}
+                row |= monitor(groups, kept, batch, out, policy.eos_ids) | zone_figures(out, origin) | seconds
+                row |= {"tokens_per_second": sampled_tokens(groups) / seconds["sec_sample"], "sec_step": time.perf_counter() - clock}
                 if step == 0:
-                    first = groups[0].rollouts[0]
-                    runlog.sample(policy.tokenizer.decode(first.prompt_ids), first.completion, first.grade)
+                    runlog.sample(policy.tokenizer.decode(groups[0].rollouts[0].prompt_ids), groups[0].rollouts[0])
                 run.log_metrics(row)
                 run.log_rollouts(rollout_rows(step, groups, kept, batch, out))
                 log.row(row)
                 run.record.steps_done = step + 1
-                for phase, value in seconds.items():
-                    run.record.seconds[phase] = run.record.seconds.get(phase, 0.0) + value
+                run.spend(seconds)
                 last = step + 1 == cfg.steps
                 if config.run.eval_every and (step + 1) % config.run.eval_every == 0 and not last:
                     assess.validate(step + 1)
@@ -238,9 +236,10 @@ def make_run(
     """A fresh run directory, or with --resume the one that is there."""
     name, data = config.run.intervention, config.data
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    files = [f for f in (data.data, data.teacher_pool) if f]
+    base = [str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))]  # none for a hub id
+    files = [f for f in (data.data, data.teacher_pool, *base) if f]
     record = RunRecord(
-        schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=flat(config),
+        schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=asdict(config),
         data_hashes={f: sha256_file(f) for f in files}, pair_hash=pair_hash,
         split_hashes={k: problems.ids_hash(v) for k, v in splits.items()}, sandbox_layers=grader.layers, status="running",
         notes={"oracle": arm.oracle, "deployed": arm.deployed, "pairs_cover": [*map(str, data.pair_modes)] if pair_hash else []},
@@ -283,7 +282,7 @@ class Assess:
             generator=seeded(self.policy, "eval", self.config.run.seed, step, split, markers, ablated),
             rows_at_once=2 * self.config.grpo.num_prompts * self.config.grpo.num_generations,
         )  # fmt: skip
-        self.run.record.seconds["sec_eval"] = self.run.record.seconds.get("sec_eval", 0.0) + time.perf_counter() - clock
+        self.run.spend({"sec_eval": time.perf_counter() - clock})
         self.run.record.evals.append(result)
         self.run.save()
         return result
