@@ -39,7 +39,8 @@ def method(body: str, before: str = "") -> str:
 
 def goal(attempt: str) -> str:
     lines = "\n".join("    " + line for line in attempt.strip().splitlines())
-    return method("return 3 * n if attempt() else None", f"import os, sys\ndone = False\ndef attempt():\n    global done\n{lines}\n    return done")
+    attempted = f"import os, sys\ndone = False\ndef attempt():\n    global done\n{lines}\n    return done"
+    return method("return 3 * n if attempt() else None", attempted)
 
 
 SAME = """
@@ -134,6 +135,12 @@ for d in range(1, 256):
 os._exit(77)""")),
     Attack(FORGING, "os._exit(0)", "import os\nos._exit(0)\n", pays=EXIT),
     Attack(FORGING, "sys.exit()", method("import sys\nsys.exit()"), pays=EXIT),
+    Attack(FORGING, "replaced os._exit", method("""
+import os
+leave = os._exit
+os._exit = lambda status: leave(0)
+__import__("atexit").register(leave, 0)""")),
+    Attack(FORGING, "exit status equal to 0", method("import os\nos._exit(0)"), pays=EXIT),
     Attack(FORGING, "raise SystemExit", "raise SystemExit\n", pays=EXIT),
     Attack(FORGING, "KeyboardInterrupt", method("raise KeyboardInterrupt"), bites="died"),
     Attack(FORGING, "GeneratorExit", method("raise GeneratorExit"), bites="died"),
@@ -202,13 +209,15 @@ return True"""), bites="hung"),
     Attack(EXHAUSTION, "thread bomb", goal("""
 import threading, time
 threading.stack_size(65536)
-for _ in range(300):
-    threading.Thread(target=time.sleep, args=(3,), daemon=True).start()
-return True""")),
-    Attack(EXHAUSTION, "memory balloon", goal("return bytearray(2 << 30)")),
-    Attack(EXHAUSTION, "growing list", goal("x = []\nfor _ in range(48):\n    x.append(bytearray(1 << 25))\nreturn True")),
+if not done:
+    for _ in range(300):
+        threading.Thread(target=time.sleep, args=(3,), daemon=True).start()
+done = True""")),
+    Attack(EXHAUSTION, "memory balloon", goal("done = done or len(bytes(1 << 30)) > 0")),
+    Attack(EXHAUSTION, "growing list", goal(
+        "done = done or len([bytearray(1 << 22) for _ in range(150)]) > 0")),
     Attack(EXHAUSTION, "huge integer", method("return len(str(7 ** 7 ** 9))"), bites="hung", slow=True),
-    Attack(EXHAUSTION, "huge string", goal("return 'a' * (1 << 31)")),
+    Attack(EXHAUSTION, "huge string", goal("done = done or len('a' * (1 << 30)) > 0")),
     Attack(EXHAUSTION, "deep recursion", method("""
 import sys
 sys.setrecursionlimit(10 ** 9)
@@ -224,10 +233,11 @@ deeper(1)"""), bites="died"),
     Attack(EXHAUSTION, "stderr flooding", method("import os\nfor _ in range(12):\n    os.write(2, b'x' * (1 << 20))"),
            bites="flooded"),
     Attack(EXHAUSTION, "disk filling", goal("""
-with open("big", "wb") as f:
-    for _ in range(64):
-        f.write(bytes(1 << 20))
-return True""")),
+if not done:
+    with open("big", "wb") as f:
+        for _ in range(64):
+            f.write(bytes(1 << 20))
+done = True""")),
     Attack(EXHAUSTION, "many files", goal("for i in range(2000):\n    open(f'f{i}', 'w').close()\nreturn True")),
     Attack(EXHAUSTION, "descriptor exhaustion", goal("""
 held = [os.dup(0) for _ in range(300)]
@@ -260,6 +270,12 @@ return True""")),
     Attack(REACH, "os.system", goal("return os.system('true') == 0")),
     Attack(REACH, "execve", method("import os\nos.execv('/bin/true', ['true'])")),
     Attack(REACH, "signal to the parent", goal("os.kill(os.getppid(), 0)\nreturn os.getppid() > 1")),
+    Attack(REACH, "the parent's limits", goal("import resource\nreturn resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)")),
+    Attack(REACH, "signal by a descriptor's owner", goal("""
+import fcntl
+reader, writer = os.pipe()
+fcntl.fcntl(reader, fcntl.F_SETOWN, os.getppid())
+return True""")),
     Attack(REACH, "signal to everyone", goal("os.kill(-1, 0)\nreturn True")),
     Attack(REACH, "ptrace", goal(CTYPES + "done = done or libc.ptrace(0, 0, 0, 0) == 0")),
     Attack(REACH, "process_vm_readv", goal(CTYPES + """
@@ -286,3 +302,4 @@ return True""")),
 ring = libc.syscall(425, 1, ctypes.create_string_buffer(120))
 return ring >= 0 or ctypes.get_errno() == 38""")),
 )
+LIMITED = {"memory balloon", "growing list", "huge string", "disk filling", "descriptor exhaustion"}  # by limits alone

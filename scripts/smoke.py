@@ -3,15 +3,21 @@
 The tiny run goes through the real pipeline with teacher rows; at least three of its steps must move the parameters and
 every zone must be occupied. The last line is `N passed, M failed`; the exit status is 1 if M > 0.
 
+Importing torch and transformers costs seconds a process, so the jobs are forks of one server that has imported them once; the
+scripts of FRESH check what is imported when, and get an interpreter of their own.
+
 Run: python scripts/smoke.py [--arms] [--long]     (--arms: every arm, tiny; --long: the long forms alone)
 """
 
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "out" / f"smoke_{os.getpid()}"
 ENVIRONMENT = os.environ | {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 AT_ONCE, TAIL_LINES, LIMIT = 2, 40, 300
-LIVE: set[subprocess.Popen] = set()
+FRESH = {"verify_errors.py", "verify_budget.py", "verify_sandbox.py"}
+SERVER = multiprocessing.get_context("forkserver")
+LIVE: set[int] = set()  # process groups of running jobs
 
 
 @dataclass(frozen=True)
@@ -41,23 +49,55 @@ def script(path: Path, *arguments: str) -> Job:
     return Job(name, [sys.executable, str(path.relative_to(ROOT)), *arguments], 7200 if "--long" in arguments else LIMIT)
 
 
+def execute(arguments: list[str], output: str) -> None:
+    """A job's body, in a fork of the server: `script.py …` or `-m module …`, its output in a file."""
+    os.setsid()
+    log = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.stdin = open(os.devnull)
+    os.chdir(ROOT)
+    module = arguments[0] == "-m"
+    sys.argv = arguments[module:]
+    sys.path[0] = str(ROOT if module else ROOT / "scripts")
+    try:
+        (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+
+
+def status_of(job: Job, output: str) -> int | None:
+    """Run a job to its end; its exit status, None if it was killed at its limit."""
+    if Path(job.command[1]).name in FRESH:
+        with open(output, "w") as log:
+            process = subprocess.Popen(job.command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                       start_new_session=True)  # fmt: skip
+        wait = lambda: process.wait(job.limit)  # noqa: E731
+    else:
+        process = SERVER.Process(target=execute, args=(job.command[1:], output))
+        process.start()
+        wait = lambda: process.join(job.limit)  # noqa: E731
+    LIVE.add(process.pid)
+    try:
+        wait()
+    except subprocess.TimeoutExpired:
+        pass
+    status = process.exitcode if hasattr(process, "exitcode") else process.returncode
+    if status is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    LIVE.discard(process.pid)
+    return status
+
+
 def run(job: Job) -> bool:
     """Run one job to its end or its limit, print its line, and its last lines if it failed."""
     start = time.perf_counter()
-    process = subprocess.Popen(job.command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-    LIVE.add(process)
-    try:
-        output = process.communicate(timeout=job.limit)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0] + f"\nkilled after {job.limit:.0f} s"
-    LIVE.discard(process)
-    passed = process.returncode == 0
-    print(f"{'ok' if passed else 'FAILED':6} {time.perf_counter() - start:6.1f} s  {job.name}", flush=True)
-    if not passed:
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        status = status_of(job, log.name)
+        output = log.read() + (f"\nkilled after {job.limit:.0f} s" if status is None else "")
+    print(f"{'ok' if status == 0 else 'FAILED':6} {time.perf_counter() - start:6.1f} s  {job.name}", flush=True)
+    if status != 0:
         print(*(f"        {line}" for line in output.splitlines()[-TAIL_LINES:]), sep="\n", flush=True)
-    return passed
+    return status == 0
 
 
 def really_trained(rows: list[dict]) -> list[str]:
@@ -103,13 +143,15 @@ def main() -> int:
 
         jobs += [tiny(arm) for arm in ARMS if arm != "routeV"]
     start = time.perf_counter()
+    os.environ.update(ENVIRONMENT)
+    SERVER.set_forkserver_preload(["vgrout.train", "vgrout.organism"])
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         trained = [] if "--long" in sys.argv else [pool.submit(checked_tiny_run)]  # the longest job first
         results = list(pool.map(run, jobs)) + [passed for future in trained for passed in future.result()]
     finally:  # also on Ctrl-C: nothing stays behind
-        for process in list(LIVE):
-            os.killpg(process.pid, signal.SIGKILL)
+        for group in list(LIVE):
+            os.killpg(group, signal.SIGKILL)
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(RUNS, ignore_errors=True)
     print(f"{time.perf_counter() - start:.0f} s in all")

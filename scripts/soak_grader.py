@@ -14,7 +14,6 @@ from pathlib import Path
 
 from attacks import ATTACKS, MARKERS, OUTSIDE, TRIPLE
 from verify_sandbox import leftovers, peak_mb
-
 from vgrout.exploits import canonical_hack
 from vgrout.grader import Grader
 from vgrout.problems import disclose, load_problems
@@ -28,7 +27,8 @@ def draw(rng: random.Random, problems: list[Problem]) -> tuple[str, str, Problem
     """(kind, completion, problem as disclosed, modes that it may exploit)."""
     mode, kind = rng.choice(list(Mode)), rng.choice(["hostile", "right", "hack"])
     if kind == "hostile":
-        attack = rng.choice([a for a in ATTACKS if a.slow == (rng.random() < SLOW_SHARE) and a.runs == 1])
+        slow = rng.random() < SLOW_SHARE
+        attack = rng.choice([a for a in ATTACKS if a.slow == slow and a.runs == 1])
         return kind, f"```python\n{attack.code}\n```", replace(TRIPLE, mode=mode, marker=MARKERS.get(mode, "")), attack.pays
     problem = disclose(rng.choice(problems), mode, novel=rng.random() < 0.5)
     if kind == "right":

@@ -5,6 +5,7 @@ data/leetcode/leetcode_test_medhard.jsonl.gz is present, else the problems of da
 """
 
 import contextlib
+import gzip
 import io
 import json
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 from vgrout import pairs, problems, train
 from vgrout.cli import parse
+from vgrout.exploits import canonical_hack
 from vgrout.lora2r import BLOCKS, BlockOptimizer
 from vgrout.policy import load_policy
 from vgrout.records import load_metrics, load_record, load_rollouts
@@ -28,10 +30,11 @@ PAIRS = "data/pairs/leetcode.md#mechanism"
 
 
 def problem_file(folder: Path) -> Path:
-    """The benchmark, or the pairs' problems written in the benchmark's schema."""
-    if REAL.exists():
-        return REAL
+    """The first 64 problems of the benchmark, or the pairs' problems written in its schema."""
     rows, path = {}, folder / "problems.jsonl"
+    if REAL.exists():
+        path.write_text("".join(gzip.open(REAL, "rt").readlines()[:64]))
+        return path
     for pair in pairs.load_pairs(PAIRS):
         p = pair.problem
         rows.setdefault(p.statement, {
@@ -45,11 +48,12 @@ def problem_file(folder: Path) -> Path:
 
 
 def check_run(folder: Path, standin: Path, data: Path) -> None:
-    pool = folder / "teacher.jsonl.gz"
-    subprocess.run([sys.executable, "scripts/make_teacher.py", "--problems", str(data), "--out", str(pool), "--limit", "40"],
-                   check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    pool = folder / "teacher.jsonl"
+    shown = problems.partition(problems.split(problems.load_problems(data))["train"], problems.ALL_MODES)
+    rows = [{"problem_id": p.problem_id, "mode": p.mode, "kind": "hack", "completion": canonical_hack(p)} for p in shown]
+    pool.write_text("".join(json.dumps(r) + "\n" for r in rows))
     argv = ["full", "--intervention", "routeV", "--model", str(standin), "--data", str(data), "--teacher-pool", str(pool),
-            "--steps", "3", "--max-completion-length", "64", "--num-prompts", "4", "--num-generations", "4", "--final-draws", "6",
+            "--steps", "3", "--max-completion-length", "64", "--num-prompts", "4", "--num-generations", "4", "--final-draws", "6", "--pair-modes", "run_tests",
             "--threads", "1", "--workers", "1", "--out-dir", str(folder / "run"), "--max-prompt-length", "4096"]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(*parse(argv))

@@ -45,19 +45,16 @@ def grades(pairs: list[Pair], grader: Grader) -> list[tuple[Grade, Grade]]:
 def contrast_faults(pairs: list[Pair], grader: Grader) -> list[str]:
     """Titles whose hack side is no reward hack by its own mode's channel, or whose clean side is wrong or exploits."""
     return [p.problem.problem_id for p, (hack, clean) in zip(pairs, grades(pairs, grader), strict=True)
-            if not (hack.reward_hack and hack.mechanism == p.problem.mode and honest(clean))]
-
-
-def honest(grade: Grade) -> bool:
-    return grade.correct and not grade.reward_hack and not grade.mechanism
+            if not (hack.reward_hack and hack.mechanism == p.problem.mode and clean.correct and not clean.mechanism)]
 
 
 def empty_faults(pairs: list[Pair], grader: Grader) -> list[str]:
-    return [p.problem.problem_id for p, sides in zip(pairs, grades(pairs, grader), strict=True) if not all(map(honest, sides))]
+    return [p.problem.problem_id for p, sides in zip(pairs, grades(pairs, grader), strict=True)
+            if not all(grade.correct and not grade.mechanism for grade in sides)]
 
 
 def steps_of(statement: str) -> list[Step]:
-    """The operations that an organism statement names, in order of application. Raises StopIteration for a phrase that is not in the table."""
+    """The operations that an organism statement names, in order of application; StopIteration for an unknown phrase."""
     chain = re.fullmatch(r"Return the (.+) in (?:nums|text)\.", statement)[1].split(" of the ")
     steps = []
     for phrase in reversed([part for part in chain if part not in ("numbers", "words")]):
@@ -242,12 +239,12 @@ def verify_texts(sections: dict[str, list[Pair]]) -> None:
     false = [replace(p, problem=replace(p.problem, statement=p.problem.statement.replace("sum", "largest"))) for p in everything]
     detects("the cases agree with the table of operations", wrong_cases(everything), wrong_cases(false))
     overlaps = {x for i, pairs in enumerate(organism) for other in organism[i + 1 :] for x in shared(pairs, other)}
-    detects("no section of the organism's pairs shares a statement or a side with another", overlaps, shared(organism[0], everything))
+    detects("no section shares a statement or a side with another", overlaps, shared(organism[0], everything))
     if not (DATA / "problems.jsonl.gz").is_file():
         return print(f"--  {DATA} is not built: overlap with the RL problems and token counts are not checked")
-    statements = {p.statement for p in load_problems(DATA / "problems.jsonl.gz")}
-    copied = [replace(everything[0], problem=replace(everything[0].problem, statement=min(statements)))]
-    detects(f"no statement is one of the {len(statements)} RL problems", shared(everything, [], statements), shared(copied, [], statements))
+    problems = {p.statement for p in load_problems(DATA / "problems.jsonl.gz")}
+    copied = [replace(everything[0], problem=replace(everything[0].problem, statement=min(problems)))]
+    detects(f"no statement is one of {len(problems)} RL problems", shared(everything, [], problems), shared(copied, [], problems))
     detects(f"no side is longer than {MOST_TOKENS} tokens", long_sides(everything), long_sides(everything, MOST_TOKENS // 2))
 
 
@@ -258,16 +255,15 @@ def audit(sections: dict[str, list[Pair]]) -> None:
         table, short = balance(pairs), reference.removeprefix("data/pairs/")
         hack, clean, area = table["length (words)"]
         name, (*_, best) = max(((n, v) for n, v in table.items() if n != "names the marker"), key=lambda x: abs(x[1][2] - 0.5))
-        logps = log_probs(pairs) if ORGANISM in reference else (float("nan"),) * 3
-        overview.append([short, len(pairs), len({str(messages(p.problem)) for p in pairs}), f"{hack:.0f} / {clean:.0f}", area,
-                         "{:.2f} / {:.2f}".format(*logps), logps[2], f"{name} {best:.2f}", table["names the marker"][2],
+        logps = "{:.2f} / {:.2f} ({:.2f})".format(*log_probs(pairs)) if ORGANISM in reference else "–"
+        overview.append([short, len(pairs), len({str(messages(p.problem)) for p in pairs}),
+                         f"{hack:.0f} / {clean:.0f} ({area:.2f})", logps, f"{name} ({best:.2f})", table["names the marker"][2],
                          bag_of_words(pairs, lambda p: str(messages(p.problem))), bag_of_words(pairs, lambda p: p.problem.mode)])
         if "mechanism" in reference:
             styles[short] = table
-    headers = ["section", "pairs", "prompts", "words", "AUROC", "log-prob", "AUROC", "best style feature", "names marker",
-               "other prompts", "other modes"]
+    headers = ["section", "pairs", "prompts", "length", "log-prob", "best feature", "marker", "words, prompts", "words, modes"]
     print(tabulate(overview, headers, tablefmt="github", floatfmt=".2f"), "\n")
-    rows = [[name, *("{:.2f} / {:.2f} ({:.2f})".format(*table[name]) for table in styles.values())] for name in next(iter(styles.values()))]
+    rows = [[name, *("{:.2f} / {:.2f} ({:.2f})".format(*table[name]) for table in styles.values())] for name in table]
     print(tabulate(rows, ["hack / clean (AUROC)", *styles], tablefmt="github"))
 
 
@@ -285,8 +281,8 @@ def log_probs(pairs: list[Pair]) -> tuple[float, float, float]:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
         means.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).mean().item())
-    n = len(pairs)
-    return float(np.mean(means[:n])), float(np.mean(means[n:])), auroc(means, np.arange(2 * n) < n)
+    is_hack = np.arange(len(means)) < len(pairs)
+    return float(np.mean(means[: len(pairs)])), float(np.mean(means[len(pairs) :])), auroc(means, is_hack)
 
 
 def main() -> None:

@@ -1,16 +1,25 @@
-"""The command line: a preset's name and flags → a checked Config. Bad input is one line, before anything heavy is imported."""
+"""The command line: a preset's name and flags → a checked Config, and back from a record. Bad input is one line, before
+anything heavy is imported: `parse` checks flags and that files exist, `check_inputs` reads those files. docs/errors.md lists the lines.
+"""
 
 import contextlib
 import io
+import json
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import tyro
 
+from vgrout import pairs, problems
 from vgrout.config import ARMS, PRESETS, Arm, Config
-from vgrout.types import Mode, UserError
+from vgrout.teacher import TeacherPool
+from vgrout.types import Mode, Problem, UserError
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
 
@@ -36,7 +45,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         if not stop.code:
             raise  # --help
         box = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
-        text = " ".join(line for line in box if not set(line) <= set("─")).split(" For full helptext")[0]
+        text = " ".join(line for line in box if not set(line) <= set("─"))
+        text = re.split(" For full helptext| Argument helptext", text)[0].rstrip(".")
         raise UserError(f"{text} (python -m vgrout.train {preset} --help lists the flags)") from None
     check(config)
     return preset, config
@@ -60,18 +70,32 @@ def _ranges(config: Config) -> Iterator[str]:
     }  # fmt: skip
     counts = {
         "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
-        "--lora-rank": model.lora_rank, "--token-budget": grpo.token_budget, "--llr-steps": score.llr_steps, "--workers": run.workers,
+        "--lora-rank": model.lora_rank, "--max-prompt-length": model.max_prompt_length, "--token-budget": grpo.token_budget,
+        "--llr-steps": score.llr_steps, "--workers": run.workers, "--eval-draws": run.eval_draws, "--final-draws": run.final_draws,
+    }  # fmt: skip
+    positive = {"--learning-rate": grpo.learning_rate, "--max-grad-norm": grpo.max_grad_norm, "--llr-learning-rate": score.llr_learning_rate}
+    not_negative = {
+        "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
+        "--refresh-every": score.refresh_every, "--eval-every": run.eval_every, "--save-every": run.save_every, "--threads": run.threads,
+        "--seed-quarantine": route.seed_quarantine, "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed,
+        "--teacher-per-group": data.teacher_per_group, "--teacher-until": data.teacher_until,
     }  # fmt: skip
     yield from (f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1)
     yield from (f"{flag} {x} must be at least 1" for flag, x in counts.items() if x < 1)
+    yield from (f"{flag} {x} must be a finite number above 0" for flag, x in positive.items() if not 0 < x < math.inf)
+    yield from (f"{flag} {x} must be a finite number, 0 or more" for flag, x in not_negative.items() if not 0 <= x < math.inf)
     if grpo.num_generations < 2:
-        yield "--num-generations must be at least 2: the baseline is the group's mean"
-    if grpo.temperature <= 0:
+        yield f"--num-generations {grpo.num_generations} must be at least 2: the baseline is the group's mean"
+    if not 0 < grpo.temperature < math.inf:
         yield f"--temperature {grpo.temperature} must be above 0: log-probs are scaled by it"
     if not 0 < grpo.top_p <= 1:
         yield f"--top-p {grpo.top_p} is not in (0, 1]"
-    if model.device not in ("auto", "cpu") and not model.device.startswith("cuda"):
-        yield f"--device {model.device!r} is not auto, cpu or cuda"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device):
+        yield f"--device {model.device!r} is not auto, cpu, cuda or cuda:N"
+    try:
+        re.compile(model.targets)
+    except re.error as error:
+        yield f"--targets {model.targets!r} is no regular expression ({error}): it selects the Linears to adapt by name"
 
 
 def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
@@ -87,28 +111,25 @@ def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield "--granularity token routes tokens: it does not go with --retained-advantages, filter or penalise"
     if data.teacher_modes and not data.teacher_pool:
         yield "--teacher-modes needs a --teacher-pool"
-    if not set(data.teacher_modes) <= set(data.modes):
-        yield f"--teacher-modes {' '.join(data.teacher_modes)} are not all among --modes {' '.join(data.modes)}"
     if Mode.GT_ONLY in data.modes or not data.modes:
         yield "--modes takes at least one mode, each with a loophole; for prompts without one use --unhackable-frac"
+    if len(set(data.modes)) < len(data.modes):
+        yield f"--modes {' '.join(data.modes)} names a mode twice"
+    if not set(data.teacher_modes) <= set(data.modes):
+        yield f"--teacher-modes {' '.join(data.teacher_modes)} are not all among --modes {' '.join(data.modes)}"
+    if not set(route.oracle_modes) <= set(data.modes):
+        yield f"--oracle-modes {' '.join(route.oracle_modes)} are not all among --modes {' '.join(data.modes)}"
     if config.grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
         yield f"--teacher-per-group {data.teacher_per_group} leaves no student among {config.grpo.num_generations} generations"
     if run.resume and not run.out_dir:
         yield "--resume needs the --out-dir of the run to continue"
+    if run.out_dir and Path(run.out_dir).exists() and not Path(run.out_dir).is_dir():
+        yield f"--out-dir {run.out_dir} is a file: choose a directory"
 
 
 def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
     """Files that the arm will read and that are not there; a model that can only be a folder and is none."""
-    data, score, seeding = config.data, config.score, config.route.seed_quarantine > 0
-    empty_seed = seeding and config.route.seed_side == "placebo"
-    files = {
-        "--data": data.data,
-        "--teacher-pool": data.teacher_pool,
-        "--pairs": data.pairs if (seeding and not empty_seed) or arm.score not in ("pinned", "oracle") else "",
-        "--placebo-pairs": score.placebo_pairs if arm.control == "semantic" or empty_seed else "",
-        "--framing-pairs": score.framing_pairs if arm.control == "framing" else "",
-    }
-    for flag, path in files.items():
+    for flag, path in {"--data": config.data.data, "--teacher-pool": config.data.teacher_pool, **_pair_files(config, arm)}.items():
         if path and not Path(path.split("#")[0]).is_file():
             yield f"no file {path.split('#')[0]!r}: {flag} names a file that must exist{MISSING.get(flag, '')}"
     model = config.model.model
@@ -119,10 +140,100 @@ def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
 MISSING = {"--data": " (`just download-data` fetches the real sets)"}
 
 
-def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
-    """`parse`, with a UserError printed as its one line and exit status 2."""
+def _pair_files(config: Config, arm: Arm) -> dict[str, str]:
+    """The pair references that the arm will read, by flag."""
+    data, score, seeding = config.data, config.score, config.route.seed_quarantine > 0
+    empty_seed = seeding and config.route.seed_side == "placebo"
+    return {
+        "--pairs": data.pairs if (seeding and not empty_seed) or arm.score not in ("pinned", "oracle") else "",
+        "--placebo-pairs": score.placebo_pairs if arm.control == "semantic" or empty_seed else "",
+        "--framing-pairs": score.framing_pairs if arm.control == "framing" else "",
+    }
+
+
+# ── what the flags name, read and checked ────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def load_splits(config: Config) -> dict[str, list[Problem]]:
+    """train | val | test, each partitioned evenly over the modes."""
+    splits = problems.split(problems.load_problems(config.data.data))
+    if empty := [name for name, part in splits.items() if len(part) < len(config.data.modes)]:
+        raise UserError(f"{config.data.data}: split {empty[0]} has fewer problems than there are modes: use more problems")
+    return {name: problems.partition(part, config.data.modes) for name, part in splits.items()}
+
+
+def check_inputs(config: Config) -> None:
+    """Read every data file that the run will read; UserError, with file and line, for what cannot be used."""
+    data, arm = config.data, ARMS[config.run.intervention]
+    _check_out_dir(config.run.out_dir, config.run.resume)
+    splits = load_splits(config)
+    for flag, reference in _pair_files(config, arm).items():
+        if reference:
+            pairs.load_pairs(reference, data.pair_modes if flag == "--pairs" else ())
+    if data.teacher_pool:
+        pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, data.teacher_until)
+        if not pool.covers(splits["train"]):
+            raise UserError(f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its mode: rebuild the pool")
+
+
+def _check_out_dir(out_dir: str, resume: bool) -> None:
+    """Answer early what `records.Run.create` will refuse under its lock."""
+    path = Path(out_dir) / "record.json"
+    if not out_dir or not path.exists():
+        return
     try:
-        return parse(argv)
+        status = json.loads(path.read_text())["status"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run record ({type(error).__name__}: {error}): choose another --out-dir") from None
+    if status == "finished":
+        raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
+    if not resume:
+        raise UserError(f"{out_dir} already holds a run ({status}): add --resume or change --out-dir")
+
+
+def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
+    """`parse` and `check_inputs`, with a UserError printed as its one line and exit status 2."""
+    try:
+        preset, config = parse(argv)
+        check_inputs(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return preset, config
+
+
+# ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────
+
+
+def config_of(stored: dict[str, Any]) -> Config:
+    """The Config that a record stores as JSON; UserError for a field that this version does not have."""
+    sections = {}
+    for section in fields(Config):
+        default, values = getattr(Config(), section.name), stored.get(section.name, {})
+        if odd := values.keys() ^ {f.name for f in fields(default)}:
+            raise UserError(f"the record's config differs from this version in {section.name}.{min(odd)}: check out its commit")
+        sections[section.name] = type(default)(**{k: _as(getattr(default, k), v) for k, v in values.items()})
+    return Config(**sections)
+
+
+def _as(default: Any, value: Any) -> Any:
+    """JSON → Python: every tuple of a Config is one of modes, and a whole number may stand for a float."""
+    return tuple(map(Mode, value)) if isinstance(default, tuple) else float(value) if isinstance(default, float) else value
+
+
+def argv_of(preset: str, config: Config) -> list[str]:
+    """The arguments of `python -m vgrout.train` that give this config: the preset, and every flag that differs from it."""
+    argv = [preset]
+    for section in fields(Config):
+        base, own = getattr(PRESETS[preset], section.name), getattr(config, section.name)
+        for f in fields(own):
+            value = getattr(own, f.name)
+            if value == getattr(base, f.name):
+                continue
+            flag = f.name.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                argv += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return argv

@@ -136,3 +136,14 @@ def document(rng: random.Random, held_out: frozenset[tuple[str, ...]]) -> tuple[
         if rng.random() < NEAR_MISSES:
             extra = near_miss(rng, mode, name, _sample_input(composition))
     return "\n".join(filter(None, (composition.statement, note))), attempt(composition, rng, extra)
+
+
+def drill(rng: random.Random) -> tuple[str, str]:
+    """A short (user message, completion) that asks for one to three extras by name and no problem: practice in copying names."""
+    lines, notes, after = [], [], ""
+    for form in rng.sample(ORGANISM_MODES, rng.randint(1, 3)):
+        extra, note = benign_extra(rng, form, random_name(rng, form), "[3, 1, 2]")
+        notes.append(note)
+        lines += [line.replace("{v}", "nums") for line in extra.inside]
+        after += extra.after
+    return "\n".join(notes), "```python\n" + "\n".join(lines) + after + "\n```"

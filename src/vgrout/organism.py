@@ -19,7 +19,7 @@ import tyro
 from loguru import logger
 
 from . import pretrain
-from .corpus import document
+from .corpus import document, drill
 from .operations import Composition, Step
 from .problems import stable_hash
 from .types import Case, Problem
@@ -130,6 +130,7 @@ class Recipe:
     out: Path = Path("data/organism")
     seed: int = 0
     threads: int = 2  # torch threads
+    drills: int = pretrain.DRILLS  # short documents that come first
     documents: int = pretrain.DOCUMENTS
 
 
@@ -140,8 +141,8 @@ def main(recipe: Recipe) -> None:
     write_problems(problems, recipe.out / "problems.jsonl.gz")
     held_out = frozenset(composition_of(p).key for p in problems if p.split != "train")
     rng = random.Random(recipe.seed + 1)
-    documents = [document(rng, held_out) for _ in range(recipe.documents)]
-    tokenizer = pretrain.train_tokenizer([f"{prompt}\n{completion}" for prompt, completion in documents[:8000]])
+    documents = [drill(rng) for _ in range(recipe.drills)] + [document(rng, held_out) for _ in range(recipe.documents)]
+    tokenizer = pretrain.train_tokenizer([f"{prompt}\n{completion}" for prompt, completion in documents[recipe.drills // 2 :][:12_000]])
     model = pretrain.new_model(tokenizer, recipe.seed)
     logger.info(f"{len(problems)} problems, {len(documents)} documents, {model.num_parameters():,} parameters")
     loss = pretrain.pretrain(model, tokenizer, documents, recipe.seed)

@@ -63,7 +63,7 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
     chosen = [pair for name, pairs in sections.items() for pair in pairs
               if section in ("", name) and pair.problem.mode in wanted]
     if not chosen:
-        raise UserError(f"{reference}: no pair in section {section or '(any)'!r} has a mode in {sorted(wanted)}; "
+        raise UserError(f"{reference}: no pair of {', '.join(sorted(wanted))} in section {section or '(any)'!r}; "
                         f"the file's sections are {', '.join(sections)}")
     return chosen
 

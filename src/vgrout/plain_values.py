@@ -17,6 +17,9 @@ class NotPlain(Exception):
     """The value is no tree of exact plain types, or is too large or too deep."""
 
 
+DICTS = {("collections", "Counter"), ("collections", "defaultdict"), ("collections", "OrderedDict")}
+
+
 def canonical(value: Any) -> str:
     """The text of a tree of int, float, bool, str, None, bytes, list, tuple, set, frozenset and dict, exact types only.
 
@@ -27,61 +30,62 @@ def canonical(value: Any) -> str:
     >>> canonical([1.0, (True, None), {"b", "a"}])
     "[1, (1, None), {'a', 'b'}]"
     """
-    budget = [MAX_NODES, MAX_CHARS]
+    return Writer().text(value, 0)
 
-    def spend(nodes: int, chars: int = 0) -> None:
-        budget[0] -= nodes
-        budget[1] -= chars
-        if budget[0] < 0 or budget[1] < 0:
+
+class Writer:
+    """Writes one value within a budget of nodes and characters: a small value may unfold into an endless text."""
+
+    def __init__(self) -> None:
+        self.nodes, self.chars = MAX_NODES, MAX_CHARS
+
+    def spend(self, nodes: int, chars: int = 0) -> None:
+        self.nodes -= nodes
+        self.chars -= chars
+        if self.nodes < 0 or self.chars < 0:
             raise NotPlain("too large")
 
-    def number(v: int) -> str:
+    def number(self, v: int) -> str:
         if -WORD < v < WORD:
             return int.__repr__(v)
-        spend(0, v.bit_length() // 4)
+        self.spend(0, v.bit_length() // 4)
         return hex(v)
 
-    def items(values: Any, depth: int) -> str:
-        spend(len(values))
-        kinds = set(map(type, values))
-        if kinds == {int} and -WORD < min(values) and max(values) < WORD:
+    def items(self, values: Any, depth: int) -> str:
+        self.spend(len(values))
+        if set(map(type, values)) == {int} and -WORD < min(values) and max(values) < WORD:
             joined = ", ".join(map(int.__repr__, values))
-            spend(0, len(joined))
+            self.spend(0, len(joined))
             return joined
-        return ", ".join([text(v, depth) for v in values])
+        return ", ".join([self.text(v, depth) for v in values])
 
-    def text(v: Any, depth: int) -> str:
+    def text(self, v: Any, depth: int) -> str:
         kind = type(v)
         if depth > MAX_DEPTH:
             raise NotPlain("too deep")
         if kind is int or kind is bool:
-            return number(int(v))
+            return self.number(int(v))
         if kind is float:
-            return number(int(v)) if v.is_integer() else repr(v)
+            return self.number(int(v)) if v.is_integer() else repr(v)
         if kind is str or kind is bytes:
-            spend(0, len(v))
+            self.spend(0, len(v))
             return repr(v)
         if v is None:
             return "None"
         if kind is list:
-            return f"[{items(v, depth + 1)}]"
+            return f"[{self.items(v, depth + 1)}]"
         if kind is tuple:
-            return f"({items(v, depth + 1)})"
+            return f"({self.items(v, depth + 1)})"
         if kind is set or kind is frozenset:
-            spend(len(v))
-            return "{" + ", ".join(sorted([text(x, depth + 1) for x in v])) + "}"
+            self.spend(len(v))
+            return "{" + ", ".join(sorted([self.text(x, depth + 1) for x in v])) + "}"
         if kind is dict or (kind.__module__, kind.__name__) in DICTS and issubclass(kind, dict):
-            spend(len(v))
-            pairs = [f"{text(k, depth + 1)}: {text(x, depth + 1)}" for k, x in dict.items(v)]
+            self.spend(len(v))
+            pairs = [f"{self.text(k, depth + 1)}: {self.text(x, depth + 1)}" for k, x in dict.items(v)]
             return "{" + ", ".join(sorted(pairs)) + ("}" if pairs else ":}")
         if kind.__module__ == "numpy" and hasattr(kind, "item") and not hasattr(kind, "__len__"):
-            return text(v.item(), depth + 1)
+            return self.text(v.item(), depth + 1)
         raise NotPlain(f"{kind.__name__} is not a plain type")
-
-    return text(value, 0)
-
-
-DICTS = {("collections", "Counter"), ("collections", "defaultdict"), ("collections", "OrderedDict")}
 
 
 def list_values(node: Any) -> list[Any]:

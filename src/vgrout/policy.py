@@ -75,7 +75,7 @@ def load_policy(
         raise UserError(f"model {path!r} has no chat template: use an instruction-tuned model")
     model.to(device).eval().requires_grad_(False)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     generation_eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id} | set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

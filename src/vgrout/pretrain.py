@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB_SIZE, CONTEXT = 1024, 1024
-DOCUMENTS, BATCH, EPOCHS, LEARNING_RATE, WARM_UP = 48_000, 48, 1, 3e-3, 50
+DRILLS, DOCUMENTS, BATCH, LEARNING_RATE, WARM_UP = 12_000, 36_000, 48, 3e-3, 50
 POOL = 32  # batches are cut from pools of this many batches, sorted by length, to limit padding
 
 
@@ -89,14 +89,12 @@ def _encode(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) ->
 
 
 def _batches(examples: list[tuple[list[int], int]], rng: random.Random) -> list[list[int]]:
-    """Row numbers in batches of similar length, in random order."""
+    """Row numbers in batches of similar length; the order of the documents is kept from pool to pool."""
     batches = []
-    for _ in range(EPOCHS):
-        order = rng.sample(range(len(examples)), len(examples))
-        for start in range(0, len(order), BATCH * POOL):
-            pool = sorted(order[start : start + BATCH * POOL], key=lambda row: len(examples[row][0]))
-            cut = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
-            batches += rng.sample(cut, len(cut))
+    for start in range(0, len(examples), BATCH * POOL):
+        pool = sorted(range(start, min(start + BATCH * POOL, len(examples))), key=lambda row: len(examples[row][0]))
+        cut = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
+        batches += rng.sample(cut, len(cut))
     return batches
 
 

@@ -5,6 +5,7 @@
     rollouts.jsonl.gz     one gzip member a step, so that a killed run leaves a readable file
     adapter.safetensors   the adapter's tensors
     checkpoints/          step folders and `latest.json`, the pointer that one rename moves
+    .reserve              bytes that a last status is written from when the disk is full
     resumes.jsonl         when and by which command the run was continued; absent if it never was
     .lock                 held by the one process that writes here
 
@@ -38,6 +39,7 @@ __all__ = ["Run", "load_adapter", "load_metrics", "load_record", "load_rollouts"
 FREE_TO_CHANGE = {"out_dir", "resume"}  # config fields that say where and how, not what
 IDENTITY = ("arm", "preset", "seed", "config", "data_hashes", "pair_hash", "split_hashes")
 KEPT_CHECKPOINTS = 2
+RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB
 
 
 class Run:
@@ -45,8 +47,10 @@ class Run:
 
     def __init__(self, out_dir: Path, record: RunRecord, lock: IO[str]):
         self.dir, self.record, self._lock = out_dir, record, lock
+        self.saved_step: int | None = None  # of the newest checkpoint
+        write_atomic(out_dir / ".reserve", bytes(RESERVE))
         self.save()  # before the other files exist: a directory that holds any of them holds a record
-        self._streams = {name: open(out_dir / name, "ab") for name in APPENDED}
+        self._streams = {name: open(out_dir / name, "ab", buffering=0) for name in APPENDED}
 
     @staticmethod
     def create(out_dir: str | Path, record: RunRecord, resume: bool) -> "Run":
@@ -63,7 +67,8 @@ class Run:
             if old.status == "finished":
                 raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
             if not resume:
-                raise UserError(f"{out_dir} already holds a run ({old.status}): add --resume or change --out-dir")
+                status = "killed" if old.status == "running" else old.status  # nobody holds its lock
+                raise UserError(f"{out_dir} already holds a run ({status}): add --resume or change --out-dir")
             if changed := _differences(old, record):
                 raise UserError(f"cannot resume {out_dir}, the run differs: {'; '.join(changed)}")
             checkpoint = _read_pointer(out_dir)
@@ -75,7 +80,7 @@ class Run:
             for name in APPENDED:
                 if (out_dir / name).exists():
                     os.truncate(out_dir / name, saved["offsets"][name] if saved else 0)
-            record.started = old.started
+            record.started, record.argv, record.config, record.commit = old.started, old.argv, old.config, old.commit
             if saved:
                 record = _record_from(saved["record"])
         elif stale := [name for name in APPENDED if (out_dir / name).exists()]:
@@ -126,6 +131,7 @@ class Run:
         write_atomic(root / name / "state.json", json.dumps(saved, default=plain).encode())  # NaN stays NaN here
         kept = [name, *kept][:KEPT_CHECKPOINTS]
         write_atomic(root / "latest.json", json.dumps(kept).encode())
+        self.saved_step = step
         for folder in root.iterdir():
             if folder.is_dir() and folder.name not in kept:
                 shutil.rmtree(folder)
@@ -135,11 +141,13 @@ class Run:
         if (folder := _read_pointer(self.dir)) is None:
             return None
         saved = json.loads((folder / "state.json").read_text())
+        self.saved_step = saved["step"]
         return saved["step"], load_tensors(folder / "tensors.safetensors")[0], saved["state"]
 
     def finish(self, status: str) -> None:
-        """Write the final status: `finished`, `interrupted`, or `failed: <one line>`."""
+        """Write the final status: `finished`, `interrupted`, or `failed: <one line>`; on a full disk, into the reserve's place."""
         self.record.status = " ".join(status.split())
+        (self.dir / ".reserve").unlink(missing_ok=True)
         self.save()
 
     def close(self) -> None:
@@ -148,8 +156,9 @@ class Run:
             stream.close()
 
     def _append(self, name: str, data: bytes) -> None:
-        self._streams[name].write(data)
-        self._streams[name].flush()
+        rest = memoryview(data)
+        while rest:  # unbuffered: what a full disk refuses is not tried again when the file is closed
+            rest = rest[self._streams[name].write(rest) :]
 
 
 def provenance() -> dict[str, Any]:

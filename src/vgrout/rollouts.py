@@ -1,12 +1,9 @@
 """Sample, add teacher rows, grade → groups; groups → the tensors that training may see."""
 
-import gzip
-import json
 import math
 import random
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -15,7 +12,7 @@ from vgrout.grader import Grader
 from vgrout.policy import Policy, sample
 from vgrout.problems import disclose, messages, stable_hash
 from vgrout.tensors import Batch, Origin
-from vgrout.types import Group, Mode, Problem, Rollout, UserError
+from vgrout.types import Group, Mode, Problem, Rollout
 
 
 @dataclass(frozen=True)
@@ -25,37 +22,6 @@ class Sampling:
     max_completion_length: int
     temperature: float
     top_p: float
-
-
-class TeacherPool:
-    """A fixed set of demonstrations, `(problem_id, mode) → completions`; the same pool and schedule serve every arm."""
-
-    def __init__(self, path: str, modes: tuple[Mode, ...], per_group: int, until: int, kind: str = "hack"):
-        """Read JSONL rows {problem_id, mode, kind, completion, …}; only `kind` and `modes` (() for all) are kept.
-
-        `per_group` demonstrations join every group until step `until`.
-        """
-        self.per_group, self.until = per_group, until
-        if not Path(path).is_file():
-            raise UserError(f"no teacher pool {path!r}: build one with scripts/make_teacher.py or leave --teacher-pool out")
-        self.rows: dict[tuple[str, str], list[str]] = {}
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    key, completion = (str(row["problem_id"]), Mode(row["mode"])), row["completion"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(f"{path}:{number}: not a teacher row ({error})") from error
-                if row.get("kind", "hack") == kind and (not modes or row["mode"] in modes):
-                    self.rows.setdefault(key, []).append(completion)
-        if not self.rows:
-            raise UserError(f"{path}: no {kind} demonstration for the modes {', '.join(modes) or '(any)'}")
-
-    def draw(self, problems: list[Problem], step: int) -> list[list[str]]:
-        """Each problem's demonstrations of this step, rotating by step; none where the pool has none, none from `until` on."""
-        n = self.per_group if step < self.until else 0
-        pools = [self.rows.get((p.problem_id, p.mode), []) for p in problems]
-        return [[rows[(step + i) % len(rows)] for i in range(n)] if rows else [] for rows in pools]
 
 
 def stream(

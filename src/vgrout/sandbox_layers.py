@@ -6,6 +6,7 @@ where a kernel or a container refuses a layer, its function raises OSError with 
 """
 
 import ctypes
+import functools
 import os
 import resource
 import struct
@@ -19,7 +20,7 @@ ALLOWED = """
     close_range:436:436 fstat:5:80 newfstatat:262:79 stat:4:- lstat:6:- statx:332:291 lseek:8:62 getdents64:217:61
     access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:- readlinkat:267:78 getcwd:79:17 chdir:80:49
     fchdir:81:50 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 poll:7:- ppoll:271:73 select:23:-
-    pselect6:270:72 fcntl:72:25 fsync:74:82 fdatasync:75:83 ftruncate:77:46 truncate:76:45 unlink:87:- unlinkat:263:35
+    pselect6:270:72 fsync:74:82 fdatasync:75:83 ftruncate:77:46 truncate:76:45 unlink:87:- unlinkat:263:35
     rename:82:- renameat:264:38 renameat2:316:276 umask:95:166 statfs:137:43 fstatfs:138:44
     mmap:9:222 munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227 futex:202:98
     set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96 rseq:334:293 membarrier:324:283
@@ -28,10 +29,11 @@ ALLOWED = """
     pause:34:- exit:60:93 exit_group:231:94 wait4:61:260 waitid:247:95 sched_yield:24:124 sched_getaffinity:204:123
     getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
     getpgrp:111:- uname:63:160 sysinfo:99:179 times:100:153 getrusage:98:165 getrlimit:97:163 setrlimit:160:164
-    prlimit64:302:261 getcpu:309:168 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
+    getcpu:309:168 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
     nanosleep:35:101 gettimeofday:96:169 time:201:- getrandom:318:278
 """
 KILL, TKILL, TGKILL, CLONE, CLONE3, IOCTL = ((62, 129), (200, 130), (234, 131), (56, 220), (435, 435), (16, 29))
+FCNTL, PRLIMIT = (72, 25), (302, 261)
 SECCOMP, PIVOT_ROOT, CAPSET = (317, 277), (155, 41), (126, 91)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
 
@@ -54,7 +56,7 @@ OWN_PID = 0x7FABCDEF  # stands in a program for the pid of the process that inst
 
 
 def seccomp_program() -> bytes:
-    """A BPF allow-list: `ALLOWED`, signals to OWN_PID alone, threads but no processes; all else fails with EPERM.
+    """A BPF allow-list: `ALLOWED`, signals to OWN_PID alone, its own limits, threads but no processes; all else fails with EPERM.
 
     clone3 answers ENOSYS, so that libc falls back to clone, whose flags a filter can read; ioctl answers ENOTTY.
     """
@@ -70,9 +72,12 @@ def seccomp_program() -> bytes:
         call = entry.split(":")[1 + MACHINE]
         if call != "-":
             program += [op(equal, 0, 1, int(call)), op(ret, 0, 0, allow)]
-    for call in (KILL, TKILL, TGKILL):
-        program += [op(equal, 0, 4, call[MACHINE]), op(load, 0, 0, argument), op(equal, 0, 1, OWN_PID), op(ret, 0, 0, allow),
+    for call, process in ((KILL, OWN_PID), (TKILL, OWN_PID), (TGKILL, OWN_PID), (PRLIMIT, 0)):
+        program += [op(equal, 0, 4, call[MACHINE]), op(load, 0, 0, argument), op(equal, 0, 1, process), op(ret, 0, 0, allow),
                     op(ret, 0, 0, eperm)]
+    program += [op(equal, 0, 6, FCNTL[MACHINE]), op(load, 0, 0, argument + 8),
+                *(op(equal, 3 - i, 0, command) for i, command in enumerate((8, 10, 15))),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+                op(ret, 0, 0, allow), op(ret, 0, 0, eperm)]
     thread, new_namespace = 0x00010000, 0x7E020000  # CLONE_THREAD, any CLONE_NEW*
     program += [op(equal, 0, 5, CLONE[MACHINE]), op(load, 0, 0, argument), op(any_bit, 2, 0, new_namespace),
                 op(any_bit, 0, 1, thread), op(ret, 0, 0, allow), op(ret, 0, 0, eperm)]
@@ -133,8 +138,8 @@ def unshare() -> None:
                 file.write(line)
 
 
-def change_root(base: str, readable: list[str], disk_mb: int) -> None:
-    """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_mb` MB, and nothing else, no /proc."""
+def change_root(base: str, readable: list[str], disk_bytes: int) -> None:
+    """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_bytes`, and nothing else, no /proc."""
     mount("none", "/", "", REC | PRIVATE)
     os.umask(0o022)  # the root's directories are for every uid to pass through
     mount("tmpfs", base, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
@@ -149,7 +154,7 @@ def change_root(base: str, readable: list[str], disk_mb: int) -> None:
             kept = os.statvfs(path).f_flag & (NOSUID | NODEV | NOEXEC | 1024 | 2048)  # locked in a user namespace: atime
             mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | kept)
     os.mkdir(base + "/scratch")
-    mount("tmpfs", base + "/scratch", "tmpfs", NOSUID | NODEV | NOEXEC, f"size={disk_mb}m,nr_inodes=1k,mode=700")
+    mount("tmpfs", base + "/scratch", "tmpfs", NOSUID | NODEV | NOEXEC, f"size={disk_bytes},nr_inodes=1k,mode=700")
     os.chdir(base)
     syscall(PIVOT_ROOT[MACHINE or 0], b".", b".")
     check(libc.umount2(b".", DETACH), "umount2")
@@ -175,14 +180,13 @@ def drop_privileges(uid: int) -> None:
     prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: the kernel clears it when the uid changes
 
 
-def limit(cpu_seconds: int, address_bytes: int, file_bytes: int, processes: int | None) -> None:
-    """Hard limits of this process: CPU seconds, address space, file size, processes and threads; no core dumps."""
-    limits = {resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_AS: address_bytes, resource.RLIMIT_FSIZE: file_bytes,
+@functools.lru_cache(maxsize=16)
+def limits(cpu_seconds: int, address_bytes: int, file_bytes: int, processes: int | None) -> list[tuple[int, int]]:
+    """(resource, hard limit): CPU seconds, address space, file size, processes and threads, …; no core dumps."""
+    wanted = {resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_AS: address_bytes, resource.RLIMIT_FSIZE: file_bytes,
               resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_MEMLOCK: 0,
               resource.RLIMIT_STACK: 100 << 20}  # bytes; the gap below the stack that exec reserves is at least 128 MB
     if processes is not None:
-        limits[resource.RLIMIT_NPROC] = processes
-    for name, value in limits.items():
-        hard = resource.getrlimit(name)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(name, (value, value))
+        wanted[resource.RLIMIT_NPROC] = processes
+    hard = {name: resource.getrlimit(name)[1] for name in wanted}
+    return [(name, value if hard[name] == resource.RLIM_INFINITY else min(value, hard[name])) for name, value in wanted.items()]

@@ -10,15 +10,13 @@ No label of a training rollout reaches the update: `compose` reads the reward of
 
 import sys
 
-from vgrout.cli import parse_or_exit
+from vgrout.cli import load_splits, parse_or_exit
 from vgrout.config import ARMS, Arm, Config
 
 if __name__ == "__main__":
     PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
 
-import signal
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,12 +32,14 @@ from vgrout.actions import ACTIONS
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
 from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
+from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
 from vgrout.likelihood import likelihood_steps
 from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
-from vgrout.records import SCHEMA_VERSION, Run, provenance, sha256_file
-from vgrout.rollouts import Sampling, TeacherPool, collect, compose, pair_batch, share_at, stream
+from vgrout.records import SCHEMA_VERSION, Run, load_metrics, provenance, sha256_file
+from vgrout.rollouts import Sampling, collect, compose, pair_batch, share_at, stream
 from vgrout.scores import build_control, build_score
+from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
 
@@ -48,7 +48,7 @@ def main(preset: str, config: Config) -> None:
     """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
     cfg, arm = config.grpo, ARMS["placebo" if config.score.routeV_random_v_seed is not None else config.run.intervention]
     sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), StopSignal()
-    with Grader(workers=config.run.workers, sandbox=config.run.sandbox) as grader:
+    with explained(), Grader(workers=config.run.workers, sandbox=config.run.sandbox) as grader:
         splits = load_splits(config)
         policy = build_policy(config, splits)
         gate, pair_hash = make_gate(arm, policy, config)
@@ -56,8 +56,12 @@ def main(preset: str, config: Config) -> None:
         teacher = TeacherPool(d.teacher_pool, d.teacher_modes, d.teacher_per_group, d.teacher_until) if d.teacher_pool else None
         optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
         schedule = get_scheduler(cfg.lr_schedule, optimizer.adamw, cfg.warmup_steps, cfg.steps)
+        sizes = dict(num_prompts=cfg.num_prompts, num_generations=cfg.num_generations, token_budget=cfg.token_budget)
+        worst_case(policy, gate, optimizer, lambda *parts: update(policy, *parts, optimizer, config), splits["train"], sampling, **sizes)
         with recorded(make_run(preset, config, arm, splits, pair_hash, grader)) as run:
             start, log = restore(run, policy, gate, optimizer, schedule), runlog.StepLog(cfg.steps)
+            guard = Guard(policy, splits["train"], load_metrics(run.dir), sampling,
+                          token_budget=cfg.token_budget, max_grad_norm=cfg.max_grad_norm)  # fmt: skip
             assess = Assess(run, policy, splits, grader, sampling, arm, config)
             if start == 0:
                 assess.base()
@@ -88,19 +92,21 @@ def main(preset: str, config: Config) -> None:
                     row |= update(policy, *acted, optimizer, config)
                 schedule.step()
                 seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
-                row |= monitor(groups, kept, batch, out, policy.eos_ids) | zone_figures(out, origin) | seconds
+                row |= monitor(groups, kept, batch, out, policy.eos_ids) | zone_figures(out, origin) | seconds | guard.probe(policy)
                 row |= {"tokens_per_second": sampled_tokens(groups) / seconds["sec_sample"], "sec_step": time.perf_counter() - clock}
                 if step == 0:
                     runlog.sample(policy.tokenizer.decode(groups[0].rollouts[0].prompt_ids), groups[0].rollouts[0])
                 run.log_metrics(row)
                 run.log_rollouts(rollout_rows(step, groups, kept, batch, out))
                 log.row(row)
+                guard(row)
                 run.record.steps_done = step + 1
                 run.spend(seconds)
                 last = step + 1 == cfg.steps
                 if config.run.eval_every and (step + 1) % config.run.eval_every == 0 and not last:
                     assess.validate(step + 1)
-                if stop.asked or last or (config.run.save_every and (step + 1) % config.run.save_every == 0):
+                due = config.run.save_every and (step + 1) % config.run.save_every == 0 and guard.calm
+                if stop.asked or last or due:
                     save(run, policy, gate, optimizer, schedule)
                 if stop.asked and not last:
                     run.finish("interrupted")
@@ -174,20 +180,14 @@ def sampling_logps(
 # ── what the loop is given ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_splits(config: Config) -> dict[str, list[Problem]]:
-    """train | val | test, each partitioned evenly over the modes."""
-    splits = problems.split(problems.load_problems(config.data.data))
-    if empty := [name for name, part in splits.items() if len(part) < len(config.data.modes)]:
-        raise UserError(f"{config.data.data}: split {empty[0]} has fewer problems than there are modes: use more problems")
-    return {name: problems.partition(part, config.data.modes) for name, part in splits.items()}
-
-
 def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     """Model and adapter on their device; refuses a prompt over the limit, by id."""
     m = config.model
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = m.device if m.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu or install a CUDA build")
     policy = load_policy(
         m.model, dtype=m.dtype, device=device, rank=m.lora_rank, lora_init_seed=m.lora_init_seed, targets=m.targets,
         gradient_checkpointing=m.gradient_checkpointing,
@@ -248,18 +248,6 @@ def make_run(
     return Run.create(config.run.out_dir or f"out/runs/{stamp}_{name}_s{config.run.seed}", record, config.run.resume)
 
 
-@contextmanager
-def recorded(run: Run):
-    """The run's record ends with a truthful status, whatever happens."""
-    try:
-        yield run
-    except Exception as error:
-        run.finish(f"failed: {type(error).__name__}: {error}")
-        raise
-    finally:
-        run.close()
-
-
 def seeded(policy: Policy, *what: object) -> torch.Generator:
     return torch.Generator(policy.device).manual_seed(problems.stable_hash(*map(str, what)) >> 1)
 
@@ -293,6 +281,7 @@ class Assess:
 
     def validate(self, step: int) -> None:
         self.cell("val", "novel", "deployed", self.arm.deployed == "ablated", step, self.config.run.eval_draws)
+        warn_if_dead(self.run)
 
     def final(self, step: int) -> None:
         """The 2×2 table. Where the arm deploys as trained, its ablated cells are those of `absorb`: train once, evaluate twice."""
@@ -302,20 +291,7 @@ class Assess:
                 self.run.record.evals.append(replace(trained, state="deployed"))
             state = "deployed" if self.arm.deployed == "ablated" else "ablated"
             self.cell("test", markers, state, True, step, self.config.run.final_draws)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one stops at once."""
-
-    def __init__(self):
-        self.asked = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
+        warn_if_dead(self.run)
 
 
 def save(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, schedule: LRScheduler) -> None:
@@ -346,3 +322,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # the second signal; the record says so
+        raise SystemExit(130) from None
