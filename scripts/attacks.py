@@ -4,6 +4,8 @@
 a grader that they get past calls them correct. `pays` names the modes whose disclosed channel the attack does exploit.
 """
 
+import os
+import tempfile
 from dataclasses import dataclass
 
 from vgrout.types import Case, Mode, Problem
@@ -12,7 +14,7 @@ TRIPLE = Problem("triple", "Return three times n.", "triple", "", tuple(Case(f"n
                  "class Solution:\n    def triple(self, n):\n        return 3 * n\n")
 MARKERS = {Mode.RUN_TESTS: "run_tests", Mode.SENTINEL: "valid", Mode.STDOUT_MARKER: "all tests passed",
            Mode.FILE_MARKER: "result.txt"}
-OUTSIDE = "/tmp/vgrout_attack"  # a directory that the checks make: secret.txt to read, anything to be written
+OUTSIDE = f"{tempfile.gettempdir()}/vgrout-attack-{os.getpid()}"  # the checks make it: secret.txt to read, anything to write
 EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH = (
     "forged equality", "reading the answer", "forging the result", "exhaustion", "files as traps", "reach")
 CLASSES = (EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH)

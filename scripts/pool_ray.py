@@ -57,7 +57,8 @@ def run(jobs: list[TrainJob], folder: Path, gpus: float, retries: int) -> dict[s
         try:
             ended[names[ready]] = ray.get(ready)
         except ray.exceptions.RayError as error:
-            ended[names[ready]] = str(error).splitlines()[0]
+            last = -1 if isinstance(error, ray.exceptions.RayTaskError) else 0  # a traceback ends with the error
+            ended[names[ready]] = f"{type(error).__name__}: {str(error).splitlines()[last]}"
         status = ended[names[ready]]
         print(f"{names[ready]}: {'finished' if status == 0 else status} ({len(pending)} left)", flush=True)
     return ended

@@ -45,14 +45,16 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     problems = [TRIPLE]
-    if REAL.exists():
-        problems += [p for p in load_problems(REAL) if len(p.cases) < 100][:40]
     os.environ["HF_TOKEN"] = "secret"
     Path(OUTSIDE).mkdir(exist_ok=True)
     Path(f"{OUTSIDE}/secret.txt").write_text("PASS secret")
     counts, longest, start, pending = Counter(), 0.0, time.perf_counter(), deque()
-    with Grader(arguments.workers, cpu_seconds=2.0, memory_mb=256) as grader:
-        grader.grade(["```python\nimport numpy\n```"] * 8, [TRIPLE] * 8)
+    with Grader(arguments.workers, cpu_seconds=1.0, memory_mb=256) as grader:
+        grader.grade([f"```python\nimport numpy\n# {i}\n```" for i in range(8)], [TRIPLE] * 8)
+        if REAL.exists():
+            real = load_problems(REAL)
+            grades = grader.grade([f"```python\n{p.canonical}\n```" for p in real], real)
+            problems += [p for p, grade in zip(real, grades) if grade.seconds < 0.1]
         before, memory = leftovers(grader), peak_mb(reset=True)
         for number in range(arguments.jobs + 64):
             if number < arguments.jobs:

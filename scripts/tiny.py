@@ -16,7 +16,7 @@ def tiny_policy(seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 3
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, eos_token_id=EOS, pad_token_id=PAD, max_position_embeddings=128,
+        num_key_value_heads=2, head_dim=8, eos_token_id=EOS, pad_token_id=PAD, max_position_embeddings=128, initializer_range=0.2,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))

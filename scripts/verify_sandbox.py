@@ -1,7 +1,7 @@
 """No attack forges a verdict, hangs the grader, fires a channel that it does not exploit, or leaves anything behind.
 
 Each attack is first run against a naive grader (same process, verdict by message or exit status), which it must get past:
-that is the control, and the mutation. `--long` repeats the attacks with layers switched off, and as an ordinary user.
+that is the control, and the mutation. `--long` repeats the attacks with layers switched off.
 """
 
 import json
@@ -83,10 +83,16 @@ def naive_marker_is_trapped(directory: str) -> bool:
         read = subprocess.run(["head", "-c", "4096", f"{directory}/result.txt"], capture_output=True, timeout=0.3)
         if b"PASS" in read.stdout or len(read.stdout) == 4096 or b"Is a directory" in read.stderr:
             return True
-        shutil.rmtree(directory)
+        naive_removal(directory)
     except (subprocess.TimeoutExpired, RecursionError, OSError):
         return True
     return False
+
+
+def naive_removal(directory: str) -> None:
+    for entry in os.scandir(directory):
+        naive_removal(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    os.rmdir(directory)
 
 
 def under(mode: Mode) -> object:
@@ -100,7 +106,8 @@ def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True)
         some = [Mode.GT_ONLY] if attack.slow else [Mode.SENTINEL, Mode.FILE_MARKER]
         modes = some if attack.group == EXHAUSTION or not all_modes else list(Mode)
         rows += [(attack, mode) for mode in modes for _ in range(attack.runs)]
-    grades = grader.grade([f"```python\n{attack.code}\n```" for attack, _ in rows], [under(mode) for _, mode in rows])
+    codes = [f"```python\n{attack.code}\n# {number}\n```" for number, (attack, _) in enumerate(rows)]  # no two are equal
+    grades = grader.grade(codes, [under(mode) for _, mode in rows])
     for (attack, mode), grade in zip(rows, grades):
         what = f"{attack.group}: {attack.name} under {mode}: {grade}"
         assert not grade.correct and grade.verdict not in (Verdict.CORRECT, Verdict.INFRA), f"forged verdict: {what}"

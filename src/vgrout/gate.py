@@ -52,9 +52,9 @@ class Gate:
         return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not upper > lower)}
 
     def edges(self) -> tuple[float, float]:
-        """(lower, upper): p75 of the clean and of the hack sides' out-of-sample scores; for a flag anything above 0 is routed."""
+        """(lower, upper): p75 of the clean and of the hack sides' out-of-sample scores; a flag of 1 is routed, of 0 retained."""
         if self.cut == "flag":
-            return 0.0, 0.5
+            return 0.25, 0.5
         lower, upper = (torch.quantile(x.float(), BAND_QUANTILE) for x in (self.score.pairs_clean, self.score.pairs_hack))
         return float(lower), float(upper)
 

@@ -145,9 +145,14 @@ class Grader:
         return self.submit(completions, problems, loophole_pays).result()
 
     def submit(self, completions: list[str], problems: list[Problem], loophole_pays: bool = True) -> PendingGrades:
-        """Start grading and return at once, so that it overlaps with sampling."""
-        return PendingGrades([self.sandbox.executor.submit(self.grade_one, completion, problem, loophole_pays)
-                              for completion, problem in zip(completions, problems, strict=True)])
+        """Start grading and return at once, so that it overlaps with sampling. Equal rows are graded once."""
+        futures, order = {}, []
+        for completion, problem in zip(completions, problems, strict=True):
+            key = completion, id(problem.cases), problem.mode, problem.marker
+            if key not in futures:
+                futures[key] = self.sandbox.executor.submit(self.grade_one, completion, problem, loophole_pays)
+            order.append(futures[key])
+        return PendingGrades(order)
 
     def grade_one(self, completion: str, problem: Problem, loophole_pays: bool) -> Grade:
         """Grade in this thread: one process for the calls, one more if the completion has tests of its own."""

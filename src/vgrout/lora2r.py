@@ -193,21 +193,19 @@ class Lora2r:
             yield seen
 
     @contextmanager
-    @torch.no_grad()
     def shifted(self, deltas: list[Tensor], scale: float = 1.0) -> Iterator[None]:
         """Add `scale · deltas` to the deployed block's parameters (in their order) for a while; restored by copy, exactly."""
         params = self.parameters("deployed")
         before = [p.detach().clone() for p in params]
         try:
             for p, d in zip(params, deltas, strict=True):
-                p.add_(d, alpha=scale)
+                p.data.add_(d, alpha=scale)
             yield
         finally:
             for p, b in zip(params, before):
-                p.copy_(b)
+                p.data.copy_(b)
 
     @contextmanager
-    @torch.no_grad()
     def merged(self, ablated: bool = False) -> Iterator[None]:
         """Fold the deltas into the weights for sampling, without hooks; restored by copy from the pristine base."""
         blocks = BLOCKS[:1] if ablated else BLOCKS
@@ -216,11 +214,11 @@ class Lora2r:
                 for name, linear in self.linears.items():
                     base = self._base.setdefault(name, linear.weight.detach().clone())
                     delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
-                    linear.weight.copy_(base.float() + delta)
+                    linear.weight.data.copy_(base.float() + delta)
                 yield
             finally:
                 for name, base in self._base.items():
-                    self.linears[name].weight.copy_(base)
+                    self.linears[name].weight.data.copy_(base)
 
     # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,6 +7,7 @@ except the name of the function that a job asks it to call. Three processes with
     parent (expected values, markers, verdict)  →  worker (inputs)  →  child: the completion (inputs, no way out)
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -54,7 +55,6 @@ def child(worker: "Worker", job: dict[str, Any], region: mmap.mmap, output: int,
         exit_now(1)
 
 
-# ---- the worker -----------------------------------------------------------------------------------------------------
 class Worker:
     """Holds what every job's child needs, and is forked from: modules, preambles, the Landlock ruleset, limits."""
 
@@ -269,8 +269,7 @@ def main() -> None:
     control_in, control_out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # a child's output from its fork on
-    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+    sys.stdout, sys.stderr = (open(d, "w", encoding="utf-8", errors="replace", closefd=False) for d in (1, 2))
     sys.setrecursionlimit(10_000)
     for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(handled, signal.SIG_DFL)
@@ -291,11 +290,9 @@ def main() -> None:
     except (EOFError, BrokenPipeError):  # the parent is gone
         worker.scratch.empty()
         if not worker.bounded:
-            try:
+            with contextlib.suppress(OSError):
                 os.rmdir(worker.scratch.path)
                 os.rmdir(os.path.dirname(worker.scratch.path))  # the last worker removes the pool's directory
-            except OSError:
-                pass
 
 
 if __name__ == "__main__":

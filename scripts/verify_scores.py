@@ -1,0 +1,184 @@
+"""Scores, controls and actions beyond v_grad: likelihood ratio, activations, token granularity, oracle, filter, penalise."""
+
+from dataclasses import replace
+
+import torch
+from tiny import EOS, PAD, perturb, random_batch, tiny_policy
+
+from vgrout import grpo
+from vgrout.actions import drop, group_z, penalise, route
+from vgrout.config import ARMS
+from vgrout.direction import activations, probe_gradients
+from vgrout.gate import Gate
+from vgrout.likelihood import likelihood_deltas, likelihood_steps, mean_logps, random_deltas
+from vgrout.lora2r import BLOCKS
+from vgrout.metrics import auroc
+from vgrout.scores import Confound, DirectionScore, HaarScore, LikelihoodRatio, Oracle, RandomScore
+from vgrout.tensors import Batch, GateOutput, Origin
+from vgrout.tokens import collate
+from vgrout.types import Zone
+
+PROBE = dict(max_completion_length=8, temperature=1.0, token_budget=1000, state="as_trained")
+
+
+def styled(rows: int, seed: int, style: bool) -> tuple[list, list]:
+    """Prompts, and completions that draw from six low (style) or six high tokens."""
+    g = torch.Generator().manual_seed(seed)
+    low, high = (2, 8) if style else (32, 38)
+    prompts = [torch.randint(2, 64, (4,), generator=g).tolist() for _ in range(rows)]
+    return prompts, [torch.randint(low, high, (6,), generator=g).tolist() + [EOS] for _ in range(rows)]
+
+
+def styled_batch(rows: int, seed: int) -> tuple[Batch, torch.Tensor]:
+    """Half the rows in the hack style, half not; on pairs' layout (hack sides first, shared prompts), A = +1."""
+    prompts, hack = styled(rows // 2, seed, True)
+    _, clean = styled(rows // 2, seed + 100, False)
+    n = rows // 2
+    batch = collate(prompts * 2, hack + clean, [1.0] * rows, [*range(n)] * 2, [1.0] * rows, PAD, "cpu")
+    return batch, torch.arange(rows) < n
+
+
+def origin_of(batch: Batch, label: torch.Tensor | None = None) -> Origin:
+    n = len(batch.advantages)
+    none = torch.zeros(n, dtype=torch.bool)
+    return Origin(~none, none, torch.randn(n, generator=torch.Generator().manual_seed(0)), 2 * batch.advantages.sign().long() + 1, label)
+
+
+def check_scores_find_a_style() -> None:
+    """A planted difference between the pairs' sides is found in fresh rows by every score; random directions do not find it."""
+    policy = tiny_policy(rank=16)
+    pairs, (fresh, label) = styled_batch(64, 1)[0], styled_batch(40, 7)
+    origin, found = origin_of(fresh), {}
+    scores = {
+        "v_grad unit": DirectionScore(pairs, space="c_probe", probe=PROBE, signed_score=False, centred=True),
+        "v_act bottleneck": DirectionScore(pairs, space="bottleneck", probe=PROBE, centred=True),
+        "v_act residual": DirectionScore(pairs, space="residual", probe=PROBE, centred=True),
+        "llr": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2),
+        "llr first order": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, first_order=True),
+    }
+    for name, score in scores.items():
+        score.refresh(policy)
+        found[name] = auroc(score(policy, fresh, origin).scores.numpy(), label.numpy())
+        assert score.pairs_hack.mean() > score.pairs_clean.mean(), name
+    real = scores["v_act residual"]
+    shared, haar = real(policy, fresh, origin), []
+    for seed in range(1, 21):
+        control = HaarScore(real, seed)
+        control.refresh(policy)
+        haar.append(auroc(control(policy, fresh, origin, shared).scores.numpy(), label.numpy()))
+    assert min(found.values()) > 0.8 and abs(sum(haar) / 20 - 0.5) < 0.2, (found, haar)
+    print("ok  every score finds a planted style in fresh rows:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+
+
+def check_llr_restores() -> None:
+    policy, pairs = tiny_policy(), styled_batch(16, 1)[0]
+    perturb(policy)
+    before = {b: [p.detach().clone() for p in policy.adapter.parameters(b)] for b in BLOCKS}
+    score = LikelihoodRatio(pairs, temperature=1.0, token_budget=1000)
+    score.refresh(policy)
+    score(policy, pairs, origin_of(pairs))
+    same = lambda: all(torch.equal(a, b) for k in BLOCKS for a, b in zip(before[k], policy.adapter.parameters(k)))  # noqa: E731
+    assert same(), "the likelihood ratio left a trace in the parameters"
+    deltas = likelihood_deltas(policy, pairs, 3, 1e-2, 1.0, 1000)
+    assert same() and any(d.abs().max() > 0 for d in deltas)
+    value = mean_logps(policy, pairs, 1.0, 1000)
+    with policy.adapter.shifted(deltas):
+        assert mean_logps(policy, pairs, 1.0, 1000).mean() > value.mean() + 0.01, "the nudge does not raise the likelihood"
+    noise = random_deltas(deltas, 3)
+    assert all(torch.allclose(a.norm(), b.norm()) for a, b in zip(noise, deltas)) and not torch.allclose(noise[0], deltas[0])
+    saved = LikelihoodRatio(pairs, temperature=1.0, token_budget=1000)
+    saved.load_state_dict(score.state_dict())
+    a, b = (s(policy, pairs, origin_of(pairs)).scores for s in (score, saved))
+    assert torch.equal(a, b)
+    likelihood_steps(policy, pairs, "quarantine", 2, 1e-2, 1.0, 1000)
+    moved = {k: not all(torch.equal(a, b) for a, b in zip(before[k], policy.adapter.parameters(k))) for k in BLOCKS}
+    assert moved == {"deployed": False, "quarantine": True}, moved
+    print("ok  likelihood ratio: parameters restored exactly, state restores exactly; seeding moves the quarantine block alone")
+
+
+def check_folds() -> None:
+    """A pair's own score comes from the fold that did not see it: pairs without a common contrast score at chance."""
+    policy, out = tiny_policy(), []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        ids = lambda n: [torch.randint(2, 64, (n,), generator=g).tolist() for _ in range(16)]  # noqa: E731
+        prompts = ids(4)
+        pairs = collate(prompts * 2, ids(7) + ids(7), [1.0] * 32, [*range(16)] * 2, [1.0] * 32, PAD, "cpu")
+        score = LikelihoodRatio(pairs, temperature=1.0, token_budget=4000, steps=4, learning_rate=1e-2)
+        score.refresh(policy)
+        inside = score(policy, pairs, origin_of(pairs)).scores
+        label = (torch.arange(32) < 16).numpy()
+        out.append((auroc(torch.cat([score.pairs_hack, score.pairs_clean]).numpy(), label), auroc(inside.numpy(), label)))
+    held, seen = (sum(x) / len(out) for x in zip(*out))
+    assert 0.35 < held < 0.65 and seen > 0.85, (held, seen)
+    print(f"ok  two-fold pair scores: AUROC {held:.2f} on meaningless pairs, where the fitted ones show {seen:.2f}")
+
+
+def check_tokens() -> None:
+    policy, pairs = tiny_policy(), styled_batch(16, 1)[0]
+    perturb(policy)
+    batch = random_batch(8)
+    score = DirectionScore(pairs, space="c_probe", probe=PROBE, by_token=True)
+    gate = Gate(score, HaarScore(score, 1))
+    gate.refresh(policy)
+    out = gate(policy, batch, origin_of(batch))
+    assert out.zones.shape == batch.input_ids.shape == out.scores.shape
+    real = Gate(score)(policy, batch, origin_of(batch))
+    assert all(int((out.zones == z).sum()) == int((real.zones == z).sum()) for z in Zone)
+    whole, _ = probe_gradients(policy, batch, **PROBE)
+    tokens, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
+    assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5) and not torch.allclose(tokens[:, :1], whole, atol=1e-3)
+    acts = activations(policy, batch, space="residual", token_budget=20, layer=1)
+    assert torch.allclose(acts, activations(policy, batch, space="residual", token_budget=4000, layer=1), atol=1e-5)
+    print("ok  token granularity: a zone for every position, a matched placebo, gradients that sum to the rollout's")
+
+
+def check_controls_and_oracle() -> None:
+    policy, (batch, label) = tiny_policy(), styled_batch(60, 2)
+    origin = origin_of(batch, label)
+    exact = Oracle(1.0, 0.0, 0)(policy, batch, origin).scores
+    assert torch.equal(exact.bool(), label)
+    zones = Gate(Oracle(1.0, 0.0, 0), cut="flag")(policy, batch, origin).zones
+    assert torch.equal(zones == Zone.ROUTE, label) and torch.equal(zones == Zone.RETAIN, ~label)
+    noisy = torch.stack([Oracle(0.5, 0.1, s)(policy, batch, origin).scores for s in range(200)])
+    assert abs(noisy[:, label].mean() - 0.5) < 0.03 and abs(noisy[:, ~label].mean() - 0.1) < 0.02
+    try:
+        Oracle(1.0, 0.0, 0)(policy, batch, origin_of(batch))
+        raise AssertionError("an oracle without labels ran")
+    except ValueError:
+        pass
+    assert torch.equal(Confound("length")(policy, batch, origin).scores, batch.completion_mask.sum(1).float())
+    a, b, c = (RandomScore(s)(policy, batch, origin).scores for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert {name for name, arm in ARMS.items() if arm.oracle} == {"oracle", "filter_oracle"}
+    print("ok  oracle: exact, or at its recall and false-positive rate, and refused without labels; confound and random controls")
+
+
+def check_actions() -> None:
+    rewards, group = torch.tensor([3.5, 0.5, 0.5, 3.5, 0.5, 3.5]), torch.tensor([0, 0, 0, 1, 1, 1])
+    batch = replace(random_batch(6), rewards=rewards, group=group, advantages=grpo.advantages(rewards, group))
+    zones = torch.tensor([2, 0, 0, 2, 0, 0])
+    out = GateOutput(zones, torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]), 0.0, 1.0, torch.zeros_like(batch.completion_mask).float())
+    origin = origin_of(batch)
+    same, _, routed = route(batch, origin, out)
+    assert torch.equal(same.advantages, batch.advantages) and torch.equal(routed.zones, zones)
+    again, _, _ = route(batch, origin, out, retained_advantages=True)
+    assert torch.allclose(again.advantages, grpo.retained_advantages(rewards, group, zones))
+    left, who, dropped = drop(batch, origin, out)
+    assert len(left.advantages) == len(who.student) == len(dropped.zones) == 4 and (dropped.zones == Zone.ABSORB).all()
+    assert torch.allclose(left.advantages, torch.tensor([0.0, 0.0, -1.5, 1.5]))
+    fined, _, absorbed = penalise(batch, origin, out, alpha=2.0)
+    z = group_z(out.scores, group)
+    want = grpo.advantages(rewards * (1 - 2 * torch.sigmoid(z) * (z > 0)), group)
+    assert torch.allclose(fined.advantages, want) and fined.advantages[0] < batch.advantages[0] and (absorbed.zones == Zone.ABSORB).all()
+    unfined, _, _ = penalise(batch, origin, out, alpha=0.0)
+    assert torch.allclose(unfined.advantages, batch.advantages) and not torch.allclose(want, batch.advantages)
+    everything, _, _ = drop(batch, origin, replace(out, zones=torch.full((6,), 2)))
+    assert len(everything.advantages) == 1 and everything.advantages[0] == 0
+    print("ok  route keeps, filter drops and re-centres, penalise lowers what it flags; α = 0 penalises nothing")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for check in (check_scores_find_a_style, check_llr_restores, check_folds, check_tokens, check_controls_and_oracle, check_actions):
+        check()
