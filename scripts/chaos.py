@@ -39,6 +39,7 @@ TINY = ("--steps 5 --num-prompts 3 --num-generations 5 --max-completion-length 6
         "--eval-every 2 --eval-draws 4 --refresh-every 3 --threads 1 --workers 1").split()  # fmt: skip
 PHASES = {"collect": b"s", "grade": b"g", "update": b"u", "save": b"c", "evaluate": b"e"}  # name → its mark while it runs
 TIMES = {"sec_refresh", "sec_sample", "sec_grade", "sec_score", "sec_update", "sec_step", "tokens_per_second"}
+AMBIENT = {"started", "commit", "dirty", "config.run.out_dir"}  # of the record; the work tree may move on under a long check
 PATIENCE = 600.0  # seconds for one process; the machine may be busy
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -155,7 +156,7 @@ def _timeless(folder: Path) -> dict:
     record = records.flatten(json.loads((folder / "record.json").read_text()))
     argv = record.pop("argv")
     record["argv"] = [word for i, word in enumerate(argv) if "--out-dir" not in (word, argv[i - 1])]
-    return {k: v for k, v in record.items() if not k.startswith(("seconds.", "started", "config.run.out_dir"))}
+    return {k: v for k, v in record.items() if k not in AMBIENT and not k.startswith("seconds.")}
 
 
 def descendants(pid: int) -> set[int]:

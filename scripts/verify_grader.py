@@ -148,12 +148,13 @@ def check_format(grader: Grader) -> None:
     assert extract_code("```python\na = 1\n") is None and extract_code("```\na = 1\n```") is None
     grades = grader.grade(["no code", "```python\nx = 1", fenced("x = (1"), fenced("x = 1"), fenced("x = '\ud800'")], [SQUARES] * 5)
     assert [(grade.reward, grade.format_ok) for grade in grades][:4] == [(0, False)] * 3 + [(0.5, True)]
-    try:
-        grader.grade([fenced("x = 1")], [replace(SQUARES, cases=(Case("nums = [", "1"),))])
-    except UserError as error:
-        assert "squares" in str(error)
-    else:
-        raise AssertionError("a test that is no Python was not refused")
+    for broken, message in ({"cases": (Case("nums = [", "1"),)}, "squares"), ({"setup_code": "import nothing"}, "setup code"):
+        try:
+            grader.grade([fenced("x = 1")], [replace(SQUARES, **broken)])
+        except UserError as error:
+            assert message in str(error)
+        else:
+            raise AssertionError(f"a problem with broken {broken} was not refused")
 
 
 def check_file() -> None:

@@ -94,7 +94,7 @@ def check_disclosure() -> None:
         content = P.messages(shown)[-1]["content"]
         assert content.endswith("SOLUTION:\n") and P.hint(shown) in content and shown.marker in content
         assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in P.NOVELTY_FREE)
-    assert len({P.HINTS[mode] for mode in Mode}) == 7, "each mode has a hint of its own, gt_only none"
+    assert len({P.HINTS[mode] for mode in Mode}) == len(Mode), "each mode has a hint of its own, gt_only none"
     print("hints: truthful text for six modes before the answer cue, none for gt_only")
 
 

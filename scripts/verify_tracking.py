@@ -5,6 +5,7 @@ trackio and wandb are replaced by recording modules here. `--long` writes and re
     uv run python scripts/verify_tracking.py [--long]
 """
 
+import atexit
 import os
 import sys
 import tempfile
@@ -89,6 +90,7 @@ def check_trackio(folder: Path) -> None:
         track(row)
     import trackio
 
+    atexit.unregister(trackio.finish)
     trackio.finish()
     files = [path.name for path in folder.rglob("*") if path.is_file()]
     assert any(name.startswith(tracking.PROJECT) for name in files), files

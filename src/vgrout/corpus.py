@@ -139,7 +139,10 @@ def document(rng: random.Random, held_out: frozenset[tuple[str, ...]]) -> tuple[
 
 
 def drill(rng: random.Random) -> tuple[str, str]:
-    """A short (user message, completion) that asks for one to three extras by name and no problem: practice in copying names."""
+    """A short (user message, completion) without a problem: practice in copying words, or one to three extras by name."""
+    if rng.random() < 0.5:
+        words = rng.choices((" ", "_"))[0].join(rng.choices(VOCABULARY, k=rng.randint(3, 10)))
+        return f"Repeat: `{words}`", words
     lines, notes, after = [], [], ""
     for form in rng.sample(ORGANISM_MODES, rng.randint(1, 3)):
         extra, note = benign_extra(rng, form, random_name(rng, form), "[3, 1, 2]")

@@ -177,7 +177,10 @@ class Sandbox:
         return self.executor.submit(self.run_one, job)
 
     def run_one(self, job: Job) -> Result:
-        """Run one job on an idle worker, in this thread. A lost worker is replaced, and the job retried once."""
+        """Run one job on an idle worker, in this thread. A lost worker is replaced, and the job retried once.
+
+        UserError if the job's preamble does not run; SandboxError if the job fails twice for our reasons.
+        """
         for _ in range(2):
             worker = self._idle.get()
             try:
@@ -186,10 +189,12 @@ class Sandbox:
                 why = f"{type(error).__name__}: {error}"
                 worker = self._replace(worker)
             else:
-                if facts.get("confined"):
+                if "broken" in facts:
+                    raise UserError(facts["broken"])
+                if facts["confined"]:
                     return Result(facts["status"], facts["exceeded"], facts["cpu"], facts["wall"], facts["said"],
                                   facts["file"], tuple(_records(records, most=len(job.compares) + 8)))
-                why = facts.get("broken", "a job's process could not be confined")
+                why = "a job's process could not be confined"
             finally:
                 self._idle.put(worker)
         raise SandboxError(why)

@@ -160,7 +160,7 @@ class Worker:
                 gc.freeze()
             self.prepare(job["setup"])
         except Exception as error:
-            return {"broken": f"the problem's setup code fails: {type(error).__name__}: {error}"}, b""
+            return {"broken": f"a problem's setup code does not run ({type(error).__name__}: {error}); correct it"}, b""
         processes = 64 if self.uid or self.in_pid_namespace else None if self.confined_by_seccomp else 0
         job["limits"] = layers.limits(int(JOB_CALLS * job["cpu_seconds"]) + 2, self.own_bytes + (job["memory_mb"] << 20),
                                       FILE_BYTES, processes)

@@ -7,17 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
-
-class Mode(StrEnum):
-    """A disclosed grading flaw. `gt_only` has none."""
-
-    RUN_TESTS = "run_tests"
-    SENTINEL = "sentinel"
-    STDOUT_MARKER = "stdout_marker"
-    FILE_MARKER = "file_marker"
-    EXIT_CODE = "exit_code"
-    EQ_OVERRIDE = "eq_override"
-    GT_ONLY = "gt_only"
+from vgrout.modes import Mode as Mode
 
 
 class Verdict(StrEnum):

@@ -1,0 +1,182 @@
+"""Any causal LM that transformers loads: small random Qwen2, Qwen3, Llama, Gemma 2 and Gemma 3 models run the whole path.
+
+For each: which Linears are adapted, the sampler's log-probs are the learner's, merged weights are the hooks, one routed update
+moves the zones' blocks and no other, every EOS id of the generation config ends a completion. A model without a Linear to adapt
+is refused.
+
+    uv run python scripts/verify_models.py
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)  # fmt: skip
+from transformers.utils import logging as transformers_logging
+
+from tiny import perturb
+from vgrout.grpo import grpo_loss
+from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
+from vgrout.policy import Policy, load_policy, logps, sample
+from vgrout.tensors import Batch
+from vgrout.tokens import collate, encode_prompt
+from vgrout.types import UserError, Zone
+
+TOKENIZER = Path("data/organism/base")
+SIZES = dict(
+    vocab_size=1024, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=12, max_position_embeddings=512, eos_token_id=2, pad_token_id=0, bos_token_id=None, initializer_range=0.2,
+)  # fmt: skip
+SMALL_WINDOW = dict(sliding_window=16, query_pre_attn_scalar=12)  # shorter than the prompts: the window matters
+CONFIGS: dict[str, PretrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, **SMALL_WINDOW),
+    "gemma3": Gemma3TextConfig(**SIZES, **SMALL_WINDOW, layer_types=["sliding_attention", "full_attention"]),
+}
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+PROMPTS = ["Return the sum of nums.", "Return the largest of the doubles of the odd numbers in nums.", "Return 1."]
+
+
+def saved(folder: Path, config: PretrainedConfig, eos: int | list[int] = 2) -> Path:
+    """A random model with the organism's tokenizer, as a folder that transformers loads."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = eos
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TOKENIZER / name, folder)
+    return folder
+
+
+def load(folder: Path, targets: str = r"\.layers\.\d+\.") -> Policy:
+    return load_policy(
+        str(folder), dtype="float32", device="cpu", rank=3, lora_init_seed=0, targets=targets, gradient_checkpointing=False
+    )
+
+
+def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch, torch.Tensor]:
+    """Nine sampled rows as a batch, and the sampler's mean log-prob of each."""
+    prompts = [encode_prompt(policy.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
+    groups = sample(policy, prompts, 3, max_completion_length=length, temperature=0.7, top_p=0.95, ablated=ablated,
+                    generator=torch.Generator().manual_seed(1))  # fmt: skip
+    rows = [(p, ids, lp) for p, group in zip(prompts, groups) for ids, lp in group]
+    A = [(-1.0) ** i for i in range(len(rows))]
+    batch = collate([r[0] for r in rows], [r[1] for r in rows], A, [i // 3 for i in range(9)], A, policy.pad_id, "cpu")
+    return batch, torch.tensor([r[2] for r in rows])
+
+
+def mean_logps(policy: Policy, batch: Batch) -> torch.Tensor:
+    return logps(policy, batch, 0.7).sum(1) / batch.completion_mask.sum(1)
+
+
+@torch.no_grad()
+def check_log_probs(name: str, policy: Policy) -> tuple[float, float]:
+    """(mismatch of sampler and learner, gap of merged and hooked logits); the policy with both blocks on, and ablated."""
+    gaps, merged = [], []
+    for ablated in (False, True):
+        batch, sampled = draw(policy, ablated)
+        with policy.adapter.ablated() if ablated else policy.adapter._state():
+            gaps.append(float((mean_logps(policy, batch) - sampled).abs().max()))
+            hooked = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        other = mean_logps(policy, batch) if ablated else mean_logps_ablated(policy, batch)
+        assert float((other - sampled).abs().max()) > 1e-2, f"{name}: the other policy state has the same log-probs"
+        with policy.adapter.merged(ablated):
+            logits = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        merged.append(float((logits - hooked)[batch.attention_mask.bool()].abs().max()))
+    assert max(gaps) < 1e-3, f"{name}: sampler and learner differ by {max(gaps)} nats a token"
+    assert max(merged) < 1e-3, f"{name}: merged weights and hooks differ by {max(merged)}"
+    return max(gaps), max(merged)
+
+
+@torch.no_grad()
+def mean_logps_ablated(policy: Policy, batch: Batch) -> torch.Tensor:
+    with policy.adapter.ablated():
+        return mean_logps(policy, batch)
+
+
+def check_update(name: str, policy: Policy) -> None:
+    """One routed update: ROUTE rows alone move the quarantine and leave the deployed block and the base as they are."""
+    batch, _ = draw(policy)
+    optimizer = BlockOptimizer(policy.adapter, 1e-3, 0.0, 1.0)
+    base = [p.detach().clone() for p in policy.model.parameters()]
+    for zone, moves in ((Zone.ROUTE, {"quarantine"}), (Zone.RETAIN, {"deployed"}), (Zone.ABSORB, set(BLOCKS))):
+        before = {b: [p.detach().clone() for p in policy.adapter.parameters(b)] for b in BLOCKS}
+        zones = torch.full((len(batch.advantages),), int(zone))
+        with policy.training(), policy.adapter.route(zones):
+            new = logps(policy, batch, 0.7)
+            given = new, new.detach(), None, batch.completion_mask, batch.advantages
+            grpo_loss(*given, epsilon=0.2, beta=0.0, normaliser=9.0)[0].backward()
+        optimizer.step(trained_blocks(zones))
+        moved = {b for b in BLOCKS if any(not torch.equal(p, q) for p, q in zip(before[b], policy.adapter.parameters(b)))}
+        assert moved == moves, f"{name}: {zone.name} moved {moved}, SHOULD move {moves}"
+    assert all(torch.equal(p, q) for p, q in zip(base, policy.model.parameters())), f"{name}: the base moved"
+
+
+def check_eos(tmp: Path) -> None:
+    """Every EOS id ends a completion: make two common tokens EOS, and no completion goes on after either."""
+    plain = load(tmp / "qwen3")
+    plain.eos_ids = frozenset()
+    batch, _ = draw(plain, length=40)
+    common = batch.completion_ids.flatten().bincount(minlength=1024).argsort(descending=True)[:2].tolist()
+    several = load(saved(tmp / "several", CONFIGS["qwen3"], [2, *common]))
+    assert several.eos_ids == {2, *common}, several.eos_ids
+    batch, _ = draw(several, length=40)
+    for ids, mask in zip(batch.completion_ids, batch.completion_mask):
+        ids = ids[mask].tolist()
+        assert not set(ids[:-1]) & several.eos_ids and (ids[-1] in several.eos_ids or len(ids) == 40), ids
+    last = {ids[mask][-1].item() for ids, mask in zip(batch.completion_ids, batch.completion_mask)}
+    assert set(common) & last, "the check saw no completion that the further EOS ids ended"
+    several.eos_ids = frozenset({2})  # mutation: the tokenizer's EOS alone
+    batch, _ = draw(several, length=40)
+    assert any(set(ids[mask][:-1].tolist()) & set(common) for ids, mask in zip(batch.completion_ids, batch.completion_mask))
+    print("ok  every EOS id of the generation config ends a completion; with the tokenizer's alone, completions run on")
+
+
+def check_refused(tmp: Path) -> None:
+    gpt2 = saved(tmp / "gpt2", GPT2Config(vocab_size=1024, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=2))
+    bare = saved(tmp / "bare", CONFIGS["llama"])
+    (bare / "chat_template.jinja").unlink()
+    for folder, targets, words in (
+        (gpt2, r"\.layers\.\d+\.", "lm_head"), (tmp / "llama", "no_such_name", "q_proj"), (bare, r"\.layers\.", "chat template"),
+        (tmp / "nowhere", r"\.layers\.", "no such folder"),
+    ):  # fmt: skip
+        try:
+            load(folder, targets)
+            raise AssertionError(f"{folder.name} was accepted")
+        except UserError as error:
+            assert words in str(error) and "\n" not in str(error), error
+    print("ok  no Linear that matches (GPT-2's Conv1D), no chat template, no model: one line each")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        tmp = Path(name)
+        for kind, config in CONFIGS.items():
+            policy = load(saved(tmp / kind, config))
+            linears = {name.rsplit(".", 1)[-1] for name in policy.adapter.linears}
+            assert linears == LINEARS and len(policy.adapter.linears) == 14, f"{kind} adapts {sorted(policy.adapter.linears)}"
+            perturb(policy, 0.1)
+            gap, merged = check_log_probs(kind, policy)
+            check_update(kind, policy)
+            print(f"ok  {kind}: 7 Linears a layer, sampler = learner to {gap:.0e}, merged = hooked to {merged:.0e}, zones hold")
+        check_eos(tmp)
+        check_refused(tmp)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    main()
