@@ -36,7 +36,7 @@ from vgrout.records import load_adapter, load_metrics, load_record, load_rollout
 from vgrout.types import UserError
 
 TINY = ("--steps 5 --num-prompts 3 --num-generations 5 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 2 "
-        "--eval-every 2 --eval-draws 4 --refresh-every 3 --threads 1 --workers 1").split()  # fmt: skip
+        "--eval-every 2 --eval-draws 4 --refresh-every 3 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
 PHASES = {"collect": b"s", "grade": b"g", "update": b"u", "save": b"c", "evaluate": b"e"}  # name → its mark while it runs
 TIMES = {"sec_refresh", "sec_sample", "sec_grade", "sec_score", "sec_update", "sec_step", "tokens_per_second"}
 AMBIENT = {"started", "commit", "dirty", "config.run.out_dir"}  # of the record; the work tree may move on under a long check
@@ -249,12 +249,13 @@ def kill_and_resume(root: Path, arm: str, reference: Path, rng: random.Random, k
 def check_kills(root: Path, arms: list[str], kills: int, seed: int) -> None:
     rng, hit, done, began = random.Random(seed), Counter(), Counter(), time.monotonic()
     references: dict[str, Path] = {}
+    each = max(1, kills // len(arms))  # kills of one run, so that every arm has its turn
     while sum(hit.values()) < kills:
         arm = arms[sum(done.values()) % len(arms)]
         if arm not in references:
             references[arm] = root / f"whole_{arm}"
             assert start(references[arm], arm=arm).wait() == 0, (root / f"whole_{arm}.log").read_text()[-3000:]
-        new = kill_and_resume(root, arm, references[arm], rng, min(3, kills - sum(hit.values())))
+        new = kill_and_resume(root, arm, references[arm], rng, min(each, kills - sum(hit.values())))
         hit, done = hit + new, done + Counter({arm: 1})
         print(f"    {sum(hit.values())} kills, {time.monotonic() - began:.0f} s: {arm} {dict(new)}", flush=True)
     print(f"ok  {sum(hit.values())} of {kills} kills resumed to the bits of the uninterrupted run: {dict(hit)}, {len(done)} arms")

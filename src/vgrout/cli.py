@@ -44,8 +44,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        box = [line.strip("│ ") for line in errors.getvalue().splitlines() if line.startswith("│")]
-        text = " ".join(line for line in box if not set(line) <= set("─"))
+        box = [line.strip("│| ") for line in errors.getvalue().splitlines() if line.startswith(("│", "|"))]  # ASCII where stdout is
+        text = " ".join(line for line in box if not set(line) <= set("─-"))
         text = re.split(" For full helptext| Argument helptext", text)[0].rstrip(".")
         raise UserError(f"{text} (python -m vgrout.train {preset} --help lists the flags)") from None
     check(config)
@@ -83,7 +83,7 @@ def _ranges(config: Config) -> Iterator[str]:
     yield from (f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1)
     yield from (f"{flag} {x} must be at least 1" for flag, x in counts.items() if x < 1)
     yield from (f"{flag} {x} must be a finite number above 0" for flag, x in positive.items() if not 0 < x < math.inf)
-    yield from (f"{flag} {x} must be a finite number, 0 or more" for flag, x in not_negative.items() if not 0 <= x < math.inf)
+    yield from (f"{flag} {x} must be 0 or more, and finite" for flag, x in not_negative.items() if not 0 <= x < math.inf)
     if grpo.num_generations < 2:
         yield f"--num-generations {grpo.num_generations} must be at least 2: the baseline is the group's mean"
     if not 0 < grpo.temperature < math.inf:
@@ -189,6 +189,7 @@ def _check_out_dir(out_dir: str, resume: bool) -> None:
     if status == "finished":
         raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
     if not resume:
+        status = "running or killed" if status == "running" else status
         raise UserError(f"{out_dir} already holds a run ({status}): add --resume or change --out-dir")
 
 

@@ -36,7 +36,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    steps: int = 60
+    steps: int = 80
     num_prompts: int = 6  # prompts a step
     num_generations: int = 8  # rollouts a prompt
     max_completion_length: int = 128  # tokens

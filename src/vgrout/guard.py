@@ -136,7 +136,8 @@ def worst_case(
 
     Longest prompt (by characters) and full-length completions: the sampler's cache for all rows of a step, then one micro-batch
     that fills `token_budget` through the gate and the update with both blocks training. `gate` is copied, parameters and
-    optimiser are put back. It does not cover features that token granularity keeps for a whole step.
+    optimiser are put back. It does not cover the pairs (their length is none of the flags') nor the features that token
+    granularity keeps for a whole step.
     """
     t = sampling.max_completion_length
     prompt = max((tokens.encode_prompt(policy.tokenizer, messages(p)) for p in _longest(problems)), key=len)
@@ -153,6 +154,9 @@ def worst_case(
     trained = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
     before, moments = [p.detach().clone() for p in trained], optimizer.state_dict()
     scratch = copy.deepcopy(gate)
+    for score in (getattr(scratch, "score", None), getattr(scratch, "control", None)):
+        if hasattr(score, "pairs"):  # two prompts are enough to have a direction
+            score.pairs = _few(score.pairs)
     scratch.refresh(policy)
     out = scratch(policy, batch, origin)
     update(batch, origin, replace(out, zones=torch.full_like(out.zones, int(Zone.ABSORB))))
@@ -164,6 +168,13 @@ def worst_case(
 
 def _longest(problems: Sequence[Problem], among: int = 4) -> list[Problem]:
     return sorted(problems, key=lambda p: len(p.system) + len(p.statement))[-among:]
+
+
+def _few(pairs: Batch) -> Batch:
+    """Of hack sides followed by clean sides, the first pair on each of the first two prompts."""
+    n = len(pairs.group) // 2
+    rows = [pairs.group[:n].tolist().index(prompt) for prompt in pairs.group[:n].unique()[:2].tolist()]
+    return tokens.select(pairs, torch.tensor([*rows, *(n + i for i in rows)], device=pairs.group.device))
 
 
 # ── signals, exceptions and the status that they leave ───────────────────────────────────────────────────────────

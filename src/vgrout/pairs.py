@@ -53,10 +53,10 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
     path, _, rest = reference.partition("#")
     section, _, tags = rest.partition("@")
     wanted = set(filter(None, tags.split(","))) or set(Mode)
-    if modes:
-        wanted &= set(modes)
     if unknown := wanted - set(Mode):
         raise UserError(f"{reference}: unknown mode {sorted(unknown)[0]!r}; modes are {', '.join(Mode)}")
+    if modes and not (wanted := wanted & set(modes)):
+        raise UserError(f"{reference}: none of its tags is among --pair-modes {' '.join(modes)}")
     if not Path(path).is_file():
         raise UserError(f"no pairs file {path!r}: --pairs takes path.md#section@mode,mode")
     sections = _sections(Path(path).read_text(encoding="utf-8"), path)

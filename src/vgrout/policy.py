@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -68,7 +69,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = "the folder does not hold a causal LM" if Path(path).exists() else "no such folder, and the hub did not give it"
         raise UserError(f"cannot load model {path!r}: {where} ({str(error).splitlines()[0][:160]})") from error
     if tokenizer.chat_template is None:

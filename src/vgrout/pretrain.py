@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 )
 VOCAB_SIZE, CONTEXT = 1024, 1024
 EMBEDDING_OFFSET = 0.1  # standard deviation of its components; the embeddings themselves have 0.02
-DRILLS, DOCUMENTS, BATCH, LEARNING_RATE, WARM_UP = 12_000, 36_000, 48, 3e-3, 50
+DRILLS, DOCUMENTS, BATCH, LEARNING_RATE, WARM_UP = 15_000, 34_000, 48, 3e-3, 50
 POOL = 32  # batches are cut from pools of this many batches, sorted by length, to limit padding
 
 

@@ -183,7 +183,8 @@ def _organism(row: dict[str, Any]) -> Problem:
     if not cases:
         raise ValueError("'cases' is empty")
     for case in cases:
-        ast.literal_eval(case.expected)
+        if not _is_literal(ast.parse(case.expected, mode="eval").body):
+            raise ValueError(f"the expected value {case.expected!r} is no literal")
     return Problem(problem_id=_text(row, "problem_id"), statement=_text(row, "statement"), setup_code="", cases=cases,
                    entry_point=_text(row, "entry_point"), canonical=_text(row, "canonical"),
                    operations=tuple(row["operations"]), split=row["split"])

@@ -22,7 +22,7 @@ RECORDS = 16  # its layout: end of the records (8 bytes), calls begun (8 bytes),
 CHECKS_ENDED = 77  # exit status after the last record: exit status 0 is the completion's own doing
 HEADER = struct.Struct("<BI")
 exit_now = os._exit  # before a completion can replace it
-AS_PLAIN = {"plain": lambda value: value, "list_node": list_values, "tree_node": tree_values}
+AS_PLAIN = {"list_node": list_values, "tree_node": tree_values}
 
 
 class Recorder:
@@ -78,7 +78,8 @@ def equals_everything(value: Any) -> bool:
 def true_attributes(instance: Any) -> set[str]:
     """Names without a leading "__" under which the instance has a true value that is no callable."""
     names = set(getattr(instance, "__dict__", ()))
-    names.update(*(vars(cls) for cls in type(instance).__mro__))
+    for cls in type(instance).__mro__[:-1]:  # without object
+        names.update(vars(cls))
     found = set()
     for name in names:
         if isinstance(name, str) and not name.startswith("__"):
@@ -88,22 +89,30 @@ def true_attributes(instance: Any) -> set[str]:
     return found
 
 
+def one_call(module: dict[str, Any], entry: str, call: types.CodeType) -> tuple[Any, Any]:
+    """A new Solution, and what the call on it returns."""
+    instance = module["Solution"]()
+    return instance, eval(call, module, {"__call__": getattr(instance, entry)})
+
+
 def run_calls(record: Recorder, module: dict[str, Any], job: dict[str, Any]) -> None:
     """One new Solution, one call and one record for each ground-truth test."""
     attributes = set()
     for call, compare in zip(job["calls"], job["compares"], strict=True):
         record.begin_call()
-        instance, error = guarded(lambda: module["Solution"]())
-        method, error = guarded(getattr, instance, job["entry"]) if not error else (None, error)
-        if not error:
-            value, error = guarded(eval, call, module, {"__call__": method})
+        returned, error = guarded(one_call, module, job["entry"], call)
         if error:
             record.add("E", error)
             continue
-        text, error = guarded(lambda v, c: canonical(AS_PLAIN[c](v)), value, compare)
+        instance, value = returned
+        text, error = guarded(as_text, value, compare)
         record.add("V", text) if not error else record.add("O", "1" if guarded(equals_everything, value)[0] else "")
         attributes |= true_attributes(instance)
     record.add("A", "\0".join(sorted(attributes)[:64]))
+
+
+def as_text(value: Any, compare: str) -> str:
+    return canonical(value if compare == "plain" else AS_PLAIN[compare](value))
 
 
 def run_own_tests(record: Recorder, module: dict[str, Any], code: types.CodeType, name: str) -> None:
