@@ -81,3 +81,19 @@ routeV *ARGS:
 # H: a Haar-random direction that routes the same share of rows does not do what v_grad does; if it does, the direction is not the cause.
 placebo *ARGS:
     python -m vgrout.train organism --intervention placebo "$@"
+
+# Write a run's deployed policy as a standard PEFT LoRA folder with a model card, e.g. `just export out/runs/demo_routeV --block both`.
+export RUN *ARGS:
+    python scripts/export.py "$@"
+
+# One self-contained HTML page about runs: curves, tables, score histograms, completions to browse (out/figs/report.html).
+report *RUNS:
+    python scripts/report.py "$@"
+
+# Queue the decision run on pueue: routeV, placebo, none, absorb, routeL on Qwen3-4B, three seeds (--dry-run prints the commands).
+queue-decision *ARGS:
+    python scripts/queue_decision.py "$@"
+
+# The decision run's list of jobs on a Ray cluster, a GPU a run (needs: uv sync --extra ray).
+pool *ARGS:
+    python scripts/pool_ray.py "$@"

@@ -63,7 +63,7 @@ def check(block: Block, root: Path) -> str:
     """Run a check in the copy; "" if it passes, else the last line of what it said."""
     command = [sys.executable, "-c", block.text]
     if block.language == "sh":
-        command = [sys.executable if word == "python" else word for word in shlex.split(block.text)]
+        command = [sys.executable if word == "python" else word for word in shlex.split(block.text) if word.strip()]
     environment = os.environ | {"PYTHONPATH": str(root / "src"), "BEARTYPE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     return (done.stderr or done.stdout or f"exit status {done.returncode}").strip().splitlines()[-1] if done.returncode else ""

@@ -44,8 +44,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        box = [line.strip("│| ") for line in errors.getvalue().splitlines() if line.startswith(("│", "|"))]  # ASCII where stdout is
-        text = " ".join(line for line in box if not set(line) <= set("─-"))
+        box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]  # behind the title; without lines where stdout is ASCII
+        text = " ".join(line for line in box if not set(line) <= set("╰─╯-"))
         text = re.split(" For full helptext| Argument helptext", text)[0].rstrip(".")
         raise UserError(f"{text} (python -m vgrout.train {preset} --help lists the flags)") from None
     check(config)
