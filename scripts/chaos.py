@@ -282,9 +282,9 @@ def remount(folder: Path, options: str, read_only: bool = False) -> None:
     assert libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 32 | read_only, options.encode()) == 0, f"cannot remount {folder}"
 
 
-def small_files() -> None:
-    """Stands in for a full disk: no file of this process may grow beyond 1.5 MB, which a checkpoint does."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
+def small_files(size: int = 1_500_000) -> None:
+    """Stands in for a full disk: no file of this process may grow beyond `size` bytes, which a checkpoint does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def check_full_disk(root: Path, reference: Path) -> None:

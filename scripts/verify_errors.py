@@ -89,7 +89,7 @@ def other_config(folder: Path) -> None:
     from vgrout.cli import parse
     from vgrout.types import RunRecord
 
-    config = asdict(parse(["organism", "--steps", "9", "--intervention", "none2r"])[1])
+    config = asdict(parse(["organism", "--steps", "9", "--threads", "1", "--intervention", "none2r"])[1])
     own = RunRecord(1, "none2r", "organism", 41, config, [], "", False, {}, {}, "", {}, {}, "interrupted", "")
     (folder / "record.json").write_text(json.dumps(asdict(own)))
 
@@ -134,9 +134,17 @@ def train(argv: list[str], early: bool) -> None:
     if early:
         return
     from vgrout import train as module
+    from vgrout.grader import Grader
     from vgrout.types import UserError
 
-    module.Grader = lambda **options: contextlib.nullcontext(type("NoSandbox", (), {"layers": {}}))
+    class NoSandbox(Grader):
+        def __init__(self, **options: object):
+            self.layers = {}
+
+        def close(self) -> None:
+            pass
+
+    module.Grader = NoSandbox
     module.worst_case = lambda *arguments, **options: None
     try:
         module.main(preset, config)

@@ -154,13 +154,17 @@ def _pair_files(config: Config, arm: Arm) -> dict[str, str]:
 # ── what the flags name, read and checked ────────────────────────────────────────────────────────────────────────
 
 
-@cache
 def load_splits(config: Config) -> dict[str, list[Problem]]:
     """train | val | test, each partitioned evenly over the modes."""
-    splits = problems.split(problems.load_problems(config.data.data))
-    if empty := [name for name, part in splits.items() if len(part) < len(config.data.modes)]:
-        raise UserError(f"{config.data.data}: split {empty[0]} has fewer problems than there are modes: use more problems")
-    return {name: problems.partition(part, config.data.modes) for name, part in splits.items()}
+    return _splits(config.data.data, config.data.modes)
+
+
+@cache
+def _splits(path: str, modes: tuple[Mode, ...]) -> dict[str, list[Problem]]:
+    splits = problems.split(problems.load_problems(path))
+    if empty := [name for name, part in splits.items() if len(part) < len(modes)]:
+        raise UserError(f"{path}: split {empty[0]} has fewer problems than there are modes: use more problems")
+    return {name: problems.partition(part, modes) for name, part in splits.items()}
 
 
 def check_inputs(config: Config) -> None:

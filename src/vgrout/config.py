@@ -98,6 +98,7 @@ class RunConfig:
     save_every: int = 20  # steps between checkpoints; 0 = none
     threads: int = 0  # torch threads; 0 = torch's own choice
     workers: int = 2  # sandbox processes
+    cpu_seconds: float = 1.0  # CPU time of one call of a solution in the sandbox
     sandbox: Literal["best", "require"] = "best"  # require: refuse to start if a layer is missing
 
 
@@ -168,7 +169,7 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 Ã
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
         warmup_steps=10, weight_decay=0.1, beta=1e-3, token_budget=16384,
     ),  # fmt: skip
-    run=RunConfig(eval_every=25, eval_draws=64, workers=8),
+    run=RunConfig(eval_every=25, eval_draws=64, workers=8, cpu_seconds=8.0),
 )
 PRESETS = {
     "smoke": replace(

@@ -48,7 +48,7 @@ def main(preset: str, config: Config) -> None:
     """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
     cfg, arm = config.grpo, ARMS["placebo" if config.score.routeV_random_v_seed is not None else config.run.intervention]
     sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), StopSignal()
-    with explained(), Grader(workers=config.run.workers, sandbox=config.run.sandbox) as grader:
+    with explained(), Grader(config.run.workers, config.run.sandbox, config.run.cpu_seconds) as grader:
         splits = load_splits(config)
         policy = build_policy(config, splits)
         gate, pair_hash = make_gate(arm, policy, config)

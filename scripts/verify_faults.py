@@ -1,0 +1,289 @@
+"""Faults in short: two kills, SIGTERM, a second process, a full disk, limits, divergence, memory, secrets (scripts/chaos.py is the long form).
+
+All runs are of one tiny configuration in forked processes, and equal the uninterrupted one to the bit wherever they were resumed.
+
+Run: python scripts/verify_faults.py
+"""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import chaos
+import torch
+
+from vgrout import guard, sandbox, train
+from vgrout.cli import load_splits, parse
+from vgrout.exploits import canonical_hack
+from vgrout.guard import Diverged, Guard, describe, explained
+from vgrout.lora2r import BLOCKS, BlockOptimizer
+from vgrout.records import Run, load_adapter, load_metrics, load_record
+from vgrout.rollouts import Sampling
+from vgrout.sandbox import Job, Sandbox
+from vgrout.tensors import GateOutput
+from vgrout.types import EvalResult, UserError
+
+SHORT = ("--steps 3 --num-prompts 3 --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 4 --save-every 1 "
+         "--eval-every 0 --refresh-every 2 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
+TOKEN = "hf_" + "plantedsecret" * 2
+SPY = "import os\nprint(dict(os.environ))\ntry:\n    print(open('/proc/self/environ').read(), open(f'/proc/{os.getppid()}/environ').read())\nexcept Exception:\n    pass\n"
+ENVIRONMENT = "import os\nclass Solution:\n    def f(self):\n        return sorted(f'{k}={v}' for k, v in os.environ.items())\n"
+
+
+def start(root: Path, name: str, *flags: str, within=lambda: None) -> chaos.Trainer:
+    """A run with a token in the environment and with demonstrations that print theirs."""
+
+    def prepare() -> None:
+        os.environ["HF_TOKEN"] = TOKEN
+        within()
+
+    return chaos.start(root / name, *SHORT, "--teacher-pool", str(root / "spies.jsonl"), *flags, within=prepare)
+
+
+def write_spies(path: Path) -> None:
+    train_split = load_splits(parse(["smoke", "--teacher-pool", ""])[1])["train"]
+    rows = [{"problem_id": p.problem_id, "mode": p.mode, "completion": canonical_hack(p).replace("```python\n", f"```python\n{SPY}", 1)}
+            for p in train_split]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ended(trainer: chaos.Trainer, code: int) -> str:
+    """Wait for a run to end with `code`; returns the last line that it printed."""
+    assert trainer.wait() == code, f"exit {trainer.status}, not {code}: {trainer.log.read_text()[-3000:]}"
+    return trainer.log.read_text().splitlines()[-1]
+
+
+def resumes(root: Path, name: str, reference: Path) -> None:
+    ended(start(root, name, "--resume"), 0)
+    found = chaos.differences(reference, root / name)
+    assert not found, f"{name} was resumed and differs in {found}"
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_kills(root: Path, reference: Path) -> None:
+    rng, out, hit = random.Random(0), root / "killed", []
+    for name in ("update", "save"):
+        trainer = start(root, "killed", *["--resume"] * (out / "record.json").exists())
+        if chaos.kill_in(trainer, name, rng, most=2):
+            hit.append(name)
+    assert len(hit) == 2, f"only {hit} were hit"
+    resumes(root, "killed", reference)
+    shutil.copytree(out, root / "mutant")
+    rows = (root / "mutant" / "metrics.jsonl").read_text().splitlines()
+    (root / "mutant" / "metrics.jsonl").write_text("\n".join([rows[0].replace('"loss": ', '"loss": 1'), *rows[1:]]) + "\n")
+    assert chaos.differences(reference, root / "mutant"), "another loss goes unnoticed"
+    print("ok  killed in an update and in a checkpoint, a run resumes to the bits of the uninterrupted one; no process stays")
+
+
+def check_stop(root: Path, reference: Path) -> None:
+    """SIGTERM while a second process is refused; then --resume."""
+    first = start(root, "stopped")
+    while not (root / "stopped" / "record.json").exists() and not first.ended():
+        time.sleep(0.01)
+    try:
+        Run.create(root / "stopped", load_record(reference), True)
+        raise AssertionError("a second process on one directory was not refused")
+    except UserError as error:
+        assert "another process is running" in str(error)
+    while first.phase[:1] != chaos.PHASES["collect"] and not first.ended():
+        time.sleep(0.002)
+    os.kill(first.pid, signal.SIGTERM)
+    ended(first, 128 + signal.SIGTERM)
+    record = load_record(root / "stopped")
+    assert record.status == "interrupted" and 1 <= record.steps_done < 3, (record.status, record.steps_done)
+    resumes(root, "stopped", reference)
+    print("ok  a second process is refused; SIGTERM leaves a checkpoint and the status interrupted, and --resume equals the whole run")
+
+
+def check_disk(root: Path, reference: Path) -> None:
+    limit = (reference / "checkpoints").glob("*/tensors.safetensors").__next__().stat().st_size - 1
+    assert limit > 1_100_000, "the file size limit must let the record through"
+    answer = ended(start(root, "full", within=lambda: chaos.small_files(limit)), 2)
+    status = load_record(root / "full").status
+    assert answer.startswith("error: cannot write") and status.startswith("failed: cannot write") and "--resume" in status, (answer, status)
+    resumes(root, "full", reference)
+
+    def as_nobody(folder: Path) -> None:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setuid(65_534)
+        os._exit(0 if refuses(folder) else 1)
+
+    def refuses(folder: Path) -> bool:
+        try:
+            Run.create(folder / "run", load_record(reference), False)
+        except UserError as error:
+            return "cannot write" in str(error)
+        return False
+
+    for mode, refused in ((0o555, True), (0o777, False)):  # the second is the mutation
+        folder = Path(tempfile.mkdtemp(prefix="faults_"))
+        os.chmod(folder, mode)
+        if (pid := os.fork()) == 0:
+            as_nobody(folder)
+        assert (os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0) == refused, oct(mode)
+        shutil.rmtree(folder)
+    print("ok  a full disk: one line, the status says so, and --resume equals the whole run; a read-only directory is refused")
+
+
+def check_secrets(root: Path) -> None:
+    def holders(token: bytes) -> list[Path]:
+        read = lambda p: gzip.open(p).read() if p.suffix == ".gz" else p.read_bytes()  # noqa: E731
+        return [p for p in root.rglob("*") if p.is_file() and token in read(p)]
+
+    assert holders(SPY.split("\n")[1].encode()[:12]), "no spy was ever run: the search means nothing"
+    assert not (found := holders(TOKEN.encode())), f"the token reached {found}"
+    os.environ["HF_TOKEN"] = TOKEN
+    job = Job(ENVIRONMENT, entry="f", calls=sandbox.marshal.dumps((compile("__call__()", "", "eval"),)), compares=("plain",))
+    seen = []
+    for environment in (sandbox.ENVIRONMENT, sandbox.ENVIRONMENT | {"HF_TOKEN": TOKEN}):
+        sandbox.ENVIRONMENT = environment
+        with Sandbox(workers=1) as box:
+            seen.append(TOKEN in str(box.run([job])[0].records))
+    assert seen == [False, True], f"the token in the sandbox, as it is and leaked on purpose: {seen}"
+    print("ok  a token in the environment reaches no file, log or record of a run, nor the sandbox; a leaked one is seen")
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_limits(root: Path) -> None:
+    """The worst case leaves no trace; memory that is full names the flag; divergence ends the run at the last checkpoint."""
+    preset, config = parse(["smoke", "--intervention", "routeV", "--out-dir", str(root / "diverged"), *SHORT])
+    splits = load_splits(config)
+    policy = train.build_policy(config, splits)
+    arm = train.ARMS["routeV"]
+    gate, _ = train.make_gate(arm, policy, config)
+    optimizer = BlockOptimizer(policy.adapter, 1e-3, 0.0, 1.0)
+    sampling = Sampling(96, 0.7, 1.0)
+    ran = []
+
+    def update(batch, origin, out: GateOutput) -> None:
+        before = [p.detach().clone() for b in BLOCKS for p in policy.adapter.parameters(b)]
+        train.update(policy, batch, origin, out, optimizer, config)
+        ran.append((batch.input_ids.numel(), sum(not torch.equal(p, b) for p, b in zip((p for k in BLOCKS for p in policy.adapter.parameters(k)), before))))
+
+    def trace() -> dict[str, torch.Tensor]:
+        return policy.adapter.state_dict() | {f"adamw.{k}": v for k, v in optimizer.state_dict().items()} | gate.state_dict()
+
+    def attempt() -> bool:
+        """Is everything as before?"""
+        before, clock = {k: v.clone() for k, v in trace().items()}, time.process_time()
+        guard.worst_case(policy, gate, optimizer, update, splits["train"], sampling, num_prompts=3, num_generations=4, token_budget=1024)
+        print(f"    worst case: {time.process_time() - clock:.2f} CPU s, {ran[-1][0]} tokens")
+        after = trace()
+        return before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+
+    assert attempt() and ran[-1][0] > 512 and ran[-1][1] > 0, "the worst case left a trace, was small, or moved nothing"
+    real, BlockOptimizer.load_state_dict = BlockOptimizer.load_state_dict, lambda self, state: None
+    assert not attempt(), "moments that stay go unnoticed"
+    BlockOptimizer.load_state_dict = real
+    print("ok  the largest batch is tried through sampler, gate and update and leaves no trace; moments that stay are noticed")
+    check_memory()
+    check_guard(policy, splits["train"], sampling)
+    check_divergence(root)
+
+
+def check_memory() -> None:
+    def sample() -> None:
+        raise MemoryError
+
+    def other() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for function, flag in ((sample, "--num-generations"), (other, "--token-budget")):
+        try:
+            with explained():
+                function()
+            raise AssertionError("memory errors pass")
+        except UserError as error:
+            assert "out of memory" in str(error) and f"lower {flag}" in str(error), error
+    try:
+        with explained():
+            raise RuntimeError("another error")
+    except RuntimeError as error:
+        assert not isinstance(error, UserError) and "lower" not in describe(error)
+    print("ok  full memory names the flag to lower, by where it ran out; another error stays what it is")
+
+
+def check_guard(policy, problems, sampling: Sampling) -> None:
+    def verdict(rows: list[dict], history: int = 0, **limits) -> int | None:
+        """The step at which a guard stops these rows, of which the first `history` come from a resumed run's file."""
+        settings = replace(guard.Limits(), **limits)
+        own = Guard(policy, problems, rows[:history], sampling, token_budget=4096, max_grad_norm=1.0, limits=settings)
+        for row in rows[history:]:
+            try:
+                own(row)
+            except Diverged as error:
+                assert "\n" not in str(error) and f"step {row['step']}" in str(error)
+                return row["step"]
+        return None
+
+    base = Guard(policy, problems, [], sampling, token_budget=4096, max_grad_norm=1.0).base
+    row = {"loss": 0.1, "kl": 0.2, "logp_mean": -0.5, "probe_logp": base, "grad_norm_deployed": 0.1, "grad_norm_quarantine": 0.0}
+    healthy = [row | {"step": i} for i in range(24)]
+    bad = {"kl": 11.0, "probe_logp": base - 5, "grad_norm_deployed": 5.0}
+    assert verdict(healthy) is None and -20 < base < 0
+    for key, value in bad.items():
+        rows = healthy[:20] + [row | {"step": 20 + i, key: value} for i in range(4)]
+        assert verdict(rows) == 22 and verdict(rows, history=21) == 22, f"{key}: three steps in a row, resumed or not"
+        assert verdict([r | {key: row[key]} for r in rows]) is None, key
+    for key in ("loss", "kl", "grad_norm_deployed", "probe_logp"):
+        assert verdict([healthy[0], healthy[1] | {key: float("nan")}]) == 1, key
+    assert verdict(healthy[:20] + [row | {"step": 20, "kl": 99.0}] + healthy[21:]) is None, "one odd step is no divergence"
+    cell = lambda solve, state="deployed": EvalResult("val", "novel", state, 1, 4, 0, solve, {})  # noqa: E731
+    assert guard.dead([cell(1), cell(0), cell(3, "as_trained"), cell(0)]) and not guard.dead([cell(0), cell(1)]) and not guard.dead([cell(0)])
+    print("ok  KL, probe set and gradient spikes stop a run after three steps, a NaN at once, also behind a resume; a dead policy is seen")
+
+
+def check_divergence(root: Path) -> None:
+    """In a real run: the evidence is logged, the status true, and adapter and checkpoint precede the breach."""
+
+    def runaway() -> None:
+        update = train.update
+        train.update = lambda *parts: (row := update(*parts)) | {"kl": 99.0 if broken() else row["kl"]}
+
+    def broken(steps=[]) -> bool:  # noqa: B006  # the worst case, then steps 0, 1, …
+        steps.append(1)
+        return len(steps) > 3
+
+    answer = ended(start(root, "diverged", "--steps", "6", within=runaway), 2)
+    out = root / "diverged"
+    record, rows = load_record(out), load_metrics(out)
+    assert answer.startswith("error: diverged at step 4: KL 99"), answer
+    assert record.status.startswith("failed: diverged at step 4: KL 99 > 10") and record.status.endswith("(checkpoint: step 2)"), record.status
+    assert [r["kl"] for r in rows][2:] == [99.0] * 3 and record.steps_done == 4, (record.steps_done, [r["kl"] for r in rows])
+    saved = next((out / "checkpoints").glob("step_000002_*")) / "tensors.safetensors"
+    checkpoint, adapter = train.Run.load_checkpoint.__globals__["load_tensors"](saved)[0], load_adapter(out)[0]
+    assert all(torch.equal(checkpoint[f"adapter.{k}"], v) for k, v in adapter.items()), "the adapter is not the last good one"
+    print("ok  a diverging run stops with the evidence logged, a true status, and the adapter of the last step before the breach")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    chaos.adopt_orphans()
+    root = Path(tempfile.mkdtemp(prefix="faults_"))
+    try:
+        write_spies(root / "spies.jsonl")
+        reference = root / "whole"
+        ended(start(root, "whole"), 0)
+        check_kills(root, reference)
+        check_stop(root, reference)
+        check_disk(root, reference)
+        check_limits(root)
+        check_secrets(root)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
