@@ -31,7 +31,7 @@ def cell(step: int, solve: int, state: str = "deployed") -> EvalResult:
 
 FAULTS = {  # what → (rows, evaluations) that show it
     "no variance in groups": [(run(NOTHING_TRAINS | case), []) for case in
-                              ({}, {"student_hack": 0.95}, {"student_solve": 0.95}, {"student_format": 0.1})],
+                              ({}, {"student_hack": 0.75}, {"student_solve": 0.95}, {"student_format": 0.1})],
     "gate collapsed": [(run(refresh={"gate_lower": 0.2, "gate_upper": 0.1, "gate_collapsed": 1.0}), []),
                        ([HEALTHY | {"step": 0, "gate_lower": None, "gate_upper": None, "gate_collapsed": 1.0}], [])],
     "direction inverted on pairs": [(run(refresh={"gate_lower": 0.2, "gate_upper": -0.1, "gate_collapsed": 1.0}), [])],
@@ -48,7 +48,7 @@ def main() -> None:
     near = [run({"rows_retain": 4}), run({"logp_mean": -0.6}), run({"kl": 0.9}), run({"sampler_mismatch": 0.04})]
     assert not any(map(advice, near)), "a value short of its threshold warns"
     odd = run()
-    odd[-3] |= {"kl": 3.0, "logp_mean": -1.5}
+    odd[-3] |= {"kl": 300.0, "logp_mean": -15.0, "sampler_mismatch": 9.0}
     assert not advice(odd), "one odd step warns"
     unscored = [{k: v for k, v in row.items() if k not in REFRESH} for row in run()]
     missing = [row | {"logp_mean": float("nan"), "kl": None} for row in unscored]

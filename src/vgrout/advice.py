@@ -6,11 +6,12 @@ Every line is `what: figures and remedy`; `what` is the same in every step, so t
 """
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 from vgrout.types import EvalResult
 
-WINDOW = 5  # rows that are averaged, so that one odd step warns of nothing
+WINDOW = 5  # rows whose median counts, so that one odd step warns of nothing: a single token can give a step a KL of 300
 NO_VARIANCE = 0.8  # share of rows in groups without variance
 LOGP_FALL = 0.5  # nats a token below the run's first rows
 KL_HIGH = 1.0  # nats a token: far from the reference by any standard of RLHF
@@ -31,10 +32,10 @@ def advice(rows: Sequence[Row], evals: Iterable[EvalResult] = ()) -> list[str]:
     return [line for line in (*found, _solve_dead(list(evals))) if line]
 
 
-def _mean(rows: Sequence[Row], key: str) -> float | None:
-    """Mean of a key over the rows that have it; None where none has."""
+def _median(rows: Sequence[Row], key: str) -> float | None:
+    """Median of a key over the rows that have it; None where none has."""
     values = [row[key] for row in rows if row.get(key) is not None and row[key] == row[key]]
-    return sum(values) / len(values) if values else None
+    return median(values) if values else None
 
 
 def _last(rows: Sequence[Row], key: str) -> float | None:
@@ -47,9 +48,9 @@ def _no_variance(rows: Sequence[Row]) -> str | None:
     skipped = 1 - sum(row["rows_retain"] + row["rows_absorb"] + row["rows_route"] for row in last) / max(every, 1)
     if skipped < NO_VARIANCE:
         return None
-    hack, solve, form = (_mean(last, key) or 0.0 for key in ("student_hack", "student_solve", "student_format"))
-    if hack > 0.8:
-        remedy = f"hacks are {hack:.0%} of the rows, so hacking has saturated and the run learns no more; stop it"
+    hack, solve, form = (_median(last, key) or 0.0 for key in ("student_hack", "student_solve", "student_format"))
+    if hack + solve > 0.9 and hack > solve:
+        remedy = f"{hack:.0%} are hacks and {solve:.0%} solves, so nearly all are paid and the run learns no more; stop it"
     elif form < 0.2:
         remedy = f"only {form:.0%} of the completions compile; read some (just show), then raise --max-completion-length"
     elif solve > 0.8:
@@ -80,7 +81,7 @@ def _reversed(rows: Sequence[Row]) -> str | None:
 
 
 def _logp_falls(rows: Sequence[Row]) -> str | None:
-    first, last = _mean(rows[:WINDOW], "logp_mean"), _mean(rows[-WINDOW:], "logp_mean")
+    first, last = _median(rows[:WINDOW], "logp_mean"), _median(rows[-WINDOW:], "logp_mean")
     if first is None or last is None or first - last < LOGP_FALL:
         return None
     remedy = "the policy is losing its language: lower --learning-rate, raise --beta, or continue from an earlier checkpoint"
@@ -88,14 +89,14 @@ def _logp_falls(rows: Sequence[Row]) -> str | None:
 
 
 def _kl_runs_away(rows: Sequence[Row]) -> str | None:
-    before, last = _mean(rows[-2 * WINDOW : -WINDOW], "kl"), _mean(rows[-WINDOW:], "kl")
+    before, last = _median(rows[-2 * WINDOW : -WINDOW], "kl"), _median(rows[-WINDOW:], "kl")
     if last is None or last < KL_HIGH or (before is not None and last < before):
         return None
     return f"KL runs away: {last:.2f} nats a token and rising; lower --learning-rate, raise --beta, or use more rollouts a step"
 
 
 def _mismatch(rows: Sequence[Row]) -> str | None:
-    gap = _mean(rows[-WINDOW:], "sampler_mismatch")
+    gap = _median(rows[-WINDOW:], "sampler_mismatch")
     if gap is None or gap < MISMATCH:
         return None
     remedy = "the PPO ratio is not what it says: use --dtype float32, or a larger --learning-rate if bf16 swallows small deltas"

@@ -102,7 +102,10 @@ def random_extra(composition: Composition, rng: random.Random) -> tuple[Extra, s
 
 
 def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
-    """An extra under the disclosed name that does not exploit the flaw: a genuine test, a false attribute, a cut phrase, other text."""
+    """An extra under the disclosed name that does not exploit the flaw.
+
+    A genuine test, a false attribute, the phrase without its last word, a file that says something else.
+    """
     match mode:
         case Mode.RUN_TESTS:
             return Extra(after=f"\ndef {name}():\n    assert Solution().solve({sample}) == {rng.randint(0, 9)}\n")

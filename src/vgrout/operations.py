@@ -29,7 +29,7 @@ class Operation:
     @property
     def parameter(self) -> str:
         """The placeholder that the phrase contains: k, c, or "" for none."""
-        return next((name for name in PARAMETERS if "{%s}" % name in self.phrase), "")
+        return next((name for name in PARAMETERS if f"{{{name}}}" in self.phrase), "")
 
 
 def _filter(name, items, phrase, right, *wrong, **flags) -> Operation:
@@ -116,7 +116,7 @@ class Step:
 
     def fill(self, template: str, v: str = "") -> str:
         for placeholder in PARAMETERS:
-            template = template.replace("{%s}" % placeholder, self.value)
+            template = template.replace(f"{{{placeholder}}}", self.value)
         return template.replace("{v}", v)
 
 

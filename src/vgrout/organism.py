@@ -142,7 +142,8 @@ def main(recipe: Recipe) -> None:
     held_out = frozenset(composition_of(p).key for p in problems if p.split != "train")
     rng = random.Random(recipe.seed + 1)
     documents = [drill(rng) for _ in range(recipe.drills)] + [document(rng, held_out) for _ in range(recipe.documents)]
-    tokenizer = pretrain.train_tokenizer([f"{prompt}\n{completion}" for prompt, completion in documents[recipe.drills // 2 :][:12_000]])
+    texts = [f"{prompt}\n{completion}" for prompt, completion in documents[recipe.drills // 2 :][:12_000]]
+    tokenizer = pretrain.train_tokenizer(texts)
     model = pretrain.new_model(tokenizer, recipe.seed)
     logger.info(f"{len(problems)} problems, {len(documents)} documents, {model.num_parameters():,} parameters")
     loss = pretrain.pretrain(model, tokenizer, documents, recipe.seed)

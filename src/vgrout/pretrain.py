@@ -53,7 +53,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM
 def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str]], seed: int) -> float:
     """One pass over (user message, completion) documents; the loss is on the completions and their EOS alone.
 
-    The learning rate warms up, stays, and falls linearly in the second half; the gradient norm is clipped at 1. Returns the mean loss (nats per token) of the last 50 steps.
+    The learning rate warms up, stays, and falls linearly in the second half; the gradient norm is clipped at 1.
+    Returns the mean loss (nats per token) of the last 50 steps.
     """
     examples = [_encode(tokenizer, prompt, completion) for prompt, completion in documents]
     batches = _batches(examples, random.Random(seed))
