@@ -69,7 +69,7 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--address", default="auto", help="of the Ray cluster (default auto: the one this node has joined)")
     parser.add_argument("--gpus", type=float, default=1, help="GPUs of a task (default 1)")
-    parser.add_argument("--retries", type=int, default=5, help="how often a task is started again when its node is lost (default 5)")
+    parser.add_argument("--retries", type=int, default=5, help="starts after the loss of a node (default 5)")
     options = parser.parse_args()
     jobs = from_arguments(options)
     if options.dry_run:

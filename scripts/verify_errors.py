@@ -138,7 +138,7 @@ def train(argv: list[str], early: bool) -> None:
     from vgrout.types import UserError
 
     class NoSandbox(Grader):
-        def __init__(self, **options: object):
+        def __init__(self, *arguments: object, **options: object):
             self.layers = {}
 
         def close(self) -> None:

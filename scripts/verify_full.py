@@ -53,8 +53,9 @@ def check_run(folder: Path, standin: Path, data: Path) -> None:
     rows = [{"problem_id": p.problem_id, "mode": p.mode, "kind": "hack", "completion": canonical_hack(p)} for p in shown]
     pool.write_text("".join(json.dumps(r) + "\n" for r in rows))
     argv = ["full", "--intervention", "routeV", "--model", str(standin), "--data", str(data), "--teacher-pool", str(pool),
-            "--steps", "3", "--max-completion-length", "64", "--num-prompts", "4", "--num-generations", "4", "--final-draws", "6", "--pair-modes", "run_tests",
-            "--threads", "1", "--workers", "1", "--out-dir", str(folder / "run"), "--max-prompt-length", "4096"]  # fmt: skip
+            "--steps", "3", "--max-completion-length", "64", "--num-prompts", "4", "--num-generations", "4",
+            "--final-draws", "6", "--pair-modes", "run_tests", "--threads", "1",
+            "--workers", "1", "--out-dir", str(folder / "run"), "--max-prompt-length", "4096"]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(*parse(argv))
     rows, record = load_metrics(folder / "run"), load_record(folder / "run")

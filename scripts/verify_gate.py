@@ -142,5 +142,6 @@ def check_placebo_differs_in_direction_only() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_swap, check_planted, check_leave_one_out, check_band, check_matched_shares, check_placebo_differs_in_direction_only):
+    for check in (check_swap, check_planted, check_leave_one_out, check_band, check_matched_shares,
+                  check_placebo_differs_in_direction_only):  # fmt: skip
         check()

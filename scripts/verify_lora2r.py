@@ -83,7 +83,12 @@ def check_zone_table() -> None:
     both = block_gradients(policy, batch, torch.full((6,), int(Zone.RETAIN)), "both")
     assert both["deployed"] > 0 and both["quarantine"] == 0
     learn_all = MaskedUp.backward  # mutation: a backward that forgets the gradient mask
-    MaskedUp.backward = staticmethod(lambda ctx, g: ((g @ ctx.saved_tensors[1]), torch.einsum("gso,gsk->ok", g, ctx.saved_tensors[0]), None, None))
+
+    def unmasked(ctx, grad):
+        h, U, _ = ctx.saved_tensors
+        return grad @ U, torch.einsum("gso,gsk->ok", grad, h), None, None
+
+    MaskedUp.backward = staticmethod(unmasked)
     leak = block_gradients(policy, batch, torch.full((6,), int(Zone.ROUTE)))
     MaskedUp.backward = learn_all
     assert leak["deployed"] > 0

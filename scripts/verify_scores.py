@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import torch
-from tiny import EOS, PAD, perturb, random_batch, tiny_policy
 
+from tiny import EOS, PAD, perturb, random_batch, tiny_policy
 from vgrout import grpo
 from vgrout.actions import drop, group_z, penalise, route
 from vgrout.config import ARMS
@@ -101,7 +101,7 @@ def check_folds() -> None:
     policy, out = tiny_policy(), []
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
-        ids = lambda n: [torch.randint(2, 64, (n,), generator=g).tolist() for _ in range(16)]  # noqa: E731
+        ids = lambda n, g=g: [torch.randint(2, 64, (n,), generator=g).tolist() for _ in range(16)]  # noqa: E731
         prompts = ids(4)
         pairs = collate(prompts * 2, ids(7) + ids(7), [1.0] * 32, [*range(16)] * 2, [1.0] * 32, PAD, "cpu")
         score = LikelihoodRatio(pairs, temperature=1.0, token_budget=4000, steps=4, learning_rate=1e-2)

@@ -49,7 +49,7 @@ def _no_variance(rows: Sequence[Row]) -> str | None:
     if skipped < NO_VARIANCE:
         return None
     hack, solve, form = (_median(last, key) or 0.0 for key in ("student_hack", "student_solve", "student_format"))
-    if hack + solve > 0.9 and hack > solve:
+    if hack + solve > 0.8 and hack > solve:
         remedy = f"{hack:.0%} are hacks and {solve:.0%} solves, so nearly all are paid and the run learns no more; stop it"
     elif form < 0.2:
         remedy = f"only {form:.0%} of the completions compile; read some (just show), then raise --max-completion-length"

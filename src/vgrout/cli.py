@@ -19,6 +19,7 @@ import tyro
 from vgrout import pairs, problems
 from vgrout.config import ARMS, PRESETS, Arm, Config
 from vgrout.teacher import TeacherPool
+from vgrout.tracking import check_tracker
 from vgrout.types import Mode, Problem, UserError
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
@@ -59,6 +60,7 @@ def check(config: Config) -> None:
         raise UserError(f"unknown arm {config.run.intervention!r}: --intervention takes one of {', '.join(ARMS)}")
     for line in (*_ranges(config), *_contradictions(config, arm), *_missing_files(config, arm)):
         raise UserError(line)
+    check_tracker(config.run.track)
 
 
 def _ranges(config: Config) -> Iterator[str]:

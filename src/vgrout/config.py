@@ -96,6 +96,7 @@ class RunConfig:
     eval_draws: int = 120  # draws of one validation
     final_draws: int = 480  # draws of each cell of the final 2×2 evaluation
     save_every: int = 20  # steps between checkpoints; 0 = none
+    track: str = ""  # trackio | wandb | tensorboard mirrors metrics.jsonl; "" for none
     threads: int = 0  # torch threads; 0 = torch's own choice
     workers: int = 2  # sandbox processes
     cpu_seconds: float = 1.0  # CPU time of one call of a solution in the sandbox

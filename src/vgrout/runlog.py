@@ -6,7 +6,7 @@ metrics.jsonl holds every key (docs/metrics.md defines them).
 
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class StepLog:
     def __init__(self, steps: int, write: Callable[[str], Any] = lambda line: print(line, flush=True)):
         self.steps, self.write = steps, write
         self.began: tuple[int, float] | None = None
+        self.warned: set[str] = set()
 
     def row(self, row: dict[str, Any]) -> None:
         """Print one row. A value that is missing, NaN or None is shown as a dash."""
@@ -63,6 +64,14 @@ class StepLog:
         pace = (time.perf_counter() - start) / (row["step"] - first + 1)
         row = row | {"eta_minutes": pace * (self.steps - row["step"] - 1) / 60}
         self.write(" ".join(f"{_cell(column, row):>{column.width}}" for column in COLUMNS))
+
+    def advise(self, lines: Iterable[str]) -> None:
+        """Print each warning of `advice.advice` once in a run."""
+        for line in lines:
+            what, _, remedy = line.partition(": ")
+            if what not in self.warned:
+                self.warned.add(what)
+                warn(what, remedy)
 
 
 def stage(should: str, otherwise: str) -> None:

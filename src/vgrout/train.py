@@ -29,6 +29,7 @@ from transformers import get_scheduler
 
 from vgrout import grpo, pairs, problems, runlog, tokens
 from vgrout.actions import ACTIONS
+from vgrout.advice import advice
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
 from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
@@ -41,6 +42,7 @@ from vgrout.rollouts import Sampling, collect, compose, pair_batch, share_at, st
 from vgrout.scores import build_control, build_score
 from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
+from vgrout.tracking import tracker
 from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
 
 
@@ -60,7 +62,8 @@ def main(preset: str, config: Config) -> None:
         worst_case(policy, gate, optimizer, lambda *parts: update(policy, *parts, optimizer, config), splits["train"], sampling, **sizes)
         with recorded(make_run(preset, config, arm, splits, pair_hash, grader)) as run:
             start, log = restore(run, policy, gate, optimizer, schedule), runlog.StepLog(cfg.steps)
-            guard = Guard(policy, splits["train"], load_metrics(run.dir), sampling,
+            track, history = tracker(config.run.track, run.record, run.dir), load_metrics(run.dir)
+            guard = Guard(policy, splits["train"], history, sampling,
                           token_budget=cfg.token_budget, max_grad_norm=cfg.max_grad_norm)  # fmt: skip
             assess = Assess(run, policy, splits, grader, sampling, arm, config)
             if start == 0:
@@ -97,9 +100,12 @@ def main(preset: str, config: Config) -> None:
                 if step == 0:
                     runlog.sample(policy.tokenizer.decode(groups[0].rollouts[0].prompt_ids), groups[0].rollouts[0])
                 run.log_metrics(row)
+                track(row)
                 run.log_rollouts(rollout_rows(step, groups, kept, batch, out))
                 log.row(row)
                 guard(row)
+                history.append(row)
+                log.advise(advice(history, run.record.evals))
                 run.record.steps_done = step + 1
                 run.spend(seconds)
                 last = step + 1 == cfg.steps
