@@ -23,6 +23,12 @@ smoke-all:
 # The long forms of the checks.
 verify-long:
     python scripts/smoke.py --long
+    python scripts/chaos.py
+    python scripts/soak_train.py
+
+# Re-evaluate the saved adapter of runs and compare with what their records say, e.g. `just verify-record out/runs/demo_routeV`.
+verify-record *RUNS:
+    python scripts/verify_record.py "$@"
 
 # Train with any preset and flags, e.g. `just train full --intervention routeV --seed 41`.
 train *ARGS:

@@ -19,7 +19,7 @@ from vgrout.policy import Policy, load_policy
 from vgrout.records import Run, provenance
 from vgrout.types import EvalResult, RunRecord, UserError
 
-BASE, TOLERANCE = "data/organism/base", 1e-5
+BASE, TOLERANCE = "data/organism/base", 5e-6  # of the largest logit
 
 
 def planted_run(folder: Path, policy: Policy, deployed: str) -> Path:
@@ -53,7 +53,8 @@ def theirs(folder: Path, ids: Tensor, merge: bool = False) -> Tensor:
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    """Largest difference as a share of the largest logit: fp32 rounding grows with the logits, which depend on the base."""
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
         BASE, dtype="float32", device="cpu", rank=4, lora_init_seed=0, targets=r"\.layers\.", gradient_checkpointing=False
     )
     perturb(policy, 0.02)
-    ids = torch.randint(3, 1000, (2, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, policy.model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as tmp:
         run = planted_run(Path(tmp) / "run", policy, "ablated")
         with policy.adapter.disabled(), torch.no_grad():

@@ -1,11 +1,15 @@
-"""Faults in short: two kills, SIGTERM, a second process, a full disk, limits, divergence, memory, secrets (scripts/chaos.py is the long form).
+"""Faults in short: two kills, SIGTERM, a second process, a full disk, limits, divergence, memory, secrets.
+
+scripts/chaos.py is the long form.
 
 All runs are of one tiny configuration in forked processes, and equal the uninterrupted one to the bit wherever they were resumed.
 
 Run: python scripts/verify_faults.py
 """
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import random
@@ -16,9 +20,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import chaos
 import torch
 
+import trainer as trainers
+from chaos import small_files
 from vgrout import guard, sandbox, train
 from vgrout.cli import load_splits, parse
 from vgrout.exploits import canonical_hack
@@ -27,24 +32,31 @@ from vgrout.lora2r import BLOCKS, BlockOptimizer
 from vgrout.records import Run, load_adapter, load_metrics, load_record
 from vgrout.rollouts import Sampling
 from vgrout.sandbox import Job, Sandbox
+from vgrout.store import load_tensors
 from vgrout.tensors import GateOutput
 from vgrout.types import EvalResult, UserError
 
 SHORT = ("--steps 3 --num-prompts 3 --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 4 --save-every 1 "
-         "--eval-every 0 --refresh-every 2 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
+         "--eval-every 0 --refresh-every 0 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
 TOKEN = "hf_" + "plantedsecret" * 2
-SPY = "import os\nprint(dict(os.environ))\ntry:\n    print(open('/proc/self/environ').read(), open(f'/proc/{os.getppid()}/environ').read())\nexcept Exception:\n    pass\n"
+SPY = """import os
+print(dict(os.environ))
+try:
+    print(open('/proc/self/environ').read(), open(f'/proc/{os.getppid()}/environ').read())
+except Exception:
+    pass
+"""
 ENVIRONMENT = "import os\nclass Solution:\n    def f(self):\n        return sorted(f'{k}={v}' for k, v in os.environ.items())\n"
 
 
-def start(root: Path, name: str, *flags: str, within=lambda: None) -> chaos.Trainer:
+def start(root: Path, name: str, *flags: str, within=lambda: None) -> trainers.Trainer:
     """A run with a token in the environment and with demonstrations that print theirs."""
 
     def prepare() -> None:
         os.environ["HF_TOKEN"] = TOKEN
         within()
 
-    return chaos.start(root / name, *SHORT, "--teacher-pool", str(root / "spies.jsonl"), *flags, within=prepare)
+    return trainers.start(root / name, *SHORT, "--teacher-pool", str(root / "spies.jsonl"), *flags, within=prepare)
 
 
 def write_spies(path: Path) -> None:
@@ -54,86 +66,77 @@ def write_spies(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ended(trainer: chaos.Trainer, code: int) -> str:
+def ended(trainer: trainers.Trainer, code: int) -> str:
     """Wait for a run to end with `code`; returns the last line that it printed."""
     assert trainer.wait() == code, f"exit {trainer.status}, not {code}: {trainer.log.read_text()[-3000:]}"
     return trainer.log.read_text().splitlines()[-1]
 
 
-def resumes(root: Path, name: str, reference: Path) -> None:
-    ended(start(root, name, "--resume"), 0)
-    found = chaos.differences(reference, root / name)
-    assert not found, f"{name} was resumed and differs in {found}"
-
-
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_kills(root: Path, reference: Path) -> None:
-    rng, out, hit = random.Random(0), root / "killed", []
-    for name in ("update", "save"):
-        trainer = start(root, "killed", *["--resume"] * (out / "record.json").exists())
-        if chaos.kill_in(trainer, name, rng, most=2):
-            hit.append(name)
-    assert len(hit) == 2, f"only {hit} were hit"
-    resumes(root, "killed", reference)
+def check_chain(root: Path, reference: Path) -> None:
+    """One run through a full disk, SIGTERM beside a second process, a kill in an update and one in a checkpoint."""
+    out = root / "chain"
+    limit = next((reference / "checkpoints").glob("*/tensors.safetensors")).stat().st_size - 1
+    assert limit > 1_100_000, "the file size limit must let the record through"
+    answer = ended(start(root, "chain", within=lambda: small_files(limit)), 2)
+    status = load_record(out).status
+    assert answer.startswith("error: cannot write") and status.startswith("failed: cannot write") and "--resume" in status, (answer, status)
+    print("ok  a full disk ends a run in one line, and its status says so")
+    check_stop(out, start(root, "chain", "--resume"))
+    rng = random.Random(0)
+    # the first update is that of the worst case
+    assert trainers.kill_in(start(root, "chain", "--resume"), "update", rng, occurrence=2), "the kill came too late"
+    assert trainers.kill_in(start(root, "chain", "--resume"), "save", rng, occurrence=1), "the kill came too late"
+    ended(start(root, "chain", "--resume"), 0)
+    found = trainers.differences(reference, out)
+    assert not found, f"the run that was interrupted four times differs in {found}"
     shutil.copytree(out, root / "mutant")
     rows = load_metrics(out)
     rows[-1]["reward_mean"] += 1e-6
     (root / "mutant" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert chaos.differences(reference, root / "mutant"), "another reward goes unnoticed"
-    print("ok  killed in an update and in a checkpoint, a run resumes to the bits of the uninterrupted one; no process stays")
+    assert trainers.differences(reference, root / "mutant"), "another reward goes unnoticed"
+    print("ok  killed in an update and in a checkpoint too, it resumes to the bits of the uninterrupted run; no process stays")
 
 
-def check_stop(root: Path, reference: Path) -> None:
-    """SIGTERM while a second process is refused; then --resume."""
-    first = start(root, "stopped")
-    while not (root / "stopped" / "record.json").exists() and not first.ended():
-        time.sleep(0.01)
+def check_stop(out: Path, trainer: trainers.Trainer) -> None:
+    """While it runs a second process is refused; SIGTERM leaves a checkpoint."""
+    while trainer.phase[:1] != trainers.PHASES["collect"] and not trainer.ended():
+        time.sleep(0.002)
     try:
-        Run.create(root / "stopped", load_record(reference), True)
+        Run.create(out, load_record(out), True)
         raise AssertionError("a second process on one directory was not refused")
     except UserError as error:
         assert "another process is running" in str(error)
-    while first.phase[:1] != chaos.PHASES["collect"] and not first.ended():
-        time.sleep(0.002)
-    os.kill(first.pid, signal.SIGTERM)
-    ended(first, 128 + signal.SIGTERM)
-    record = load_record(root / "stopped")
+    os.kill(trainer.pid, signal.SIGTERM)
+    ended(trainer, 128 + signal.SIGTERM)
+    record = load_record(out)
     assert record.status == "interrupted" and 1 <= record.steps_done < 3, (record.status, record.steps_done)
-    resumes(root, "stopped", reference)
-    print("ok  a second process is refused; SIGTERM leaves a checkpoint and the status interrupted, and --resume equals the whole run")
+    print("ok  a second process is refused; SIGTERM leaves a checkpoint and the status interrupted")
 
 
-def check_disk(root: Path, reference: Path) -> None:
-    limit = (reference / "checkpoints").glob("*/tensors.safetensors").__next__().stat().st_size - 1
-    assert limit > 1_100_000, "the file size limit must let the record through"
-    answer = ended(start(root, "full", within=lambda: chaos.small_files(limit)), 2)
-    status = load_record(root / "full").status
-    assert answer.startswith("error: cannot write") and status.startswith("failed: cannot write") and "--resume" in status, (answer, status)
-    resumes(root, "full", reference)
+def check_read_only(reference: Path) -> None:
+    record = load_record(reference)
 
-    def as_nobody(folder: Path) -> None:
-        if os.getuid() == 0:
-            os.setgroups([])
-            os.setuid(65_534)
-        os._exit(0 if refuses(folder) else 1)
-
-    def refuses(folder: Path) -> bool:
+    def refused(folder: Path) -> bool:
         try:
-            Run.create(folder / "run", load_record(reference), False)
+            Run.create(folder / "run", record, False)
         except UserError as error:
             return "cannot write" in str(error)
         return False
 
-    for mode, refused in ((0o555, True), (0o777, False)):  # the second is the mutation
+    for mode, expected in ((0o555, True), (0o777, False)):  # the second is the mutation
         folder = Path(tempfile.mkdtemp(prefix="faults_"))
         os.chmod(folder, mode)
         if (pid := os.fork()) == 0:
-            as_nobody(folder)
-        assert (os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0) == refused, oct(mode)
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setuid(65_534)  # nobody: root may write anywhere
+            os._exit(0 if refused(folder) else 1)
+        assert (os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0) == expected, oct(mode)
         shutil.rmtree(folder)
-    print("ok  a full disk: one line, the status says so, and --resume equals the whole run; a read-only directory is refused")
+    print("ok  a read-only directory is refused in one line, a writable one is not")
 
 
 def check_secrets(root: Path) -> None:
@@ -169,9 +172,10 @@ def check_limits(root: Path) -> None:
     ran = []
 
     def update(batch, origin, out: GateOutput) -> None:
-        before = [p.detach().clone() for b in BLOCKS for p in policy.adapter.parameters(b)]
+        trained = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
+        before = [p.detach().clone() for p in trained]
         train.update(policy, batch, origin, out, optimizer, config)
-        ran.append((batch.input_ids.numel(), sum(not torch.equal(p, b) for p, b in zip((p for k in BLOCKS for p in policy.adapter.parameters(k)), before))))
+        ran.append((batch.input_ids.numel(), sum(not torch.equal(p, b) for p, b in zip(trained, before))))
 
     def trace() -> dict[str, torch.Tensor]:
         return policy.adapter.state_dict() | {f"adamw.{k}": v for k, v in optimizer.state_dict().items()} | gate.state_dict()
@@ -223,7 +227,8 @@ def check_guard(policy, problems, sampling: Sampling) -> None:
         own = Guard(policy, problems, rows[:history], sampling, token_budget=4096, max_grad_norm=1.0, limits=settings)
         for row in rows[history:]:
             try:
-                own(row)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    own(row)
             except Diverged as error:
                 assert "\n" not in str(error) and f"step {row['step']}" in str(error)
                 return row["step"]
@@ -232,18 +237,20 @@ def check_guard(policy, problems, sampling: Sampling) -> None:
     base = Guard(policy, problems, [], sampling, token_budget=4096, max_grad_norm=1.0).base
     row = {"loss": 0.1, "kl": 0.2, "logp_mean": -0.5, "probe_logp": base, "grad_norm_deployed": 0.1, "grad_norm_quarantine": 0.0}
     healthy = [row | {"step": i} for i in range(24)]
-    bad = {"kl": 11.0, "probe_logp": base - 5, "grad_norm_deployed": 5.0}
+    last = 19 + guard.Limits().patience
+    bad = {"kl": 11.0, "probe_logp": base - 5, "grad_norm_deployed": 11.0}
     assert verdict(healthy) is None and -20 < base < 0
     for key, value in bad.items():
-        rows = healthy[:20] + [row | {"step": 20 + i, key: value} for i in range(4)]
-        assert verdict(rows) == 22 and verdict(rows, history=21) == 22, f"{key}: three steps in a row, resumed or not"
+        rows = healthy[:20] + [row | {"step": 20 + i, key: value} for i in range(8)]
+        assert verdict(rows) == last and verdict(rows, history=22) == last, f"{key}: so many steps in a row, resumed or not"
         assert verdict([r | {key: row[key]} for r in rows]) is None, key
     for key in ("loss", "kl", "grad_norm_deployed", "probe_logp"):
         assert verdict([healthy[0], healthy[1] | {key: float("nan")}]) == 1, key
     assert verdict(healthy[:20] + [row | {"step": 20, "kl": 99.0}] + healthy[21:]) is None, "one odd step is no divergence"
     cell = lambda solve, state="deployed": EvalResult("val", "novel", state, 1, 4, 0, solve, {})  # noqa: E731
-    assert guard.dead([cell(1), cell(0), cell(3, "as_trained"), cell(0)]) and not guard.dead([cell(0), cell(1)]) and not guard.dead([cell(0)])
-    print("ok  KL, probe set and gradient spikes stop a run after three steps, a NaN at once, also behind a resume; a dead policy is seen")
+    assert guard.dead([cell(1), cell(0), cell(3, "as_trained"), cell(0)])
+    assert not guard.dead([cell(0), cell(1)]) and not guard.dead([cell(0)])
+    print("ok  KL, probe set and gradient spikes stop a run when they last, a NaN at once, also behind a resume; a dead policy is seen")
 
 
 def check_divergence(root: Path) -> None:
@@ -255,31 +262,31 @@ def check_divergence(root: Path) -> None:
 
     def broken(steps=[]) -> bool:  # noqa: B006  # the worst case, then steps 0, 1, …
         steps.append(1)
-        return len(steps) > 3
+        return len(steps) > 2
 
-    answer = ended(start(root, "diverged", "--steps", "6", within=runaway), 2)
+    answer = ended(trainers.start(root / "diverged", *SHORT, "--steps", "8", arm="none2r", within=runaway), 2)
     out = root / "diverged"
     record, rows = load_record(out), load_metrics(out)
-    assert answer.startswith("error: diverged at step 4: KL 99"), answer
-    assert record.status.startswith("failed: diverged at step 4: KL 99 > 10") and record.status.endswith("(checkpoint: step 2)"), record.status
-    assert [r["kl"] for r in rows][2:] == [99.0] * 3 and record.steps_done == 4, (record.steps_done, [r["kl"] for r in rows])
-    saved = next((out / "checkpoints").glob("step_000002_*")) / "tensors.safetensors"
-    checkpoint, adapter = train.Run.load_checkpoint.__globals__["load_tensors"](saved)[0], load_adapter(out)[0]
+    assert answer.startswith("error: diverged at step 5: KL 99"), answer
+    assert record.status.startswith("failed: diverged at step 5: KL 99 > 10"), record.status
+    assert record.status.endswith("(checkpoint: step 1)"), record.status
+    assert [r["kl"] for r in rows][1:] == [99.0] * 5 and record.steps_done == 5, (record.steps_done, [r["kl"] for r in rows])
+    saved = next((out / "checkpoints").glob("step_000001_*")) / "tensors.safetensors"
+    checkpoint, adapter = load_tensors(saved)[0], load_adapter(out)[0]
     assert all(torch.equal(checkpoint[f"adapter.{k}"], v) for k, v in adapter.items()), "the adapter is not the last good one"
     print("ok  a diverging run stops with the evidence logged, a true status, and the adapter of the last step before the breach")
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    chaos.adopt_orphans()
+    trainers.adopt_orphans()
     root = Path(tempfile.mkdtemp(prefix="faults_"))
     try:
         write_spies(root / "spies.jsonl")
         reference = root / "whole"
         ended(start(root, "whole"), 0)
-        check_kills(root, reference)
-        check_stop(root, reference)
-        check_disk(root, reference)
+        check_chain(root, reference)
+        check_read_only(reference)
         check_limits(root)
         check_secrets(root)
     finally:

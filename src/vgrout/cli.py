@@ -75,7 +75,9 @@ def _ranges(config: Config) -> Iterator[str]:
         "--lora-rank": model.lora_rank, "--max-prompt-length": model.max_prompt_length, "--token-budget": grpo.token_budget,
         "--llr-steps": score.llr_steps, "--workers": run.workers, "--eval-draws": run.eval_draws, "--final-draws": run.final_draws,
     }  # fmt: skip
-    positive = {"--learning-rate": grpo.learning_rate, "--max-grad-norm": grpo.max_grad_norm, "--llr-learning-rate": score.llr_learning_rate}
+    positive = {
+        "--learning-rate": grpo.learning_rate, "--llr-learning-rate": score.llr_learning_rate, "--max-grad-norm": grpo.max_grad_norm,
+    }  # fmt: skip
     not_negative = {
         "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
         "--refresh-every": score.refresh_every, "--eval-every": run.eval_every, "--save-every": run.save_every, "--threads": run.threads,

@@ -34,11 +34,12 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the device, the
 class Limits:
     """When a run has diverged. A breach must last `patience` steps; a figure that is not finite ends the run at once."""
 
-    kl: float = 10.0  # nats a token, a step's mean; healthy runs stay below 1, and e^10 leaves nothing of the base model
-    probe_fall: float = 4.0  # nats a token below the base's log-prob of reference solutions: each token 55 times less likely
-    spike: float = 30.0  # times the median gradient norm of the window, where it also exceeds the clip (below, it is harmless)
+    kl: float = 10.0  # nats a token, a step's mean; healthy organism runs stay below 2 but for single steps
+    probe_fall: float = 3.0  # nats a token below the base's log-prob of reference solutions, 20 times less likely; healthy: 0.3
+    spike: float = 30.0  # times the median gradient norm of the window, where it is also beyond `clips`
+    clips: float = 10.0  # times max_grad_norm; less is clipped without harm
     window: int = 20  # trained steps that make the median; fewer than half of them judge nothing
-    patience: int = 3  # steps in a row: one odd batch is no divergence
+    patience: int = 5  # steps in a row: k3 has a heavy tail, one token can lift a healthy step's KL to 300 and its norm to 1,000
     probes: int = 8  # reference solutions in the probe set
 
 
@@ -98,7 +99,7 @@ class Guard:
         for block, norms in self.norms.items():
             norm = row.get(f"grad_norm_{block}") or 0.0  # absent where no group had variance, 0 where no row trained the block
             usual = statistics.median(norms) if len(norms) >= self.limits.window // 2 else math.inf
-            if norm > max(self.limits.spike * usual, self.max_grad_norm):
+            if norm > max(self.limits.spike * usual, self.limits.clips * self.max_grad_norm):
                 found.append(f"the {block} gradient norm {norm:.3g} > {self.limits.spike:g} × its median {usual:.3g}")
             elif norm:
                 norms[:] = [*norms, norm][-self.limits.window :]
