@@ -85,8 +85,8 @@ def main() -> None:
     assert trainer.wait() == 0, trainer.log.read_text()[-3000:]
     found = faults(samples, zombies)
     assert len(samples) > 2 * ENDS and not found, (len(samples), found)
-    print(f"ok  {arguments.steps} steps of {arguments.intervention} in {time.monotonic() - began:.0f} s: "
-          f"{growth(samples, 'mb'):+.1f} MB and {growth(samples, 'descriptors'):+g} descriptors since step {WARM}, {samples[-1]['mb']:.0f} MB at the end, no zombie")
+    print(f"ok  {arguments.steps} steps of {arguments.intervention} in {time.monotonic() - began:.0f} s; since step {WARM} "
+          f"{growth(samples, 'mb'):+.1f} MB and {growth(samples, 'descriptors'):+g} descriptors; {samples[-1]['mb']:.0f} MB, no zombie")
     shutil.rmtree(root)
 
 

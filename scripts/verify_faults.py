@@ -31,7 +31,7 @@ from vgrout.guard import Diverged, Guard, describe, explained
 from vgrout.lora2r import BLOCKS, BlockOptimizer
 from vgrout.records import Run, load_adapter, load_metrics, load_record
 from vgrout.rollouts import Sampling
-from vgrout.sandbox import Job, Sandbox
+from vgrout.sandbox import Job, Sandbox, SandboxError
 from vgrout.store import load_tensors
 from vgrout.tensors import GateOutput
 from vgrout.types import EvalResult, UserError
@@ -220,6 +220,35 @@ def check_memory() -> None:
     print("ok  full memory names the flag to lower, by where it ran out; another error stays what it is")
 
 
+def check_statuses(reference: Path) -> None:
+    """Whatever ends a run, its record says so."""
+
+    def status_after(error: BaseException | None) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(BaseException), guard.recorded(Run.create(folder, load_record(reference), False)) as run:
+                if error is None:
+                    run.finish("finished")
+                elif isinstance(error, SystemExit):
+                    run.finish("interrupted")
+                if error is not None:
+                    raise error
+            return load_record(folder).status
+
+    expected = {
+        MemoryError(): "failed: out of memory while training or scoring: lower --token-budget, then set --gradient-checkpointing, "
+                       "then lower --num-generations or --max-completion-length (no checkpoint)",
+        SandboxError("twice"): "failed: SandboxError: twice (no checkpoint)", Diverged("diverged"): "failed: diverged (no checkpoint)",
+        ValueError("two\nlines"): "failed: ValueError: two lines (no checkpoint)", KeyboardInterrupt(): "interrupted (no checkpoint)",
+        SystemExit(143): "interrupted", None: "finished",
+    }  # fmt: skip
+    got = {error: status_after(error) for error in expected}
+    assert got == expected, got
+    finish, Run.finish = Run.finish, lambda self, status: None
+    assert status_after(ValueError()) == "running", "a status that is never written goes unnoticed"
+    Run.finish = finish
+    print(f"ok  {len(expected)} ways to end leave each a record with its own status")
+
+
 def check_guard(policy, problems, sampling: Sampling) -> None:
     def verdict(rows: list[dict], history: int = 0, **limits) -> int | None:
         """The step at which a guard stops these rows, of which the first `history` come from a resumed run's file."""
@@ -288,6 +317,7 @@ def main() -> None:
         check_chain(root, reference)
         check_read_only(reference)
         check_limits(root)
+        check_statuses(reference)
         check_secrets(root)
     finally:
         shutil.rmtree(root, ignore_errors=True)

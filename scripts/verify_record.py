@@ -31,7 +31,8 @@ from vgrout.store import pack
 from vgrout.types import EvalResult, RunRecord, UserError
 
 TINY = ("smoke --steps 2 --num-prompts 2 --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 16 "
-        "--save-every 0 --eval-every 0 --lr-schedule constant_with_warmup --warmup-steps 0 --learning-rate 1e-4 --threads 1 --workers 1").split()  # fmt: skip
+        "--save-every 0 --eval-every 0 --threads 1 --workers 1 "
+        "--lr-schedule constant_with_warmup --warmup-steps 0 --learning-rate 1e-4").split()  # fmt: skip
 
 
 class Unrecorded:

@@ -135,8 +135,8 @@ def worst_case(
 ) -> None:  # fmt: skip
     """Try the largest batch that the configuration allows, so that memory runs out now or never; restores everything.
 
-    Longest prompt (by characters) and full-length completions: the sampler's cache for all rows of a step, then one micro-batch
-    that fills `token_budget` through the gate and the update with both blocks training. `gate` is copied, parameters and
+    Longest prompt and full-length completions: the sampler's cache for twice the rows of a step (evaluation draws so many at once),
+    then one micro-batch that fills `token_budget` through the gate and the update with both blocks training. `gate` is copied, parameters and
     optimiser are put back. It does not cover the pairs (their length is none of the flags') nor the features that token
     granularity keeps for a whole step.
     """
@@ -144,7 +144,7 @@ def worst_case(
     prompt = max((tokens.encode_prompt(policy.tokenizer, messages(p)) for p in _longest(problems)), key=len)
     completion = (prompt * (t // len(prompt) + 1))[:t]
     generator = torch.Generator(policy.device).manual_seed(0)
-    sample(policy, [(prompt + completion)[:-1]] * num_prompts, num_generations, max_completion_length=1,
+    sample(policy, [(prompt + completion)[:-1]] * (2 * num_prompts), num_generations, max_completion_length=1,
            temperature=sampling.temperature, top_p=sampling.top_p, generator=generator)  # fmt: skip
     n = min(max(1, token_budget // (len(prompt) + t)), num_prompts * num_generations)
     rewards = [float(i % 2) for i in range(n)]
