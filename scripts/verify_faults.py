@@ -160,6 +160,13 @@ def check_secrets(root: Path) -> None:
 # ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def out_of_memory(*arguments, **options) -> None:
+    def sample() -> None:  # the frame's name tells where memory ran out
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sample()
+
+
 def check_limits(root: Path) -> None:
     """The worst case leaves no trace; memory that is full names the flag; divergence ends the run at the last checkpoint."""
     preset, config = parse(["smoke", "--intervention", "routeV", "--out-dir", str(root / "diverged"), *SHORT])
@@ -189,6 +196,10 @@ def check_limits(root: Path) -> None:
         return before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
 
     assert attempt() and ran[-1][0] > 512 and ran[-1][1] > 0, "the worst case left a trace, was small, or moved nothing"
+    real_sample, guard.sample = guard.sample, out_of_memory
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert attempt() and "lower --num-generations" in said.getvalue(), "full memory in sampling is no warning"
+    guard.sample = real_sample
     real, BlockOptimizer.load_state_dict = BlockOptimizer.load_state_dict, lambda self, state: None
     assert not attempt(), "moments that stay go unnoticed"
     BlockOptimizer.load_state_dict = real

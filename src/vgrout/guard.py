@@ -135,17 +135,25 @@ def worst_case(
 ) -> None:  # fmt: skip
     """Try the largest batch that the configuration allows, so that memory runs out now or never; restores everything.
 
-    Longest prompt and full-length completions: the sampler's cache for twice the rows of a step (evaluation draws so many at once),
-    then one micro-batch that fills `token_budget` through the gate and the update with both blocks training. `gate` is copied, parameters and
-    optimiser are put back. It does not cover the pairs (their length is none of the flags') nor the features that token
-    granularity keeps for a whole step.
+    Longest prompt and full-length completions: the sampler's cache for all rows of a step, then one micro-batch that fills
+    `token_budget` through the gate and the update, with both blocks training. `gate` is copied, parameters and optimiser are put
+    back. The sampler's rows leave as they finish and rarely all reach the limit, so that there full memory is a warning; in
+    training it ends the run. Not covered: the pairs (no flag sets their length), and the features that token granularity keeps.
     """
     t = sampling.max_completion_length
     prompt = max((tokens.encode_prompt(policy.tokenizer, messages(p)) for p in _longest(problems)), key=len)
     completion = (prompt * (t // len(prompt) + 1))[:t]
     generator = torch.Generator(policy.device).manual_seed(0)
-    sample(policy, [(prompt + completion)[:-1]] * (2 * num_prompts), num_generations, max_completion_length=1,
-           temperature=sampling.temperature, top_p=sampling.top_p, generator=generator)  # fmt: skip
+    try:
+        sample(policy, [(prompt + completion)[:-1]] * num_prompts, num_generations, max_completion_length=1,
+               temperature=sampling.temperature, top_p=sampling.top_p, generator=generator)  # fmt: skip
+    except (MemoryError, RuntimeError) as error:
+        if not _memory_is_full(error):
+            raise
+        runlog.warn(f"{num_prompts * num_generations} completions that all reach {t} tokens do not fit: {describe(error)}",
+                    "or go on, if completions are mostly shorter")  # fmt: skip
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()
     n = min(max(1, token_budget // (len(prompt) + t)), num_prompts * num_generations)
     rewards = [float(i % 2) for i in range(n)]
     batch = tokens.collate([prompt] * n, [completion] * n, rewards, [0] * n, [r - 0.5 for r in rewards], policy.pad_id, policy.device)
