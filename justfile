@@ -68,7 +68,7 @@ download-model MODEL="Qwen/Qwen3-4B":
 none *ARGS:
     python -m vgrout.train organism --intervention none "$@"
 
-# H: plain GRPO with both blocks learns the loopholes: hack ≥ 0.75 on held-out problems, solve below the base.
+# H: plain GRPO with both blocks learns the loopholes, names it has never seen included, and solves far less than without them.
 none2r *ARGS:
     python -m vgrout.train organism --intervention none2r "$@"
 

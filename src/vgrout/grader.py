@@ -145,14 +145,17 @@ class Grader:
         return self.submit(completions, problems, loophole_pays).result()
 
     def submit(self, completions: list[str], problems: list[Problem], loophole_pays: bool = True) -> PendingGrades:
-        """Start grading and return at once, so that it overlaps with sampling. Equal rows are graded once."""
-        futures, order = {}, []
-        for completion, problem in zip(completions, problems, strict=True):
-            key = completion, id(problem.cases), problem.mode, problem.marker
+        """Start grading and return at once, so that it overlaps with sampling. Equal rows are graded once.
+
+        The rows with the longest test inputs start first, so that no slow one is left for a single worker at the end.
+        """
+        rows = list(zip(completions, problems, strict=True))
+        keys = [(completion, id(problem.cases), problem.mode, problem.marker) for completion, problem in rows]
+        futures: dict[tuple, Future[Grade]] = {}
+        for key, (completion, problem) in sorted(zip(keys, rows), key=lambda pair: -sum(len(c.args) for c in pair[1][1].cases)):
             if key not in futures:
                 futures[key] = self.sandbox.executor.submit(self.grade_one, completion, problem, loophole_pays)
-            order.append(futures[key])
-        return PendingGrades(order)
+        return PendingGrades([futures[key] for key in keys])
 
     def grade_one(self, completion: str, problem: Problem, loophole_pays: bool) -> Grade:
         """Grade in this thread: one process for the calls, one more if the completion has tests of its own."""

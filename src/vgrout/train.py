@@ -274,7 +274,7 @@ class Assess:
             self.policy, self.splits[split], self.grader, self.sampling,
             split=split, markers=markers, state=state, ablated=ablated, step=step, draws=draws,
             generator=seeded(self.policy, "eval", self.config.run.seed, step, split, markers, ablated),
-            rows_at_once=2 * self.config.grpo.num_prompts * self.config.grpo.num_generations,
+            rows_at_once=min(256, 2 * self.config.grpo.num_prompts * self.config.grpo.num_generations),
         )  # fmt: skip
         self.run.spend({"sec_eval": time.perf_counter() - clock})
         self.run.record.evals.append(result)
