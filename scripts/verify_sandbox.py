@@ -128,7 +128,7 @@ def leftovers(grader: Grader) -> dict[str, int]:
     descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in [os.getpid(), *tree])
     files = 0
     for pid in inner:
-        scratch = f"/proc/{pid}/root/scratch"
+        scratch = os.path.join(f"/proc/{pid}/root", "scratch")
         files += len(os.listdir(scratch)) if os.path.isdir(scratch) else 0
     files += sum(len(files) + len(directories) for path, directories, files in os.walk(grader.sandbox._directory)
                  if path != grader.sandbox._directory)
