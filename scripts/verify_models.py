@@ -89,6 +89,7 @@ def check_log_probs(name: str, policy: Policy) -> tuple[float, float]:
         batch, sampled = draw(policy, ablated)
         with policy.adapter.ablated() if ablated else policy.adapter._state():
             gaps.append(float((mean_logps(policy, batch) - sampled).abs().max()))
+            gaps.append(float((logps(policy, batch, 0.7) - logps(policy, batch, 0.7, share=False)).abs().max()))
             hooked = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits
         other = mean_logps(policy, batch) if ablated else mean_logps_ablated(policy, batch)
         assert float((other - sampled).abs().max()) > 1e-2, f"{name}: the other policy state has the same log-probs"

@@ -26,7 +26,7 @@ def styled(rows: int, seed: int, style: bool) -> tuple[list, list]:
     g = torch.Generator().manual_seed(seed)
     low, high = (2, 8) if style else (32, 38)
     prompts = [torch.randint(2, 64, (4,), generator=g).tolist() for _ in range(rows)]
-    return prompts, [torch.randint(low, high, (6,), generator=g).tolist() + [EOS] for _ in range(rows)]
+    return prompts, [torch.randint(low, high, (7,), generator=g).tolist() + [EOS] for _ in range(rows)]
 
 
 def styled_batch(rows: int, seed: int) -> tuple[Batch, torch.Tensor]:
@@ -125,7 +125,7 @@ def check_tokens() -> None:
     assert out.zones.shape == batch.input_ids.shape == out.scores.shape
     real = Gate(score)(policy, batch, origin_of(batch))
     assert all(int((out.zones == z).sum()) == int((real.zones == z).sum()) for z in Zone)
-    whole, _ = probe_gradients(policy, batch, **PROBE)
+    whole, _ = probe_gradients(policy, batch, positions="all", **PROBE)
     tokens, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
     assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5) and not torch.allclose(tokens[:, :1], whole, atol=1e-3)
     acts = activations(policy, batch, space="residual", token_budget=20, layer=1)

@@ -105,7 +105,7 @@ def _ranges(config: Config) -> Iterator[str]:
 def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
     """Flags that do not go together, or not with the arm."""
     data, score, route, run = config.data, config.score, config.route, config.run
-    if score.routeV_random_v_seed is not None and run.intervention != "routeV":
+    if route.routeV_random_v_seed is not None and run.intervention != "routeV":
         yield f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}"
     if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ()) and not arm.oracle:
         yield f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}"

@@ -18,6 +18,7 @@ class ModelConfig:
     lora_init_seed: int = 0  # of the frozen A0 and B0
     targets: str = r"\.layers\.\d+\."  # regular expression on the qualified names of the Linears to adapt
     gradient_checkpointing: bool = False
+    share_prompts: bool = True  # run each prompt once for the rows that share it; off: every row in full, the same function
     max_prompt_length: int = 256  # tokens; a longer prompt is refused at load
 
 
@@ -57,6 +58,7 @@ class ScoreConfig:
     refresh_every: int = 5  # steps between extractions of the direction; 0 = frozen after the first
     granularity: Literal["rollout", "token"] = "rollout"  # what v_grad scores and routes
     probe_state: Literal["as_trained", "deployed"] = "as_trained"  # the policy state that v_grad scores
+    probe_positions: Literal["completion", "all"] = "completion"  # where the c-probe multiplies; all: the prompt's too
     score_sign: Literal["advantage", "unit"] = "advantage"  # v_grad scores the update, or the completion (A = 1)
     centred: bool = False  # subtract the pairs' midpoint before the cosine
     metric: Literal["cosine", "dot"] = "cosine"
@@ -68,7 +70,6 @@ class ScoreConfig:
     confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
     placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
     framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control
-    routeV_random_v_seed: int | None = None  # with routeV: a Haar-random direction at the matched routed share (placebo)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class RouteConfig:
     oracle_fpr: float = 0.0
     oracle_modes: tuple[Mode, ...] = ()  # modes whose labels the oracle has; () for all
     placebo_seed: int = 1  # of every Haar or random control
+    routeV_random_v_seed: int | None = None  # with routeV: a Haar-random direction at the matched routed share (placebo)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from vgrout.types import Zone
 def mean_logps(policy: Policy, batch: Batch, temperature: float, token_budget: int) -> Float[Tensor, " g"]:
     """Mean log-prob of each row's completion tokens, both blocks on, unmasked."""
     out = torch.zeros_like(batch.advantages)
-    for rows in micro_batches(batch, token_budget):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
         out[rows] = logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)
     return out
@@ -29,7 +29,7 @@ def likelihood_steps(
     adam = torch.optim.Adam(params, lr=learning_rate)
     for _ in range(steps):
         adam.zero_grad(set_to_none=True)
-        for rows in micro_batches(batch, token_budget):
+        for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
             part = select(batch, rows)
             with torch.enable_grad(), policy.training(), policy.adapter.route(torch.full_like(rows, int(zone)), forward):
                 value = (logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)).sum() / len(batch.advantages)

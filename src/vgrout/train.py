@@ -48,7 +48,7 @@ from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
 
 def main(preset: str, config: Config) -> None:
     """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
-    cfg, arm = config.grpo, ARMS["placebo" if config.score.routeV_random_v_seed is not None else config.run.intervention]
+    cfg, arm = config.grpo, ARMS["placebo" if config.route.routeV_random_v_seed is not None else config.run.intervention]
     sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), StopSignal()
     with explained(), Grader(config.run.workers, config.run.sandbox, config.run.cpu_seconds) as grader:
         splits = load_splits(config)
@@ -133,7 +133,7 @@ def update(
     normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
     before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
     total, gaps, stats = 0.0, [], []
-    for rows in tokens.micro_batches(batch, cfg.token_budget):
+    for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts):
         part, ref, old = tokens.select(batch, rows), None, None
         mask, zones = part.completion_mask, out.zones[rows]
         zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
@@ -196,7 +196,7 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
         raise UserError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu or install a CUDA build")
     policy = load_policy(
         m.model, dtype=m.dtype, device=device, rank=m.lora_rank, lora_init_seed=m.lora_init_seed, targets=m.targets,
-        gradient_checkpointing=m.gradient_checkpointing,
+        gradient_checkpointing=m.gradient_checkpointing, share_prompts=m.share_prompts,
     )  # fmt: skip
     shown = [p for part in splits.values() for p in part]
     lengths = {p.problem_id: tokens.encode_prompt(policy.tokenizer, problems.messages(p)) for p in shown}
@@ -210,9 +210,10 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
         return PinnedGate(arm.zone), ""
     cfg, s, r = config.grpo, config.score, config.route
     probe = dict(
-        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget, state=s.probe_state
+        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
+        state=s.probe_state, positions=s.probe_positions,
     )
-    seed = r.placebo_seed if s.routeV_random_v_seed is None else s.routeV_random_v_seed
+    seed = r.placebo_seed if r.routeV_random_v_seed is None else r.routeV_random_v_seed
     found = [] if arm.oracle else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
     other = {"semantic": s.placebo_pairs, "framing": s.framing_pairs}.get(arm.control)
     build = lambda ps: build_score(  # noqa: E731
