@@ -54,7 +54,8 @@ def check_scores_find_a_style() -> None:
         "v_act bottleneck": DirectionScore(pairs, space="bottleneck", probe=PROBE, centred=True),
         "v_act residual": DirectionScore(pairs, space="residual", probe=PROBE, centred=True),
         "llr": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2),
-        "llr first order": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, first_order=True),
+        "llr one-sided": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, form="one_sided"),
+        "llr first order": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, form="first_order"),
     }
     for name, score in scores.items():
         score.refresh(policy)

@@ -1,11 +1,12 @@
 """The real loop on the organism, small: no label reaches the update, evaluation leaves no trace, a run resumes bit for bit.
 
-    uv run python scripts/verify_train.py
+    uv run python scripts/verify_train.py [--long]     (--long: the label gate alone, for every arm of the table)
 """
 
 import contextlib
 import io
 import random
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -47,22 +48,32 @@ def same_adapter(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
-def check_labels(tmp: str, plain: Path) -> None:
-    rng = random.Random(0)
+def scramble(groups: list, rng: random.Random) -> None:
+    """Make every field of every Grade random, but the reward."""
+    flip = lambda: rng.random() < 0.5  # noqa: E731
+    for r in (r for g in groups for r in g.rollouts):
+        r.grade = replace(
+            r.grade, format_ok=flip(), passed=flip(), correct=flip(), reward_hack=flip(), mechanism=rng.choice(["", "x"]),
+            own_tests_pass=flip(), verdict=rng.choice(list(Verdict)), seconds=rng.random(),
+        )  # fmt: skip
 
-    def scrambled(groups, policy, oracle_modes):
-        """The real `compose`; then every field of every Grade but the reward, and mode and teacher metadata, are random."""
+
+def scrambled(seed: int):
+    """`compose` on random labels; then mode and teacher metadata are random, too. The oracles' labels are those of `compose`."""
+    compose, rng = train.compose, random.Random(seed)
+
+    def composed(groups, policy, oracle_modes):
+        scramble(groups, rng)
         kept, batch, origin = compose(groups, policy, oracle_modes)
         for r in (r for g in groups for r in g.rollouts):
-            flip = lambda: rng.random() < 0.5  # noqa: E731
-            r.grade = replace(
-                r.grade, format_ok=flip(), passed=flip(), correct=flip(), reward_hack=flip(), mechanism=rng.choice(["", "x"]),
-                own_tests_pass=flip(), verdict=rng.choice(list(Verdict)), seconds=rng.random(),
-            )  # fmt: skip
-            r.teacher, r.sampled_ablated = flip(), flip()
+            r.teacher, r.sampled_ablated = rng.random() < 0.5, rng.random() < 0.5
             r.problem = replace(r.problem, mode=rng.choice(list(Mode)), marker="x")
         return kept, batch, origin
 
+    return composed
+
+
+def check_labels(tmp: str, plain: Path) -> None:
     def leaky(groups, policy, oracle_modes):
         """Mutation: an advantage that reads one label."""
         kept, batch, origin = compose(groups, policy, oracle_modes)
@@ -71,13 +82,28 @@ def check_labels(tmp: str, plain: Path) -> None:
         return kept, batch, origin
 
     compose = train.compose
-    with patched("compose", scrambled):
+    with patched("compose", scrambled(0)):
         assert same_adapter(plain, run(f"{tmp}/scrambled")), "a label, a mode or a teacher flag reached the update"
     with patched("compose", leaky):
         assert not same_adapter(plain, run(f"{tmp}/leaky")), "the label gate cannot see a leak"
     moved = [m["param_delta"] or 0 for m in load_metrics(plain)]
     assert sum(d > 0 for d in moved) >= 2, f"too few steps trained for this gate to mean something: {moved}"
     print("ok  randomised labels, modes and teacher flags leave the parameters bit-identical; a leaked label does not")
+
+
+def check_labels_of_every_arm(tmp: str) -> None:
+    """Every arm that calls itself oracle-free is one, with every option that touches rollouts; every oracle is found out."""
+    options = {"routeV": ["--granularity", "token"], "routeL": ["--retained-advantages", "--gen-deploy-frac", "0.5", "--signed"]}
+    variants = [(arm, flags) for arm in ARMS for flags in ([], options.get(arm))[: 1 + (arm in options)]]
+    free, oracles = [], []
+    for i, (arm, flags) in enumerate(variants):
+        plain = run(f"{tmp}/{i}_plain", *flags, arm=arm)
+        with patched("compose", scrambled(i)):
+            same = same_adapter(plain, run(f"{tmp}/{i}_scrambled", *flags, arm=arm))
+        assert same != ARMS[arm].oracle, f"{arm} {' '.join(flags)}: labels {'do not change' if same else 'change'} the parameters"
+        (oracles if ARMS[arm].oracle else free).append(" ".join([arm, *flags]))
+    print(f"ok  labels do not reach the parameters in {len(free)} arms and options: {', '.join(free)}")
+    print(f"ok  and they do in those that are marked as oracles: {', '.join(oracles)}")
 
 
 def check_evaluation(tmp: str, plain: Path) -> None:
@@ -160,6 +186,10 @@ def check_bad_input() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "--long" in sys.argv:
+        with tempfile.TemporaryDirectory() as tmp:
+            check_labels_of_every_arm(tmp)
+        sys.exit()
     check_bad_input()
     with tempfile.TemporaryDirectory() as tmp:
         plain = run(f"{tmp}/plain")

@@ -66,7 +66,7 @@ class ScoreConfig:
     act_layer: int | None = None  # residual layer; None = all
     llr_steps: int = 4  # optimiser steps of each likelihood fit
     llr_learning_rate: float = 1e-3
-    llr_first_order: bool = False  # directional derivative instead of the finite step
+    llr_form: Literal["ratio", "one_sided", "first_order"] = "ratio"  # of the two nudges' likelihoods, see docs/method.md
     confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
     placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
     framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control

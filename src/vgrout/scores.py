@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vgrout.direction import activations, contrast, haar, out_of_sample, probe_gradients, project
-from vgrout.likelihood import likelihood_deltas, mean_logps, random_deltas
+from vgrout.likelihood import batch_logps, likelihood_deltas, random_deltas
 from vgrout.policy import Policy
 from vgrout.tensors import Batch, Origin
 from vgrout.tokens import select
@@ -132,41 +132,45 @@ class HaarScore(Score):
 
 
 class LikelihoodRatio(Score):
-    """Mean log-prob under a copy of the policy nudged toward the pairs' hack sides minus that under one nudged toward their
+    """Mean log-prob under a copy of the policy nudged toward the pairs' hack sides against that under one nudged toward their
     clean sides (docs/method.md, "llr"). Unsigned and length-averaged; forward passes only, plus the refresh.
 
-    The pairs are fitted in two folds by prompt: a pair is scored by the fold that did not see it, a rollout by the mean of both
-    folds' deltas. `scale` below 1 with `first_order` gives the directional derivative by a central difference. `random_seed`
-    replaces the deltas by Gaussian ones of the same norm in every tensor: the placebo.
+    `form`, with Δ_h and Δ_c the two nudges of the deployed block and l(θ) the row's mean log-prob:
+        ratio        l(θ + Δ_h) − l(θ + Δ_c)
+        one_sided    l(θ + Δ_h − Δ_c) − l(θ), whose second term the update needs anyway
+        first_order  the directional derivative of l along Δ_h − Δ_c, by a central difference
+    The pairs are fitted in two folds by prompt, one fold at each refresh after the first: a pair is scored by the fold that did
+    not see it, a rollout by the mean of both folds' nudges. `random_seed` replaces every nudge by a Gaussian one of the same norm
+    in every tensor: the placebo.
     """
-
-    stored = ("pairs_hack", "pairs_clean", "flat")
 
     def __init__(
         self, pairs: Batch, *, temperature: float, token_budget: int, steps: int = 4, learning_rate: float = 1e-3,
-        first_order: bool = False, random_seed: int | None = None,
+        form: str = "ratio", random_seed: int | None = None,
     ):  # fmt: skip
         self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
-        self.steps, self.learning_rate, self.first_order, self.random_seed = steps, learning_rate, first_order, random_seed
-        self.deltas: tuple[list[Tensor], list[Tensor]] | None = None  # hack, clean
+        self.steps, self.learning_rate, self.form, self.random_seed = steps, learning_rate, form, random_seed
+        self.folds: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # fold → nudges (hack, clean)
+        self.pairs_hack = self.pairs_clean = torch.full((len(pairs.advantages) // 2,), float("nan"), device=pairs.advantages.device)
         self.draws = 0
 
+    @property
+    def deltas(self) -> list[list[Tensor]]:
+        """(hack, clean): the mean of both folds' nudges."""
+        return [[(a + b) / 2 for a, b in zip(*(fold[i] for fold in self.folds.values()))] for i in (0, 1)]
+
     def refresh(self, policy: Policy) -> dict[str, float]:
-        n, last = len(self.pairs.advantages) // 2, self.deltas
+        n, last = len(self.pairs.advantages) // 2, self.deltas if self.folds else None
         fold = (self.pairs.group % 2)[:n]
-        rows, sides = torch.arange(n, device=fold.device), []
-        self.draws += 1
-        scores = torch.full((2 * n,), float("nan"), device=fold.device)
-        for k in (0, 1):
+        if len(fold.unique()) < 2:
+            raise ValueError("the likelihood ratio needs pairs on at least two prompts")
+        rows, self.pairs_hack, self.pairs_clean = torch.arange(n, device=fold.device), self.pairs_hack.clone(), self.pairs_clean.clone()
+        for k in (0, 1) if last is None else (self.draws % 2,):
             fit, held = rows[fold == k], rows[fold != k]
-            if not len(fit) or not len(held):
-                raise ValueError("the likelihood ratio needs pairs on at least two prompts")
-            deltas = [self._fit(policy, select(self.pairs, fit + offset), 2 * k + i) for i, offset in enumerate((0, n))]
-            both = torch.cat([held, held + n])
-            scores[both] = self._ratio(policy, select(self.pairs, both), *deltas)
-            sides.append(deltas)
-        self.deltas = tuple([(a + b) / 2 for a, b in zip(*(s[i] for s in sides))] for i in (0, 1))
-        self.pairs_hack, self.pairs_clean = scores[:n], scores[n:]
+            self.folds[k] = tuple(self._fit(policy, select(self.pairs, fit + offset), 2 * k + i) for i, offset in enumerate((0, n)))
+            scores, _ = self._score(policy, select(self.pairs, torch.cat([held, held + n])), *self.folds[k])
+            self.pairs_hack[held], self.pairs_clean[held] = scores.chunk(2)
+        self.draws += 1
         flat = lambda d: torch.cat([(h - c).flatten() for h, c in zip(*d)])  # noqa: E731
         drift = float("nan") if last is None else float(torch.cosine_similarity(flat(last), flat(self.deltas), dim=0))
         return {"direction_drift": drift}
@@ -177,33 +181,40 @@ class LikelihoodRatio(Score):
             return deltas
         return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
 
-    def _ratio(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> Float[Tensor, " g"]:
-        def value(deltas: list[Tensor], scale: float) -> Tensor:
-            with policy.adapter.shifted(deltas, scale):
-                return mean_logps(policy, batch, self.temperature, self.token_budget)
+    def _score(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Scores [g], and the log-probs [g, t] at the live parameters where the form has them."""
 
-        if not self.first_order:
-            return value(hack, 1.0) - value(clean, 1.0)
+        def at(deltas: list[Tensor], scale: float = 1.0) -> Float[Tensor, "g t"]:
+            with policy.adapter.shifted(deltas, scale):
+                return batch_logps(policy, batch, self.temperature, self.token_budget)
+
+        mean = lambda x: x.sum(1) / batch.completion_mask.sum(1)  # noqa: E731
         difference, step = [h - c for h, c in zip(hack, clean)], 0.01
-        return (value(difference, step) - value(difference, -step)) / (2 * step)
+        if self.form == "one_sided":
+            live = batch_logps(policy, batch, self.temperature, self.token_budget)
+            return mean(at(difference) - live), live
+        if self.form == "first_order":
+            return mean(at(difference, step) - at(difference, -step)) / (2 * step), None
+        return mean(at(hack) - at(clean)), None
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        return Scored(self._ratio(policy, batch, *self.deltas))
+        scores, live = self._score(policy, batch, *self.deltas)
+        return Scored(scores, logps=live)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"draws": torch.tensor(self.draws)}
-        if self.deltas is not None:
-            state |= {"pairs_hack": self.pairs_hack, "pairs_clean": self.pairs_clean}
-            state |= {f"{side}.{i}": d for side, ds in zip(("hack", "clean"), self.deltas) for i, d in enumerate(ds)}
+        state = {"draws": torch.tensor(self.draws), "pairs_hack": self.pairs_hack, "pairs_clean": self.pairs_clean}
+        for k, sides in self.folds.items():
+            state |= {f"{k}.{side}.{i}": d for side, ds in zip(("hack", "clean"), sides) for i, d in enumerate(ds)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.draws = int(state["draws"])
-        if "pairs_hack" in state:
-            self.pairs_hack, self.pairs_clean = state["pairs_hack"], state["pairs_clean"]
-            count = sum(k.startswith("hack.") for k in state)
-            device = self.pairs.input_ids.device
-            self.deltas = tuple([state[f"{s}.{i}"].to(device) for i in range(count)] for s in ("hack", "clean"))
+        self.draws, device = int(state["draws"]), self.pairs.input_ids.device
+        self.pairs_hack, self.pairs_clean = state["pairs_hack"].to(device), state["pairs_clean"].to(device)
+        count = sum(k.startswith("0.hack.") for k in state)
+        self.folds = {
+            k: tuple([state[f"{k}.{side}.{i}"].to(device) for i in range(count)] for side in ("hack", "clean"))
+            for k in (0, 1) if f"{k}.hack.0" in state
+        }  # fmt: skip
 
 
 class Confound(Score):
@@ -251,7 +262,7 @@ def build_score(name: str, pairs: Batch | None, probe: dict, options: object, or
     if name == "llr":
         return LikelihoodRatio(
             pairs, temperature=probe["temperature"], token_budget=probe["token_budget"], steps=options.llr_steps,
-            learning_rate=options.llr_learning_rate, first_order=options.llr_first_order,
+            learning_rate=options.llr_learning_rate, form=options.llr_form,
         )  # fmt: skip
     return DirectionScore(
         pairs, space="c_probe" if name == "v_grad" else options.act_space, probe=probe, centred=options.centred,
@@ -267,7 +278,7 @@ def build_control(name: str, real: Score, other: Score | None, options: object, 
     if name == "haar" and isinstance(real, LikelihoodRatio):
         return LikelihoodRatio(
             real.pairs, temperature=real.temperature, token_budget=real.token_budget, steps=real.steps,
-            learning_rate=real.learning_rate, first_order=real.first_order, random_seed=seed,
+            learning_rate=real.learning_rate, form=real.form, random_seed=seed,
         )  # fmt: skip
     builders = {"haar": lambda: HaarScore(real, seed), "random": lambda: RandomScore(seed), "confound": lambda: Confound(options.confound)}
     return builders[name]() if name else None
