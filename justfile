@@ -84,6 +84,18 @@ absorb *ARGS:
 routeV *ARGS:
     python -m vgrout.train organism --intervention routeV "$@"
 
+# H: a quarantine that learned the hack first finds it in what the deployed policy samples; kept out, solving is retained, on every mode.
+routeQ *ARGS:
+    python -m vgrout.train organism --intervention routeQ "$@"
+
+# H: with a random delta in the quarantine's place, at the same share, the hack comes back.
+placeboQ *ARGS:
+    python -m vgrout.train organism --intervention placeboQ "$@"
+
+# H: sampling and training apart is not enough: without a score the deployed policy finds the hack by itself.
+sampler_gate *ARGS:
+    python -m vgrout.train organism --intervention sampler_gate "$@"
+
 # H: a Haar-random direction that routes the same share of rows does not do what v_grad does; if it does, the direction is not the cause.
 placebo *ARGS:
     python -m vgrout.train organism --intervention placebo "$@"

@@ -18,7 +18,7 @@ from pathlib import Path
 import polars as pl
 from tabulate import tabulate
 
-from vgrout.config import PRESETS
+from vgrout.config import defaults
 from vgrout.metrics import Counts, gain, gain_lower_bound, mean_sem, rate
 from vgrout.records import flatten, load_record
 from vgrout.runlog import rate_with_interval
@@ -81,8 +81,8 @@ def gain_text(triples: list) -> tuple[float | None, float | None, str]:
 
 
 def variant(record: RunRecord) -> str:
-    """Return the options that differ from the preset's, e.g. `signed=true`; runs of unlike options share no mean."""
-    usual, used = (json.loads(dumps(flatten(config))) for config in (asdict(PRESETS[record.preset]), record.config))
+    """Return the options that differ from the arm's usual ones, e.g. `signed=true`; runs of unlike options share no mean."""
+    usual, used = (json.loads(dumps(flatten(config))) for config in (asdict(defaults(record.preset, record.arm)), record.config))
     return ", ".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in used.items()
                      if not key.startswith(NOT_VARIANTS) and value != usual.get(key))  # fmt: skip
 

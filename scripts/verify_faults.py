@@ -28,7 +28,8 @@ from vgrout import guard, sandbox, train
 from vgrout.cli import load_splits, parse
 from vgrout.exploits import canonical_hack
 from vgrout.guard import Diverged, Guard, describe, explained
-from vgrout.lora2r import BLOCKS, BlockOptimizer
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer
 from vgrout.records import Run, load_adapter, load_metrics, load_record
 from vgrout.rollouts import Sampling
 from vgrout.sandbox import Job, Sandbox, SandboxError

@@ -6,7 +6,8 @@ from torch import nn
 from tiny import perturb, random_batch, tiny_policy
 from vgrout.direction import activations, probe_gradients
 from vgrout.grpo import scored_loss
-from vgrout.lora2r import BLOCKS, BlockOptimizer, Lora2r, LoraLinear, MaskedUp, trained_blocks
+from vgrout.lora2r import BLOCKS, Lora2r, LoraLinear, MaskedUp
+from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import logps, sample
 from vgrout.tokens import select
 from vgrout.types import Zone
@@ -264,5 +265,6 @@ def check_bf16() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for check in (check_zero_delta, check_definition, check_zone_table, check_optimizer_isolation, check_mixed_batch_and_probe,
-                  check_shared_prompts, check_probe_meaning, check_ablation_and_sampler, check_merged_equals_hooked, check_bf16):  # fmt: skip
+                  check_shared_prompts, check_probe_meaning, check_ablation_and_sampler, check_merged_equals_hooked,
+                  check_bf16):  # fmt: skip
         check()

@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from tiny import perturb
 from vgrout.grpo import grpo_loss
-from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps, sample
 from vgrout.tensors import Batch
 from vgrout.tokens import collate, encode_prompt

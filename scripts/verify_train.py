@@ -17,7 +17,7 @@ from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
 from vgrout.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
-from vgrout.records import load_adapter, load_metrics, load_record
+from vgrout.records import load_adapter, load_metrics, load_record, load_rollouts
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
@@ -104,6 +104,16 @@ def check_labels_of_every_arm(tmp: str) -> None:
         (oracles if ARMS[arm].oracle else free).append(" ".join([arm, *flags]))
     print(f"ok  labels do not reach the parameters in {len(free)} arms and options: {', '.join(free)}")
     print(f"ok  and they do in those that are marked as oracles: {', '.join(oracles)}")
+
+
+def check_separate_first(tmp: str) -> None:
+    """In the first steps half of the students are sampled ablated and RETAINed, all other rows ROUTEd; then the score decides."""
+    rows = load_metrics(run(f"{tmp}/first", "--separate-first", "2", "--gen-deploy-frac", "0", arm="routeQ"))
+    ablated = [sum(r["sampled_ablated"] for r in load_rollouts(Path(f"{tmp}/first")) if r["step"] == m["step"]) for m in rows]
+    assert ablated == [6, 6, 0], ablated  # 3 prompts, 6 rows of which 2 are demonstrations
+    trained = [m for m in rows[:2] if m["rows_route"]]
+    assert trained and all(m["rows_absorb"] == 0 and m["rows_retain"] <= 6 for m in trained), rows
+    print("ok  --separate-first: each block trains on its own samples, and nothing is absorbed; then all are sampled as trained")
 
 
 def check_evaluation(tmp: str, plain: Path) -> None:
@@ -194,5 +204,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
         plain = run(f"{tmp}/plain")
         check_labels(tmp, plain)
+        check_separate_first(tmp)
         check_evaluation(tmp, plain)
         check_resume(tmp, plain)

@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 
 from vgrout import pairs, problems
-from vgrout.config import ARMS, PRESETS, Arm, Config
+from vgrout.config import ARMS, PRESETS, Arm, Config, defaults
 from vgrout.teacher import TeacherPool
 from vgrout.tracking import check_tracker
 from vgrout.types import Mode, Problem, UserError
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         with contextlib.redirect_stderr(errors):
             config = tyro.cli(
                 tyro.conf.OmitArgPrefixes[tyro.conf.EnumChoicesFromValues[Config]],
-                default=PRESETS[preset],
+                default=defaults(preset, _flag(args, "--intervention") or PRESETS[preset].run.intervention),
                 args=args,
                 prog=f"python -m vgrout.train {preset}",
                 description=f"{DESCRIPTION} presets: {', '.join(PRESETS)}; arms: {', '.join(ARMS)}",
@@ -51,6 +51,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         raise UserError(f"{text} (python -m vgrout.train {preset} --help lists the flags)") from None
     check(config)
     return preset, config
+
+
+def _flag(args: Sequence[str], name: str) -> str:
+    """The last value of a flag, as `--name value` or `--name=value`; "" where it does not occur."""
+    spaced = [value for flag, value in zip(args, args[1:]) if flag == name]
+    joined = [flag.partition("=")[2] for flag in args if flag.startswith(f"{name}=")]
+    return (spaced + joined or [""])[-1]
 
 
 def check(config: Config) -> None:
@@ -81,8 +88,9 @@ def _ranges(config: Config) -> Iterator[str]:
     not_negative = {
         "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
         "--refresh-every": score.refresh_every, "--eval-every": run.eval_every, "--save-every": run.save_every, "--threads": run.threads,
-        "--seed-quarantine": route.seed_quarantine, "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed,
-        "--teacher-per-group": data.teacher_per_group, "--teacher-until": data.teacher_until,
+        "--seed-quarantine": route.seed_quarantine, "--separate-first": route.separate_first,
+        "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed, "--teacher-per-group": data.teacher_per_group,
+        "--teacher-until": data.teacher_until,
     }  # fmt: skip
     yield from (f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1)
     yield from (f"{flag} {x} must be at least 1" for flag, x in counts.items() if x < 1)
@@ -149,7 +157,7 @@ def _pair_files(config: Config, arm: Arm) -> dict[str, str]:
     data, score, seeding = config.data, config.score, config.route.seed_quarantine > 0
     empty_seed = seeding and config.route.seed_side == "placebo"
     return {
-        "--pairs": data.pairs if (seeding and not empty_seed) or arm.score not in ("pinned", "oracle") else "",
+        "--pairs": data.pairs if (seeding and not empty_seed) or arm.score not in ("pinned", "sampler", "oracle") else "",
         "--placebo-pairs": score.placebo_pairs if arm.control == "semantic" or empty_seed else "",
         "--framing-pairs": score.framing_pairs if arm.control == "framing" else "",
     }

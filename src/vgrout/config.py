@@ -4,7 +4,7 @@ A comment behind a field is its line in --help.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from vgrout.types import Mode, Zone
 
@@ -30,24 +30,24 @@ class DataConfig:
     pair_modes: tuple[Mode, ...] = (Mode.RUN_TESTS, Mode.SENTINEL)  # the modes that the pairs cover; the rest are held out
     teacher_pool: str = "data/organism/teacher.jsonl.gz"  # "" for none
     teacher_modes: tuple[Mode, ...] = ()  # modes that get teacher rows; () for all
-    teacher_per_group: int = 1  # rows of each group that are demonstrations
-    teacher_until: int = 20  # steps; from then on every row is a student's
+    teacher_per_group: int = 2  # rows of each group that are demonstrations
+    teacher_until: int = 30  # steps; from then on every row is a student's
     unhackable_frac: float = 0.0  # share of prompts shown without the loophole, rotating by (seed, step, problem)
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    steps: int = 80
+    steps: int = 60
     num_prompts: int = 6  # prompts a step
     num_generations: int = 8  # rollouts a prompt
     max_completion_length: int = 128  # tokens
     temperature: float = 0.7
     top_p: float = 1.0
-    learning_rate: float = 6e-4
+    learning_rate: float = 1e-3
     lr_schedule: Literal["cosine", "constant_with_warmup"] = "cosine"
-    warmup_steps: int = 5
+    warmup_steps: int = 2
     weight_decay: float = 0.0  # decay toward the initialisation
-    max_grad_norm: float = 1.0  # for each block by itself
+    max_grad_norm: float = 0.1  # for each block by itself; healthy organism steps have norms of 0.02 to 0.1
     beta: float = 0.02  # weight of the k3 KL to the adapter-off reference
     epsilon: float = 0.2  # PPO clip
     token_budget: int = 8192  # padded tokens of one micro-batch
@@ -74,6 +74,8 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class RouteConfig:
+    cut: Literal["band", "midpoint", "zero"] = "band"  # of a score: the pairs' p75s, halfway between their sides' means, or 0
+    separate_first: int = 0  # first steps in which each block trains on its own samples, half and half
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
@@ -119,15 +121,18 @@ class Config:
 class Arm:
     """A score, the control that deals its zones if any, what is done with flagged rows, and the state that is deployed."""
 
-    score: Literal["pinned", "v_grad", "v_act", "llr", "oracle"]
+    score: Literal["pinned", "sampler", "v_grad", "v_act", "llr", "quarantine_ratio", "oracle"]
     control: Literal["", "haar", "semantic", "framing", "random", "confound"] = ""  # at the score's matched routed share
     action: Literal["route", "filter", "penalise"] = "route"
     deployed: Literal["ablated", "as_trained"] = "ablated"
     zone: Zone = Zone.ABSORB  # of a pinned score
     loophole_pays: bool = True
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
+    options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
+
+SEPARATE = dict(separate_first=15, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),
@@ -138,9 +143,13 @@ ARMS = {
     "routeV": Arm("v_grad"),
     "routeA": Arm("v_act"),
     "routeL": Arm("llr"),
+    "routeQ": Arm("quarantine_ratio", options=SEPARATE),
     "placebo": Arm("v_grad", "haar"),
     "placeboA": Arm("v_act", "haar"),
     "placeboL": Arm("llr", "haar"),
+    "placeboQ": Arm("quarantine_ratio", "haar", options=SEPARATE),
+    "random_gateQ": Arm("quarantine_ratio", "random", options=SEPARATE),
+    "sampler_gate": Arm("sampler", options=SEPARATE),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),
     "random_gate": Arm("v_grad", "random"),
@@ -165,12 +174,13 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 Ã
         modes=tuple(m for m in Mode if m is not Mode.GT_ONLY),
         pairs="data/pairs/leetcode.md#mechanism",
         teacher_pool="",
+        teacher_per_group=1,
         teacher_until=30,
     ),
     score=ScoreConfig(placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
     grpo=GRPOConfig(
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
-        warmup_steps=10, weight_decay=0.1, beta=1e-3, token_budget=16384,
+        warmup_steps=10, weight_decay=0.1, max_grad_norm=1.0, beta=1e-3, token_budget=16384,
     ),  # fmt: skip
     run=RunConfig(eval_every=25, eval_draws=64, workers=8, cpu_seconds=8.0),
 )
@@ -189,3 +199,9 @@ PRESETS = {
     ),
     "full": _QWEN,
 }
+
+
+def defaults(preset: str, intervention: str) -> Config:
+    """The preset with the arm's own options; an unknown arm has none."""
+    config, arm = PRESETS[preset], ARMS.get(intervention)
+    return replace(config, route=replace(config.route, **arm.options)) if arm else config

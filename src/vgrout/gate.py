@@ -5,6 +5,9 @@ exactly as many ROUTE and ABSORB rows as the real gate would have, to the rows t
 differs from the real arm in nothing but its score: same batch, same cadence, same shares, same code path.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,8 +40,19 @@ class PinnedGate:
         pass
 
 
+class SeparateGate(PinnedGate):
+    """Each block trains on what it sampled: rows sampled ablated are RETAINed, all others ROUTEd (--separate-first)."""
+
+    def __init__(self):
+        super().__init__(Zone.ROUTE)
+
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
+        out = super().__call__(policy, batch, origin)
+        return replace(out, zones=torch.where(origin.ablated, int(Zone.RETAIN), out.zones))
+
+
 class Gate:
-    """One score, its cut (the pairs' band, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
+    """One score, its cut (the pairs' band or midpoint, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
 
     def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band"):
         self.score, self.control, self.signed, self.cut = score, control, signed, cut
@@ -52,9 +66,17 @@ class Gate:
         return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not upper > lower)}
 
     def edges(self) -> tuple[float, float]:
-        """(lower, upper): p75 of the clean and of the hack sides' out-of-sample scores; a flag of 1 is routed, of 0 retained."""
+        """(lower, upper) of the pairs' out-of-sample scores: p75 of the clean and of the hack sides ("band"), or both halfway
+        between the sides' means ("midpoint": nothing is absorbed), or 0 whatever the pairs say ("zero"); a flag of 1 is routed,
+        of 0 retained ("flag")."""
         if self.cut == "flag":
             return 0.25, 0.5
+        if self.cut == "zero":
+            return 0.0, math.nextafter(0.0, math.inf)
+        if self.cut == "midpoint":
+            clean, hack = (x.double().mean() for x in (self.score.pairs_clean, self.score.pairs_hack))
+            edge = float((clean + hack) / 2)
+            return edge, math.nextafter(edge, math.inf) if hack > clean else edge
         lower, upper = (torch.quantile(x.float(), BAND_QUANTILE) for x in (self.score.pairs_clean, self.score.pairs_hack))
         return float(lower), float(upper)
 

@@ -19,7 +19,8 @@ import torch
 from vgrout import runlog, tokens
 from vgrout.gate import Gate, PinnedGate
 from vgrout.likelihood import mean_logps
-from vgrout.lora2r import BLOCKS, BlockOptimizer
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer
 from vgrout.policy import Policy, sample
 from vgrout.problems import messages
 from vgrout.records import Run

@@ -179,8 +179,8 @@ def sample(
     finish. Returns, by prompt, (completion ids ending with EOS unless truncated, mean log-prob of the drawn tokens under the
     sampler: temperature-scaled, untruncated).
     """
-    if not prompts:
-        return []
+    if not prompts or not num_generations:
+        return [[] for _ in prompts]
     device, width = policy.device, max(map(len, prompts))
     ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)

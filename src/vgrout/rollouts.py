@@ -54,17 +54,19 @@ def collect(
     *,
     num_generations: int,
     demonstrations: list[list[str]],
-    deployed_rows: int,
+    deployed_share: float,
+    step: int,
     loophole_pays: bool,
     generator: torch.Generator,
 ) -> tuple[list[Group], dict[str, float]]:
-    """One group for each problem: student rows, the last `deployed_rows` of them sampled ablated, and its demonstrations.
+    """One group for each problem: student rows, a `deployed_share` of them (over the steps) sampled ablated, and its demonstrations.
 
     A demonstration takes the place of a student row, so that every group has `num_generations` rows. Returns wall seconds too.
     """
     clock = time.perf_counter()
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems]
     students = num_generations - max(map(len, demonstrations), default=0)
+    deployed_rows = share_at(step, deployed_share * students)
     extra = [num_generations - students - len(d) for d in demonstrations]  # problems that the pool does not have
     kwargs = dict(
         max_completion_length=sampling.max_completion_length,
@@ -73,7 +75,7 @@ def collect(
         generator=generator,
     )
     as_trained = sample(policy, prompts, students - deployed_rows, **kwargs)
-    ablated = sample(policy, prompts, deployed_rows, ablated=True, **kwargs) if deployed_rows else [[] for _ in prompts]
+    ablated = sample(policy, prompts, deployed_rows, ablated=True, **kwargs)
     for i, n in enumerate(extra):
         if n:
             as_trained[i] += sample(policy, [prompts[i]], n, **kwargs)[0]
@@ -98,7 +100,8 @@ def compose(
 ) -> tuple[list[Rollout], Batch | None, Origin | None]:
     """Drop groups without reward variance, then (kept rows, what training may see of them, what sampled them).
 
-    Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes.
+    Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes: whether the
+    mode's exploit fired. A correct completion that fires it too is no reward hack, and would teach one all the same.
     Batch and origin are None where no group has variance.
     """
     kept = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
@@ -125,7 +128,7 @@ def compose(
         stratum=(2 * A.sign().long() + student.long()).to(policy.device),
     )
     if oracle_modes is not None:
-        labels = [r.grade.reward_hack and (not oracle_modes or r.problem.mode in oracle_modes) for r in rows]
+        labels = [bool(r.grade.mechanism) and (not oracle_modes or r.problem.mode in oracle_modes) for r in rows]
         origin.label = torch.tensor(labels, device=policy.device)
     return rows, batch, origin
 

@@ -2,7 +2,7 @@
 
 A `Score` is refreshed on the pairs at a cadence, scores a batch, and gives the pairs' own out-of-sample scores, from which a gate
 takes its cut points. A control is a score too: it may reuse what the real score computed on the same batch (`shared`).
-Scores are [g], or [g, s] at token granularity. `Oracle` is the one that reads true labels; it is not oracle-free.
+Scores are [g], or [g, s] at token granularity. The likelihood ratios are in `ratios.py`, confounds and oracle in `controls.py`.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vgrout.direction import activations, contrast, haar, out_of_sample, probe_gradients, project
-from vgrout.likelihood import batch_logps, likelihood_deltas, random_deltas
 from vgrout.policy import Policy
 from vgrout.tensors import Batch, Origin
-from vgrout.tokens import select
 
 
 @dataclass(slots=True)
@@ -129,156 +127,3 @@ class HaarScore(Score):
         m, k = self.real.v.shape
         v = haar(m, k, 1_000 * self.seed + int(self.draws)).to(self.real.v)
         return Scored(self.real.directed(shared.features, v, batch.advantages))
-
-
-class LikelihoodRatio(Score):
-    """Mean log-prob under a copy of the policy nudged toward the pairs' hack sides against that under one nudged toward their
-    clean sides (docs/method.md, "llr"). Unsigned and length-averaged; forward passes only, plus the refresh.
-
-    `form`, with Δ_h and Δ_c the two nudges of the deployed block and l(θ) the row's mean log-prob:
-        ratio        l(θ + Δ_h) − l(θ + Δ_c)
-        one_sided    l(θ + Δ_h − Δ_c) − l(θ), whose second term the update needs anyway
-        first_order  the directional derivative of l along Δ_h − Δ_c, by a central difference
-    The pairs are fitted in two folds by prompt, one fold at each refresh after the first: a pair is scored by the fold that did
-    not see it, a rollout by the mean of both folds' nudges. `random_seed` replaces every nudge by a Gaussian one of the same norm
-    in every tensor: the placebo.
-    """
-
-    def __init__(
-        self, pairs: Batch, *, temperature: float, token_budget: int, steps: int = 4, learning_rate: float = 1e-3,
-        form: str = "ratio", random_seed: int | None = None,
-    ):  # fmt: skip
-        self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
-        self.steps, self.learning_rate, self.form, self.random_seed = steps, learning_rate, form, random_seed
-        self.folds: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # fold → nudges (hack, clean)
-        self.pairs_hack = self.pairs_clean = torch.full((len(pairs.advantages) // 2,), float("nan"), device=pairs.advantages.device)
-        self.draws = 0
-
-    @property
-    def deltas(self) -> list[list[Tensor]]:
-        """(hack, clean): the mean of both folds' nudges."""
-        return [[(a + b) / 2 for a, b in zip(*(fold[i] for fold in self.folds.values()))] for i in (0, 1)]
-
-    def refresh(self, policy: Policy) -> dict[str, float]:
-        n, last = len(self.pairs.advantages) // 2, self.deltas if self.folds else None
-        fold = (self.pairs.group % 2)[:n]
-        if len(fold.unique()) < 2:
-            raise ValueError("the likelihood ratio needs pairs on at least two prompts")
-        rows, self.pairs_hack, self.pairs_clean = torch.arange(n, device=fold.device), self.pairs_hack.clone(), self.pairs_clean.clone()
-        for k in (0, 1) if last is None else (self.draws % 2,):
-            fit, held = rows[fold == k], rows[fold != k]
-            self.folds[k] = tuple(self._fit(policy, select(self.pairs, fit + offset), 2 * k + i) for i, offset in enumerate((0, n)))
-            scores, _ = self._score(policy, select(self.pairs, torch.cat([held, held + n])), *self.folds[k])
-            self.pairs_hack[held], self.pairs_clean[held] = scores.chunk(2)
-        self.draws += 1
-        flat = lambda d: torch.cat([(h - c).flatten() for h, c in zip(*d)])  # noqa: E731
-        drift = float("nan") if last is None else float(torch.cosine_similarity(flat(last), flat(self.deltas), dim=0))
-        return {"direction_drift": drift}
-
-    def _fit(self, policy: Policy, batch: Batch, index: int) -> list[Tensor]:
-        deltas = likelihood_deltas(policy, batch, self.steps, self.learning_rate, self.temperature, self.token_budget)
-        if self.random_seed is None:
-            return deltas
-        return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
-
-    def _score(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Scores [g], and the log-probs [g, t] at the live parameters where the form has them."""
-
-        def at(deltas: list[Tensor], scale: float = 1.0) -> Float[Tensor, "g t"]:
-            with policy.adapter.shifted(deltas, scale):
-                return batch_logps(policy, batch, self.temperature, self.token_budget)
-
-        mean = lambda x: x.sum(1) / batch.completion_mask.sum(1)  # noqa: E731
-        difference, step = [h - c for h, c in zip(hack, clean)], 0.01
-        if self.form == "one_sided":
-            live = batch_logps(policy, batch, self.temperature, self.token_budget)
-            return mean(at(difference) - live), live
-        if self.form == "first_order":
-            return mean(at(difference, step) - at(difference, -step)) / (2 * step), None
-        return mean(at(hack) - at(clean)), None
-
-    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        scores, live = self._score(policy, batch, *self.deltas)
-        return Scored(scores, logps=live)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"draws": torch.tensor(self.draws), "pairs_hack": self.pairs_hack, "pairs_clean": self.pairs_clean}
-        for k, sides in self.folds.items():
-            state |= {f"{k}.{side}.{i}": d for side, ds in zip(("hack", "clean"), sides) for i, d in enumerate(ds)}
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.draws, device = int(state["draws"]), self.pairs.input_ids.device
-        self.pairs_hack, self.pairs_clean = state["pairs_hack"].to(device), state["pairs_clean"].to(device)
-        count = sum(k.startswith("0.hack.") for k in state)
-        self.folds = {
-            k: tuple([state[f"{k}.{side}.{i}"].to(device) for i in range(count)] for side in ("hack", "clean"))
-            for k in (0, 1) if f"{k}.hack.0" in state
-        }  # fmt: skip
-
-
-class Confound(Score):
-    """What the advantage, the reward, the length or the mean log-prob alone would route."""
-
-    def __init__(self, kind: str):
-        self.kind = kind
-
-    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        length = batch.completion_mask.sum(1)
-        if self.kind == "logp":
-            return Scored(origin.sampler_logp.nan_to_num(nan=float(origin.sampler_logp.nanmean())))
-        return Scored({"advantage": batch.advantages, "reward": batch.rewards, "length": length.float()}[self.kind])
-
-
-class RandomScore(Score):
-    """Uniform scores by a generator of the batch's own content, so that a resumed run repeats them."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        generator = torch.Generator().manual_seed(self.seed + int(batch.completion_ids.sum()))
-        return Scored(torch.rand(len(batch.advantages), generator=generator).to(batch.advantages))
-
-
-class Oracle(Score):
-    """The true label, thinned to `recall` and polluted to `fpr`: NOT oracle-free. 1 where flagged, else 0."""
-
-    def __init__(self, recall: float, fpr: float, seed: int):
-        self.recall, self.fpr, self.seed = recall, fpr, seed
-
-    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        if origin.label is None:
-            raise ValueError("the oracle needs labels: compose(..., oracle_modes=…)")
-        generator = torch.Generator().manual_seed(self.seed + int(batch.completion_ids.sum()))
-        chance = torch.where(origin.label, self.recall, self.fpr)
-        return Scored((torch.rand(len(chance), generator=generator).to(chance) < chance).float())
-
-
-def build_score(name: str, pairs: Batch | None, probe: dict, options: object, oracle: tuple[float, float, int]) -> Score:
-    """The score that an arm names. `options` has ScoreConfig's fields; `oracle` is (recall, false-positive rate, seed)."""
-    if name == "oracle":
-        return Oracle(*oracle)
-    if name == "llr":
-        return LikelihoodRatio(
-            pairs, temperature=probe["temperature"], token_budget=probe["token_budget"], steps=options.llr_steps,
-            learning_rate=options.llr_learning_rate, form=options.llr_form,
-        )  # fmt: skip
-    return DirectionScore(
-        pairs, space="c_probe" if name == "v_grad" else options.act_space, probe=probe, centred=options.centred,
-        metric=options.metric, signed_score=options.score_sign == "advantage", by_token=options.granularity == "token",
-        layer=options.act_layer,
-    )  # fmt: skip
-
-
-def build_control(name: str, real: Score, other: Score | None, options: object, seed: int) -> Score | None:
-    """The control that deals `real`'s zones; `other` is the same score on the control's own pairs, where it has some."""
-    if name in ("semantic", "framing"):
-        return other
-    if name == "haar" and isinstance(real, LikelihoodRatio):
-        return LikelihoodRatio(
-            real.pairs, temperature=real.temperature, token_budget=real.token_budget, steps=real.steps,
-            learning_rate=real.learning_rate, form=real.form, random_seed=seed,
-        )  # fmt: skip
-    builders = {"haar": lambda: HaarScore(real, seed), "random": lambda: RandomScore(seed), "confound": lambda: Confound(options.confound)}
-    return builders[name]() if name else None

@@ -30,16 +30,17 @@ from transformers import get_scheduler
 from vgrout import grpo, pairs, problems, runlog, tokens
 from vgrout.actions import ACTIONS
 from vgrout.advice import advice
+from vgrout.controls import build_control, build_score
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
-from vgrout.gate import Gate, PinnedGate
+from vgrout.gate import Gate, PinnedGate, SeparateGate
 from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
 from vgrout.likelihood import likelihood_steps
-from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
 from vgrout.records import SCHEMA_VERSION, Run, load_metrics, provenance, sha256_file
-from vgrout.rollouts import Sampling, collect, compose, pair_batch, share_at, stream
-from vgrout.scores import build_control, build_score
+from vgrout.rollouts import Sampling, collect, compose, pair_batch, stream
 from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tracking import tracker
@@ -70,7 +71,7 @@ def main(preset: str, config: Config) -> None:
                 assess.base()
                 seed_quarantine(policy, config)
             for step in range(start, cfg.steps):
-                clock = time.perf_counter()
+                clock, first = time.perf_counter(), step < config.route.separate_first
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
                     row |= gate.refresh(policy) | {"sec_refresh": time.perf_counter() - clock}
@@ -80,14 +81,14 @@ def main(preset: str, config: Config) -> None:
                     policy, prompts, grader, sampling,
                     num_generations=cfg.num_generations,
                     demonstrations=teacher.draw(prompts, step) if teacher else [[] for _ in prompts],
-                    deployed_rows=share_at(step, config.route.gen_deploy_frac * cfg.num_generations),
+                    deployed_share=0.5 if first else config.route.gen_deploy_frac, step=step,
                     loophole_pays=arm.loophole_pays,
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None)
                 scored, out = time.perf_counter(), None
                 if batch:
-                    out = gate(policy, batch, origin)
+                    out = (SeparateGate() if first else gate)(policy, batch, origin)
                 updated = time.perf_counter()
                 if batch:
                     acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
@@ -208,6 +209,8 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
     if arm.score == "pinned":
         return PinnedGate(arm.zone), ""
+    if arm.score == "sampler":
+        return SeparateGate(), ""
     cfg, s, r = config.grpo, config.score, config.route
     probe = dict(
         max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
@@ -221,7 +224,7 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     )
     score = build(found)
     control = build_control(arm.control, score, build(pairs.load_pairs(other)) if other else None, s, seed)
-    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else "band")
+    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else r.cut)
     return gate, pairs.content_hash(found) if found else ""
 
 
