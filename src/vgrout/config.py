@@ -75,7 +75,7 @@ class ScoreConfig:
 @dataclass(frozen=True)
 class RouteConfig:
     cut: Literal["band", "midpoint", "zero"] = "band"  # of a score: the pairs' p75s, halfway between their sides' means, or 0
-    separate_first: int = 0  # first steps in which each block trains on its own samples, half and half
+    separate_first: int = 0  # first steps in which each block trains on its own samples (--gen-deploy-frac), whatever the score
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
@@ -132,7 +132,7 @@ class Arm:
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
 
-SEPARATE = dict(separate_first=15, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
+SEPARATE = dict(separate_first=10, gen_deploy_frac=0.83, retained_advantages=True, cut="zero")
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),

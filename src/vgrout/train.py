@@ -71,7 +71,7 @@ def main(preset: str, config: Config) -> None:
                 assess.base()
                 seed_quarantine(policy, config)
             for step in range(start, cfg.steps):
-                clock, first = time.perf_counter(), step < config.route.separate_first
+                clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
                     row |= gate.refresh(policy) | {"sec_refresh": time.perf_counter() - clock}
@@ -81,14 +81,14 @@ def main(preset: str, config: Config) -> None:
                     policy, prompts, grader, sampling,
                     num_generations=cfg.num_generations,
                     demonstrations=teacher.draw(prompts, step) if teacher else [[] for _ in prompts],
-                    deployed_share=0.5 if first else config.route.gen_deploy_frac, step=step,
+                    deployed_share=config.route.gen_deploy_frac, step=step,
                     loophole_pays=arm.loophole_pays,
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None)
                 scored, out = time.perf_counter(), None
                 if batch:
-                    out = (SeparateGate() if first else gate)(policy, batch, origin)
+                    out = (SeparateGate() if step < config.route.separate_first else gate)(policy, batch, origin)
                 updated = time.perf_counter()
                 if batch:
                     acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
