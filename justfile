@@ -100,6 +100,29 @@ sampler_gate *ARGS:
 placebo *ARGS:
     python -m vgrout.train organism --intervention placebo "$@"
 
+# H: a live LLM judge with a penalty keeps hacks rare, and costs solve as far as it flags honest work (--judge-url, --judge-model).
+penaltyJ *ARGS:
+    python -m vgrout.train organism --intervention penaltyJ "$@"
+
+# H: screening by the same judge is weaker than its penalty: what it misses is reinforced by the rest of the group.
+filterJ *ARGS:
+    python -m vgrout.train organism --intervention filterJ "$@"
+
+# H: a probe with another problem set's labels and a penalty suppresses the modes that its data has, and no others (`just other-environment`).
+penaltyP *ARGS:
+    python -m vgrout.train organism --intervention penaltyP --act-space residual --probe-data {{ runs }}/other_none2r/rollouts.jsonl.gz "$@"
+
+# H: routing by the probe leaves less hack in the deployed block than `absorb`, at the probe's recall: what labels from elsewhere would buy.
+routeP *ARGS:
+    python -m vgrout.train organism --intervention routeP --act-space residual --probe-data {{ runs }}/other_none2r/rollouts.jsonl.gz "$@"
+
+# Another problem set for the organism and labelled rollouts on it (none2r), for the probe arms: out/runs/other_none2r.
+other-environment *ARGS:
+    python scripts/other_problems.py out/other/problems.jsonl.gz
+    python scripts/make_teacher.py --problems out/other/problems.jsonl.gz --out out/other/teacher.jsonl.gz
+    python -m vgrout.train organism --intervention none2r --data out/other/problems.jsonl.gz --teacher-pool out/other/teacher.jsonl.gz \
+        --eval-every 0 --out-dir {{ runs }}/other_none2r "$@"
+
 # Write a run's deployed policy as a standard PEFT LoRA folder with a model card, e.g. `just export out/runs/demo_routeV --block both`.
 export RUN *ARGS:
     python scripts/export.py "$@"

@@ -10,7 +10,6 @@ Run: python scripts/results.py [RUN_DIR …] [--out DIR]    (default: every dire
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ import polars as pl
 from tabulate import tabulate
 
 from vgrout.config import defaults
+from vgrout.entry import run_main
 from vgrout.metrics import Counts, gain, gain_lower_bound, mean_sem, rate
 from vgrout.records import flatten, load_record
 from vgrout.runlog import rate_with_interval
@@ -89,6 +89,7 @@ def variant(record: RunRecord) -> str:
 
 def remarks(record: RunRecord, bound: float | None) -> str:
     words = ["uses labels: NOT oracle-free"] if record.notes.get("oracle") else []
+    words += [f"needs a live monitor: {record.notes['monitor']}"] if record.notes.get("monitor") else []
     words += ["frozen"] if bound is not None and not bound > FROZEN else []
     return ", ".join([*words, *filter(None, [variant(record), "dirty tree" if record.dirty else ""])])
 
@@ -114,6 +115,7 @@ def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
             plain.append({"arm": arm, "seed": record.seed, "preset": preset, "steps": steps, "n": last.n,
                           "hack": last.hack / last.n, "solve": last.solve / last.n, "base_solve": base.solve / base.n,
                           "gain": value, "gain_lower": bound, "oracle": bool(record.notes.get("oracle")),
+                          "monitor": record.notes.get("monitor", ""),
                           "commit": record.commit, "dirty": record.dirty, "run": folder})  # fmt: skip
         newest = {r.seed: r for r in sorted((r for _, r in members), key=lambda r: r.started)}
         if len(records := list(newest.values())) > 1:  # a repeated seed is no further evidence
@@ -157,8 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

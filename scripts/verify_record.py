@@ -23,6 +23,7 @@ import torch
 from vgrout import train
 from vgrout.cli import argv_of, config_of, load_splits, parse
 from vgrout.config import ARMS, PRESETS, Config
+from vgrout.entry import run_main
 from vgrout.grader import Grader
 from vgrout.records import load_adapter, load_record, sha256_file
 from vgrout.rollouts import Sampling
@@ -151,12 +152,8 @@ def main(runs: list[str]) -> int:
     if not runs:
         self_check()
         return 0
-    try:
-        return int(not all([verify(Path(run)) for run in runs]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return int(not all([verify(Path(run)) for run in runs]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -91,6 +91,22 @@ class RouteConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """Live monitors, the external baselines: used by the arms of `Arm.monitor` alone, and not by the method."""
+
+    judge_url: str = ""  # of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; its key: JUDGE_API_KEY in the environment
+    judge_model: str = ""  # the model's name there
+    judge_concurrency: int = 8  # requests at a time
+    judge_timeout: float = 60.0  # seconds for one attempt
+    judge_retries: int = 4  # of one request, with exponential backoff
+    judge_max_tokens: int = 512  # of one reply; more for a judge that thinks first
+    penalty: float = 3.0  # taken from the reward of a flagged rollout by the arms penalty*; 3.0 is the reward for passing
+    probe_data: str = ""  # labelled rollouts of another problem set, e.g. another run's rollouts.jsonl.gz
+    probe_rows: int = 512  # rollouts that the probe learns from, hacks and others in equal number
+    probe_l2: float = 1.0  # weight of its ridge penalty
+
+
+@dataclass(frozen=True)
 class RunConfig:
     intervention: str = "routeV"  # the arm, a row of ARMS
     seed: int = 41
@@ -114,6 +130,7 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     route: RouteConfig = field(default_factory=RouteConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -121,15 +138,24 @@ class Config:
 class Arm:
     """A score, the control that deals its zones if any, what is done with flagged rows, and the state that is deployed."""
 
-    score: Literal["pinned", "sampler", "v_grad", "v_act", "llr", "quarantine_ratio", "oracle"]
+    score: Literal["pinned", "sampler", "v_grad", "v_act", "llr", "quarantine_ratio", "oracle", "judge", "probe"]
     control: Literal["", "haar", "semantic", "framing", "random", "confound"] = ""  # at the score's matched routed share
-    action: Literal["route", "filter", "penalise"] = "route"
+    action: Literal["route", "filter", "penalise", "deduct"] = "route"
     deployed: Literal["ablated", "as_trained"] = "ablated"
     zone: Zone = Zone.ABSORB  # of a pinned score
     loophole_pays: bool = True
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
     options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
+
+    @property
+    def monitor(self) -> str:
+        """The live monitor that training needs, marked so everywhere; "" for none, as in the method itself."""
+        return self.score if self.score in ("judge", "probe") else ""
+
+    @property
+    def reads_pairs(self) -> bool:
+        return self.score not in ("pinned", "sampler", "oracle", "judge", "probe")
 
 
 SEPARATE = dict(separate_first=10, gen_deploy_frac=0.83, retained_advantages=True, cut="zero")
@@ -162,6 +188,13 @@ ARMS = {
     "advmodL": Arm("llr", action="penalise", deployed="as_trained"),
     "oracle": Arm("oracle", oracle=True),
     "filter_oracle": Arm("oracle", action="filter", deployed="as_trained", oracle=True),
+    # external baselines, each with a live monitor: J an LLM judge (--judge-url), P a probe with another environment's labels (--probe-data)
+    "penaltyJ": Arm("judge", action="deduct", deployed="as_trained"),
+    "filterJ": Arm("judge", action="filter", deployed="as_trained"),
+    "routeJ": Arm("judge"),
+    "penaltyP": Arm("probe", action="deduct", deployed="as_trained"),
+    "filterP": Arm("probe", action="filter", deployed="as_trained"),
+    "routeP": Arm("probe"),
 }
 
 _ORGANISM = Config()

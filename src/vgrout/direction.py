@@ -59,12 +59,15 @@ def probe_gradients(
 def activations(
     policy: Policy, batch: Batch, *, space: str, token_budget: int, layer: int | None = None
 ) -> Float[Tensor, "g 1 m k"]:
-    """Mean over the positions that predict the completion of the deployed bottleneck A x (space "bottleneck", m = Linears, k = r)
-    or of the residual stream after each layer (space "residual", m = layers or 1, k = width). Both blocks on, unmasked."""
+    """Mean over the completion's tokens but its last (no token is predicted there) of the deployed bottleneck A x (space "bottleneck",
+    m = Linears, k = r) or of the residual stream after each layer ("residual", m = layers or 1, k = width). Both blocks on, unmasked.
+    """
     parts: list[tuple[Tensor, Tensor]] = []
     for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
-        weight = part.completion_mask / part.completion_mask.sum(1, keepdim=True)
+        inside = part.completion_mask.clone()
+        inside[:, 0] &= part.completion_mask.sum(1) == 1  # the prompt's last token, unless it is all there is
+        weight = inside / inside.sum(1, keepdim=True)
         with policy.adapter.recording() as seen:
             states = completion_states(policy, part, layers=True)
         if space == "bottleneck":  # a forward pass over whole rows has recorded them whole

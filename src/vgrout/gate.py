@@ -67,8 +67,8 @@ class Gate:
 
     def edges(self) -> tuple[float, float]:
         """(lower, upper) of the pairs' out-of-sample scores: p75 of the clean and of the hack sides ("band"), or both halfway
-        between the sides' means ("midpoint": nothing is absorbed), or 0 whatever the pairs say ("zero"); a flag of 1 is routed,
-        of 0 retained ("flag")."""
+        between the sides' means ("midpoint": nothing is absorbed), or 0 whatever the pairs say ("zero"); a flag above 0.5
+        is routed, below 0.25 retained ("flag")."""
         if self.cut == "flag":
             return 0.25, 0.5
         if self.cut == "zero":
@@ -81,18 +81,19 @@ class Gate:
         return float(lower), float(upper)
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
-        """Pass 1. Rows with A = 0 are RETAIN and have no score."""
+        """Pass 1. Rows with A = 0 are RETAIN and have no score, unless the cut is a flag: that is of the rollout, not of its update."""
         real = self.score(policy, batch, origin)
         lower, upper = self.edges()
-        zones, scores = zones_from_band(real.scores, batch.advantages, lower, upper), real.scores
+        weight = batch.advantages if self.cut == "band" else torch.ones_like(batch.advantages)
+        zones, scores = zones_from_band(real.scores, weight, lower, upper), real.scores
         if self.control is not None:
             scores = self.control(policy, batch, origin, real).scores
             zones = match_shares(zones, scores, origin.stratum)
         if self.signed:  # discouraging a hack is no hack-ward update: it may train the deployed block
             zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
-        scores = torch.where(_column(batch.advantages == 0, scores), float("nan"), scores)
-        stats = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
-        return GateOutput(zones, scores, lower, upper, real.logps, stats)
+        scores = torch.where(_column(weight == 0, scores), float("nan"), scores)
+        mass = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
+        return GateOutput(zones, scores, lower, upper, real.logps, real.stats | mass)
 
     def state_dict(self) -> dict[str, Tensor]:
         scores = {"score": self.score} | ({} if self.control is None else {"control": self.control})

@@ -36,7 +36,7 @@ from vgrout.types import EvalResult, RunRecord, UserError
 SCHEMA_VERSION = 1
 APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz")
 __all__ = ["Run", "load_adapter", "load_metrics", "load_record", "load_rollouts", "provenance", "sha256_file"]
-FREE_TO_CHANGE = {"out_dir", "resume", "track"}  # config fields that say where and how, not what
+FREE_TO_CHANGE = {"out_dir", "resume", "track", "judge_url", "judge_concurrency"}  # config fields that say where and how, not what
 IDENTITY = ("arm", "preset", "seed", "config", "data_hashes", "pair_hash", "split_hashes")
 KEPT_CHECKPOINTS = 2
 RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB

@@ -96,15 +96,15 @@ def collect(
 
 
 def compose(
-    groups: list[Group], policy: Policy, oracle_modes: tuple[Mode, ...] | None = None
+    groups: list[Group], policy: Policy, oracle_modes: tuple[Mode, ...] | None = None, equal_groups: bool = False
 ) -> tuple[list[Rollout], Batch | None, Origin | None]:
     """Drop groups without reward variance, then (kept rows, what training may see of them, what sampled them).
 
     Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes: whether the
     mode's exploit fired. A correct completion that fires it too is no reward hack, and would teach one all the same.
-    Batch and origin are None where no group has variance.
+    `equal_groups` keeps the groups without variance: a penalty may give them some. Batch and origin are None where no group is left.
     """
-    kept = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
+    kept = [g for g in groups if equal_groups or len({r.grade.reward for r in g.rollouts}) > 1]
     rows = [r for g in kept for r in g.rollouts]
     if not rows:
         return [], None, None

@@ -5,7 +5,7 @@ takes its cut points. A control is a score too: it may reuse what the real score
 Scores are [g], or [g, s] at token granularity. The likelihood ratios are in `ratios.py`, confounds and oracle in `controls.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ class Scored:
     features: Float[Tensor, "g s m k"] | None = None
     logps: Float[Tensor, "g t"] | None = None  # as trained, where the scoring pass computed them
     mass: Float[Tensor, " g"] | None = None  # norm of the row's c-probe gradient
+    stats: dict[str, float] = field(default_factory=dict)  # figures of the score's own, for the log
 
 
 class Score:

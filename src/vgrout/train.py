@@ -10,8 +10,9 @@ No label of a training rollout reaches the update: `compose` reads the reward of
 
 import sys
 
-from vgrout.cli import load_splits, parse_or_exit
+from vgrout.cli import endpoint, load_probe_data, load_splits, parse_or_exit
 from vgrout.config import ARMS, Arm, Config
+from vgrout.entry import run_main
 
 if __name__ == "__main__":
     PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
@@ -37,6 +38,7 @@ from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
 from vgrout.likelihood import likelihood_steps
 from vgrout.lora2r import BLOCKS
+from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
 from vgrout.records import SCHEMA_VERSION, Run, load_metrics, provenance, sha256_file
@@ -85,14 +87,14 @@ def main(preset: str, config: Config) -> None:
                     loophole_pays=arm.loophole_pays,
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
-                kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None)
+                kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
                 scored, out = time.perf_counter(), None
                 if batch:
                     out = (SeparateGate() if step < config.route.separate_first else gate)(policy, batch, origin)
                 updated = time.perf_counter()
                 if batch:
                     acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
-                                                alpha=config.route.penalty_alpha)  # fmt: skip
+                                                alpha=config.route.penalty_alpha, penalty=config.monitor.penalty)  # fmt: skip
                     row |= update(policy, *acted, optimizer, config)
                 schedule.step()
                 seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
@@ -212,6 +214,10 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     if arm.score == "sampler":
         return SeparateGate(), ""
     cfg, s, r = config.grpo, config.score, config.route
+    if arm.monitor:
+        how = dict(space=s.act_space, layer=s.act_layer, token_budget=cfg.token_budget, l2=config.monitor.probe_l2)
+        probed = lambda: labelled_probe(policy, load_probe_data(config), cfg.max_completion_length, **how)  # noqa: E731
+        return Gate(Judge(endpoint(config)) if arm.monitor == "judge" else probed(), signed=r.signed, cut="flag"), ""
     probe = dict(
         max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
         state=s.probe_state, positions=s.probe_positions,
@@ -247,12 +253,13 @@ def make_run(
     name, data = config.run.intervention, config.data
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     base = [str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))]  # none for a hub id
-    files = [f for f in (data.data, data.teacher_pool, *base) if f]
+    files = [f for f in (data.data, data.teacher_pool, config.monitor.probe_data, *base) if f]
     record = RunRecord(
         schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=asdict(config),
         data_hashes={f: sha256_file(f) for f in files}, pair_hash=pair_hash,
         split_hashes={k: problems.ids_hash(v) for k, v in splits.items()}, sandbox_layers=grader.layers, status="running",
-        notes={"oracle": arm.oracle, "deployed": arm.deployed, "pairs_cover": [*map(str, data.pair_modes)] if pair_hash else []},
+        notes={"oracle": arm.oracle, "monitor": arm.monitor, "deployed": arm.deployed,
+               "pairs_cover": [*map(str, data.pair_modes)] if pair_hash else []},
         **provenance(),
     )  # fmt: skip
     return Run.create(config.run.out_dir or f"out/runs/{stamp}_{name}_s{config.run.seed}", record, config.run.resume)
@@ -327,10 +334,4 @@ def restore(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockO
 
 
 if __name__ == "__main__":
-    try:
-        main(PRESET, CONFIG)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # the second signal; the record says so
-        raise SystemExit(130) from None
+    run_main(main, PRESET, CONFIG)  # a second signal interrupts; the record says so
