@@ -137,6 +137,10 @@ def check_placebo_differs_in_direction_only() -> None:
     some = replace(origin, ablated=torch.arange(12) % 3 == 0)
     assert torch.equal(SeparateGate()(policy, batch, some).zones == Zone.RETAIN, some.ablated)
     assert set(SeparateGate()(policy, batch, some).zones.tolist()) == {int(Zone.RETAIN), int(Zone.ROUTE)}
+    own = Gate(DirectionScore(pairs, space="c_probe", probe=PROBE), own_samples=True)
+    own.refresh(policy)
+    zones = own(policy, batch, some).zones
+    assert (zones[~some.ablated] == Zone.ROUTE).all() and torch.equal(zones[some.ablated], real.zones[some.ablated])
     pinned = PinnedGate(Zone.ABSORB)(policy, batch, origin)
     assert (pinned.zones == Zone.ABSORB).all() and pinned.scores.isnan().all()
     signed = Gate(score, signed=True)

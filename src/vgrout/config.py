@@ -76,6 +76,7 @@ class ScoreConfig:
 class RouteConfig:
     cut: Literal["band", "midpoint", "zero"] = "band"  # of a score: the pairs' p75s, halfway between their sides' means, or 0
     separate_first: int = 0  # first steps in which each block trains on its own samples (--gen-deploy-frac), whatever the score
+    own_samples: bool = False  # rows that the deployed state did not sample are ROUTEd, whatever their score
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
@@ -158,7 +159,7 @@ class Arm:
         return self.score not in ("pinned", "sampler", "oracle", "judge", "probe")
 
 
-SEPARATE = dict(separate_first=10, gen_deploy_frac=0.83, retained_advantages=True, cut="zero")
+SEPARATE = dict(separate_first=10, own_samples=True, gen_deploy_frac=0.83, retained_advantages=True, cut="zero")
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),

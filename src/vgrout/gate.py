@@ -54,8 +54,10 @@ class SeparateGate(PinnedGate):
 class Gate:
     """One score, its cut (the pairs' band or midpoint, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
 
-    def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band"):
-        self.score, self.control, self.signed, self.cut = score, control, signed, cut
+    def __init__(
+        self, score: Score, control: Score | None = None, *, signed: bool = False, own_samples: bool = False, cut: str = "band"
+    ):
+        self.score, self.control, self.signed, self.own_samples, self.cut = score, control, signed, own_samples, cut
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Refresh the score and its control; returns the direction's drift and the band."""
@@ -84,13 +86,15 @@ class Gate:
         """Pass 1. Rows with A = 0 are RETAIN and have no score, unless the cut is a flag: that is of the rollout, not of its update."""
         real = self.score(policy, batch, origin)
         lower, upper = self.edges()
-        weight = batch.advantages if self.cut == "band" else torch.ones_like(batch.advantages)
+        weight = batch.advantages if self.cut != "flag" else torch.ones_like(batch.advantages)
         zones, scores = zones_from_band(real.scores, weight, lower, upper), real.scores
         if self.control is not None:
             scores = self.control(policy, batch, origin, real).scores
             zones = match_shares(zones, scores, origin.stratum)
         if self.signed:  # discouraging a hack is no hack-ward update: it may train the deployed block
             zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
+        if self.own_samples:  # what another state sampled never trains the deployed block
+            zones = torch.where(_column(origin.ablated, zones), zones, int(Zone.ROUTE))
         scores = torch.where(_column(weight == 0, scores), float("nan"), scores)
         mass = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
         return GateOutput(zones, scores, lower, upper, real.logps, real.stats | mass)
