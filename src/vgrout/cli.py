@@ -81,6 +81,7 @@ def _ranges(config: Config) -> Iterator[str]:
     not_negative = {
         "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
         "--refresh-every": score.refresh_every, "--eval-every": run.eval_every, "--save-every": run.save_every, "--threads": run.threads,
+        "--snapshot-every": run.snapshot_every,
         "--seed-quarantine": route.seed_quarantine, "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed,
         "--teacher-per-group": data.teacher_per_group, "--teacher-until": data.teacher_until,
     }  # fmt: skip
@@ -136,7 +137,9 @@ def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
     for flag, path in {"--data": config.data.data, "--teacher-pool": config.data.teacher_pool, **_pair_files(config, arm)}.items():
         if path and not Path(path.split("#")[0]).is_file():
             yield f"no file {path.split('#')[0]!r}: {flag} names a file that must exist{MISSING.get(flag, '')}"
-    model = config.model.model
+    start, model = config.model.init_from, config.model.model
+    if start and not all((Path(start) / name).is_file() for name in ("record.json", "adapter.safetensors")):
+        yield f"--init-from {start} holds no record.json and adapter.safetensors: name the directory of a finished run"
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))):
         yield f"no model folder {model!r}: --model takes a folder, or a hub id such as Qwen/Qwen3-4B"
 
