@@ -16,7 +16,7 @@ from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
 from vgrout.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
-from vgrout.records import load_adapter, load_metrics, load_record
+from vgrout.records import load_adapter, load_metrics, load_record, load_snapshots
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
@@ -102,9 +102,19 @@ def check_evaluation(tmp: str, plain: Path) -> None:
     evaluate = train.evaluate
     with patched("evaluate", intrusive):
         assert not same_adapter(plain, run(f"{tmp}/intrusive", "--eval-every", "1", "--eval-draws", "6"))
+    assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measurement changed the parameters"
+
+    def intrusive_norms(policy, *args):
+        """Mutation: a measurement that leaves a gradient behind."""
+        policy.adapter.parameters("deployed")[0].grad = torch.full_like(policy.adapter.parameters("deployed")[0], 1e-3)
+        return gradient_norms(policy, *args)
+
+    gradient_norms = train.gradient_norms
+    with patched("gradient_norms", intrusive_norms):
+        assert not same_adapter(plain, run(f"{tmp}/measured")), "a measurement that leaves a trace goes unnoticed"
     names = [set(pool) for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for pool in pools.values()]
     assert not set.union(*names[: len(names) // 2]) & set.union(*names[len(names) // 2 :])
-    print("ok  evaluation uses held-out ids and leaves parameters and training draws untouched; one that writes is noticed")
+    print("ok  evaluation uses held-out ids; it and the snapshots' measurements leave parameters and draws untouched; a trace is noticed")
 
 
 def check_resume(tmp: str, plain: Path) -> None:
@@ -132,6 +142,8 @@ def check_resume(tmp: str, plain: Path) -> None:
     assert load_record(whole).evals == load_record(resumed).evals
     other = run(f"{tmp}/other", *flags, "--seed", "42")
     assert not same_adapter(whole, other), "another seed gives the same run"
+    bytes_of = lambda path: [f.read_bytes() for f in load_snapshots(path).values()]  # noqa: E731
+    assert len(bytes_of(whole)) == 2 and bytes_of(whole) == bytes_of(resumed) != bytes_of(other), "snapshots do not survive a resume"
     for flags, words in ((["--resume"], "finished"), ([], "finished")):
         try:
             run(f"{tmp}/whole", *flags)

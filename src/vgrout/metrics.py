@@ -54,6 +54,8 @@ def auroc_interval(
 
     NaN where no resample has both classes. Runs (seeds) are not resampled.
     """
+    if not len(group):
+        return float("nan"), float("nan")
     names, group = np.unique(group, return_inverse=True)
     weights = _resample(len(names), draws, np.random.default_rng(seed)).astype(float)
     won, of = np.zeros(draws), np.zeros(draws)
