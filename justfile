@@ -30,6 +30,26 @@ verify-long:
 verify-record *RUNS:
     python scripts/verify_record.py "$@"
 
+# Every score against random directions and confounds on stored rollouts of runs with --snapshot-every: tables and figure in out/audit.
+audit *RUNS:
+    python scripts/diag_pinning.py "$@"
+
+# The shrinkage null: does a deployed policy lie above what plain GRPO offers for less training? (RUN … --against NONE2R …)
+frontier *RUNS:
+    python scripts/after.py frontier "$@"
+
+# The deployed policy as the quarantine's delta is scaled from 0 to 1.
+forget *RUNS:
+    python scripts/after.py forget "$@"
+
+# GRPO steps from each deployed policy, and from the base, until half of the rollouts hack.
+relearn *RUNS:
+    python scripts/after.py relearn "$@"
+
+# Likelihood steps on the pairs' clean sides into the deployed block, reported off and on.
+heal *RUNS:
+    python scripts/after.py heal "$@"
+
 # Train with any preset and flags, e.g. `just train full --intervention routeV --seed 41`.
 train *ARGS:
     python -m vgrout.train "$@"

@@ -6,7 +6,7 @@ import torch
 
 from tiny import perturb, random_batch, tiny_policy
 from vgrout.direction import contrast, haar, out_of_sample, probe_gradients, project, unit_per_module
-from vgrout.gate import Gate, PinnedGate, SeparateGate, match_shares, zones_from_band
+from vgrout.gate import Gate, PinnedGate, SeparateGate, match_shares, zones_from_band, zones_from_edge
 from vgrout.grpo import scored_loss
 from vgrout.metrics import auroc
 from vgrout.policy import logps
@@ -87,6 +87,8 @@ def check_band() -> None:
     assert zones_from_band(scores, A, 0.0, 0.6).tolist() == want
     for lower, upper in ((0.6, 0.0), (0.3, 0.3), (float("nan"), 0.6)):
         assert (zones_from_band(scores, A, lower, upper) == Zone.RETAIN).all(), "a collapsed band routes"
+    assert zones_from_edge(scores, A, 0.3, 0.3).tolist() == [2 * int(s > 0.3 and a != 0) for s, a in zip(scores, A)]
+    assert zones_from_edge(torch.zeros(6), torch.ones(6), 0.0, 0.0).sum() == 0 == zones_from_edge(scores, A, float("nan"), 0.0).sum()
     print("ok  band: below RETAIN, between ABSORB, above ROUTE, A = 0 RETAIN; an empty, inverted or undefined band routes nothing")
 
 

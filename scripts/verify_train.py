@@ -17,7 +17,7 @@ from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
 from vgrout.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
-from vgrout.records import load_adapter, load_metrics, load_record, load_rollouts
+from vgrout.records import load_adapter, load_metrics, load_record, load_rollouts, load_snapshots
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
@@ -62,9 +62,10 @@ def scrambled(seed: int):
     """`compose` on random labels; then mode and teacher metadata are random, too. The oracles' labels are those of `compose`."""
     compose, rng = train.compose, random.Random(seed)
 
-    def composed(groups, policy, oracle_modes):
+    def composed(*args):
+        groups = args[0]
         scramble(groups, rng)
-        kept, batch, origin = compose(groups, policy, oracle_modes)
+        kept, batch, origin = compose(*args)
         for r in (r for g in groups for r in g.rollouts):
             r.teacher, r.sampled_ablated = rng.random() < 0.5, rng.random() < 0.5
             r.problem = replace(r.problem, mode=rng.choice(list(Mode)), marker="x")
@@ -74,9 +75,9 @@ def scrambled(seed: int):
 
 
 def check_labels(tmp: str, plain: Path) -> None:
-    def leaky(groups, policy, oracle_modes):
+    def leaky(*args):
         """Mutation: an advantage that reads one label."""
-        kept, batch, origin = compose(groups, policy, oracle_modes)
+        kept, batch, origin = compose(*args)
         if batch:
             batch.advantages = batch.advantages - 0.1 * torch.tensor([float(r.grade.reward_hack) for r in kept])
         return kept, batch, origin
@@ -94,7 +95,7 @@ def check_labels(tmp: str, plain: Path) -> None:
 def check_labels_of_every_arm(tmp: str) -> None:
     """Every arm that calls itself oracle-free is one, with every option that touches rollouts; every oracle is found out."""
     options = {"routeV": ["--granularity", "token"], "routeL": ["--retained-advantages", "--gen-deploy-frac", "0.5", "--signed"]}
-    variants = [(arm, flags) for arm in ARMS for flags in ([], options.get(arm))[: 1 + (arm in options)]]
+    variants = [(arm, flags) for arm in ARMS if not ARMS[arm].monitor for flags in ([], options.get(arm))[: 1 + (arm in options)]]
     free, oracles = [], []
     for i, (arm, flags) in enumerate(variants):
         plain = run(f"{tmp}/{i}_plain", *flags, arm=arm)
@@ -107,13 +108,17 @@ def check_labels_of_every_arm(tmp: str) -> None:
 
 
 def check_separate_first(tmp: str) -> None:
-    """In the first steps half of the students are sampled ablated and RETAINed, all other rows ROUTEd; then the score decides."""
-    rows = load_metrics(run(f"{tmp}/first", "--separate-first", "2", "--gen-deploy-frac", "0", arm="routeQ"))
-    ablated = [sum(r["sampled_ablated"] for r in load_rollouts(Path(f"{tmp}/first")) if r["step"] == m["step"]) for m in rows]
-    assert ablated == [6, 6, 0], ablated  # 3 prompts, 6 rows of which 2 are demonstrations
-    trained = [m for m in rows[:2] if m["rows_route"]]
-    assert trained and all(m["rows_absorb"] == 0 and m["rows_retain"] <= 6 for m in trained), rows
-    print("ok  --separate-first: each block trains on its own samples, and nothing is absorbed; then all are sampled as trained")
+    """In the first steps who sampled a row decides its zone; without them the score does, which knows nothing yet and routes nothing."""
+    flags = ["--gen-deploy-frac", "0.5", "--no-own-samples"]
+    zones = {}
+    for name, first in (("separate", "2"), ("scored", "0")):
+        folder = run(f"{tmp}/{name}", "--separate-first", first, *flags, arm="routeQ")
+        rows = [r for r in load_rollouts(folder) if r["step"] < 2 and "zone" in r]
+        assert {r["step"] for r in rows if r["sampled_ablated"]} and any(r["teacher"] for r in rows), "too few kinds of rows"
+        zones[name] = {(r["sampled_ablated"], r["zone"]) for r in rows}
+    assert zones["separate"] == {(True, "RETAIN"), (False, "ROUTE")}, zones
+    assert (False, "RETAIN") in zones["scored"], zones
+    print("ok  --separate-first: who sampled a row decides its zone; at --separate-first 0 the score does")
 
 
 def check_evaluation(tmp: str, plain: Path) -> None:
@@ -138,9 +143,19 @@ def check_evaluation(tmp: str, plain: Path) -> None:
     evaluate = train.evaluate
     with patched("evaluate", intrusive):
         assert not same_adapter(plain, run(f"{tmp}/intrusive", "--eval-every", "1", "--eval-draws", "6"))
+    assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measurement changed the parameters"
+
+    def intrusive_norms(policy, *args):
+        """Mutation: a measurement that leaves a gradient behind."""
+        policy.adapter.parameters("deployed")[0].grad = torch.full_like(policy.adapter.parameters("deployed")[0], 1e-3)
+        return gradient_norms(policy, *args)
+
+    gradient_norms = train.gradient_norms
+    with patched("gradient_norms", intrusive_norms):
+        assert not same_adapter(plain, run(f"{tmp}/measured")), "a measurement that leaves a trace goes unnoticed"
     names = [set(pool) for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for pool in pools.values()]
     assert not set.union(*names[: len(names) // 2]) & set.union(*names[len(names) // 2 :])
-    print("ok  evaluation uses held-out ids and leaves parameters and training draws untouched; one that writes is noticed")
+    print("ok  evaluation uses held-out ids; it and the snapshots' measurements leave parameters and draws untouched; a trace is noticed")
 
 
 def check_resume(tmp: str, plain: Path) -> None:
@@ -168,6 +183,8 @@ def check_resume(tmp: str, plain: Path) -> None:
     assert load_record(whole).evals == load_record(resumed).evals
     other = run(f"{tmp}/other", *flags, "--seed", "42")
     assert not same_adapter(whole, other), "another seed gives the same run"
+    bytes_of = lambda path: [f.read_bytes() for f in load_snapshots(path).values()]  # noqa: E731
+    assert len(bytes_of(whole)) == 2 and bytes_of(whole) == bytes_of(resumed) != bytes_of(other), "snapshots do not survive a resume"
     for flags, words in ((["--resume"], "finished"), ([], "finished")):
         try:
             run(f"{tmp}/whole", *flags)

@@ -95,6 +95,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "--seed-quarantine": route.seed_quarantine, "--separate-first": route.separate_first,
         "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed, "--teacher-per-group": data.teacher_per_group,
         "--teacher-until": data.teacher_until, "--judge-retries": monitor.judge_retries,
+        "--snapshot-every": run.snapshot_every,
     }  # fmt: skip
     yield from (f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1)
     yield from (f"{flag} {x} must be at least 1" for flag, x in counts.items() if x < 1)
@@ -167,7 +168,9 @@ def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
                        **_pair_files(config, arm)}.items():  # fmt: skip
         if path and not Path(path.split("#")[0]).is_file():
             yield f"no file {path.split('#')[0]!r}: {flag} names a file that must exist{MISSING.get(flag, '')}"
-    model = config.model.model
+    start, model = config.model.init_from, config.model.model
+    if start and not all((Path(start) / name).is_file() for name in ("record.json", "adapter.safetensors")):
+        yield f"--init-from {start} holds no record.json and adapter.safetensors: name the directory of a finished run"
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))):
         yield f"no model folder {model!r}: --model takes a folder, or a hub id such as Qwen/Qwen3-4B"
 

@@ -12,6 +12,7 @@ from vgrout.types import Mode, Zone
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "data/organism/base"  # folder or hub id of a causal LM with a chat template
+    init_from: str = ""  # run directory whose deployed policy the run starts from; "" = the base model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; the adapter trains in fp32
     device: str = "auto"  # auto | cpu | cuda; auto takes a GPU where there is one
     lora_rank: int = 8  # r, for each of the two blocks
@@ -117,6 +118,7 @@ class RunConfig:
     eval_draws: int = 120  # draws of one validation
     final_draws: int = 480  # draws of each cell of the final 2×2 evaluation
     save_every: int = 20  # steps between checkpoints; 0 = none
+    snapshot_every: int = 0  # steps between snapshots of the adapter and gradient norms by label, for the audit; 0 = none
     track: str = ""  # trackio | wandb | tensorboard mirrors metrics.jsonl; "" for none
     threads: int = 0  # torch threads; 0 = torch's own choice
     workers: int = 2  # sandbox processes
@@ -223,7 +225,7 @@ PRESETS = {
         _ORGANISM,
         grpo=replace(_ORGANISM.grpo, steps=6, num_prompts=4, warmup_steps=1, max_completion_length=96),
         score=replace(_ORGANISM.score, refresh_every=2),
-        run=replace(_ORGANISM.run, eval_every=0, final_draws=24, save_every=3),
+        run=replace(_ORGANISM.run, eval_every=0, final_draws=24, save_every=3, snapshot_every=2),
     ),
     "organism": _ORGANISM,
     "fast": replace(

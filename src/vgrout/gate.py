@@ -5,7 +5,6 @@ exactly as many ROUTE and ABSORB rows as the real gate would have, to the rows t
 differs from the real arm in nothing but its score: same batch, same cadence, same shares, same code path.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -65,7 +64,8 @@ class Gate:
         if self.control is not None:
             self.control.refresh(policy)
         lower, upper = self.edges()
-        return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not upper > lower)}
+        cuts = upper > lower or upper == lower and self.cut in ("zero", "midpoint")
+        return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not cuts)}
 
     def edges(self) -> tuple[float, float]:
         """(lower, upper) of the pairs' out-of-sample scores: p75 of the clean and of the hack sides ("band"), or both halfway
@@ -74,11 +74,10 @@ class Gate:
         if self.cut == "flag":
             return 0.25, 0.5
         if self.cut == "zero":
-            return 0.0, math.nextafter(0.0, math.inf)
+            return 0.0, 0.0
         if self.cut == "midpoint":
-            clean, hack = (x.double().mean() for x in (self.score.pairs_clean, self.score.pairs_hack))
-            edge = float((clean + hack) / 2)
-            return edge, math.nextafter(edge, math.inf) if hack > clean else edge
+            clean, hack = (float(x.double().mean()) for x in (self.score.pairs_clean, self.score.pairs_hack))
+            return ((clean + hack) / 2,) * 2 if hack > clean else (float("nan"),) * 2
         lower, upper = (torch.quantile(x.float(), BAND_QUANTILE) for x in (self.score.pairs_clean, self.score.pairs_hack))
         return float(lower), float(upper)
 
@@ -87,7 +86,8 @@ class Gate:
         real = self.score(policy, batch, origin)
         lower, upper = self.edges()
         weight = batch.advantages if self.cut != "flag" else torch.ones_like(batch.advantages)
-        zones, scores = zones_from_band(real.scores, weight, lower, upper), real.scores
+        cut, scores = zones_from_band if self.cut in ("band", "flag") else zones_from_edge, real.scores
+        zones = cut(scores, weight, lower, upper)
         if self.control is not None:
             scores = self.control(policy, batch, origin, real).scores
             zones = match_shares(zones, scores, origin.stratum)
@@ -130,6 +130,12 @@ def zones_from_band(
     zones[scores < lower], zones[scores > upper] = int(Zone.RETAIN), int(Zone.ROUTE)
     unrouted = (advantages == 0) | torch.tensor(not upper > lower, device=scores.device)
     return torch.where(_column(unrouted, zones), int(Zone.RETAIN), zones)
+
+
+def zones_from_edge(scores: Float[Tensor, "g *s"], advantages: Float[Tensor, " g"], edge: float, _: float) -> Int[Tensor, "g *s"]:
+    """ROUTE above the edge, else RETAIN: all RETAIN where the edge is NaN; RETAIN where A = 0."""
+    flagged = (scores > edge) & _column(advantages != 0, scores)
+    return torch.where(flagged, int(Zone.ROUTE), int(Zone.RETAIN))
 
 
 def match_shares(

@@ -32,6 +32,7 @@ from vgrout import grpo, pairs, problems, runlog, tokens
 from vgrout.actions import ACTIONS
 from vgrout.advice import advice
 from vgrout.controls import build_control, build_score
+from vgrout.diagnose import gradient_norms
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
 from vgrout.gate import Gate, PinnedGate, SeparateGate
 from vgrout.grader import Grader
@@ -41,7 +42,7 @@ from vgrout.lora2r import BLOCKS
 from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
-from vgrout.records import SCHEMA_VERSION, Run, load_metrics, provenance, sha256_file
+from vgrout.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, provenance, sha256_file
 from vgrout.rollouts import Sampling, collect, compose, pair_batch, stream
 from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
@@ -75,6 +76,8 @@ def main(preset: str, config: Config) -> None:
             for step in range(start, cfg.steps):
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
+                if snapshot := bool(config.run.snapshot_every) and step % config.run.snapshot_every == 0:
+                    run.snapshot(step, *adapter_file(policy))
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
                     row |= gate.refresh(policy) | {"sec_refresh": time.perf_counter() - clock}
                 shown = config.data.unhackable_frac, arm.inoculate
@@ -95,6 +98,8 @@ def main(preset: str, config: Config) -> None:
                 if batch:
                     acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
                                                 alpha=config.route.penalty_alpha, penalty=config.monitor.penalty)  # fmt: skip
+                    if snapshot:
+                        row |= gradient_norms(policy, *acted, kept, cfg, config.route.retain_forward)
                     row |= update(policy, *acted, optimizer, config)
                 schedule.step()
                 seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
@@ -125,9 +130,7 @@ def main(preset: str, config: Config) -> None:
             runlog.final_table(run.record)
 
 
-def update(
-    policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimizer: BlockOptimizer, config: Config
-) -> dict[str, float]:
+def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimizer: BlockOptimizer, config: Config) -> dict[str, float]:
     """Pass 2: masked forward and backward in micro-batches, then one step of every block that some row trains."""
     cfg, adapter = config.grpo, policy.adapter
     ablated = (out.zones == Zone.RETAIN).reshape(len(origin.student), -1) & (config.route.retain_forward == "ablated")
@@ -201,6 +204,8 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
         m.model, dtype=m.dtype, device=device, rank=m.lora_rank, lora_init_seed=m.lora_init_seed, targets=m.targets,
         gradient_checkpointing=m.gradient_checkpointing, share_prompts=m.share_prompts,
     )  # fmt: skip
+    if m.init_from:
+        policy.adapter.load_state_dict(policy.adapter.state_dict() | load_deployed(m.init_from, m.model))
     shown = [p for part in splits.values() for p in part]
     lengths = {p.problem_id: tokens.encode_prompt(policy.tokenizer, problems.messages(p)) for p in shown}
     tokens.check_prompt_lengths(lengths, m.max_prompt_length)
@@ -246,14 +251,13 @@ def seed_quarantine(policy: Policy, config: Config) -> None:
     likelihood_steps(policy, batch, "quarantine", r.seed_quarantine, cfg.learning_rate, cfg.temperature, cfg.token_budget)
 
 
-def make_run(
-    preset: str, config: Config, arm: Arm, splits: dict[str, list[Problem]], pair_hash: str, grader: Grader
-) -> Run:
+def make_run(preset: str, config: Config, arm: Arm, splits: dict[str, list[Problem]], pair_hash: str, grader: Grader) -> Run:
     """A fresh run directory, or with --resume the one that is there."""
     name, data = config.run.intervention, config.data
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     base = [str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))]  # none for a hub id
-    files = [f for f in (data.data, data.teacher_pool, config.monitor.probe_data, *base) if f]
+    start = config.model.init_from and f"{config.model.init_from}/adapter.safetensors"
+    files = [f for f in (data.data, data.teacher_pool, config.monitor.probe_data, *base, start) if f]
     record = RunRecord(
         schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=asdict(config),
         data_hashes={f: sha256_file(f) for f in files}, pair_hash=pair_hash,
@@ -293,8 +297,9 @@ class Assess:
         return result
 
     def base(self) -> None:
-        """Step 0: the net delta is zero, so one cell speaks for both states."""
-        self.cell("test", "novel", "deployed", True, 0, self.config.run.final_draws)
+        """Step 0: the net delta is zero, so one cell speaks for both states; with --init-from it is the policy started from."""
+        ablated = self.arm.deployed == "ablated" or not self.config.model.init_from
+        self.cell("test", "novel", "deployed", ablated, 0, self.config.run.final_draws)
 
     def validate(self, step: int) -> None:
         self.cell("val", "novel", "deployed", self.arm.deployed == "ablated", step, self.config.run.eval_draws)
@@ -316,8 +321,13 @@ def save(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOpti
     parts = {"adapter": policy.adapter.state_dict(), "adamw": optimizer.state_dict(), "gate": gate.state_dict()}
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     run.checkpoint(run.record.steps_done, tensors, {"schedule": schedule.state_dict()})
-    metadata = {"rank": str(policy.adapter.rank), "seed": str(policy.adapter.seed), "model": policy.model.name_or_path}
-    run.save_adapter(parts["adapter"], metadata)
+    run.save_adapter(*adapter_file(policy))
+
+
+def adapter_file(policy: Policy) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of adapter.safetensors."""
+    adapter = policy.adapter
+    return adapter.state_dict(), {"rank": str(adapter.rank), "seed": str(adapter.seed), "model": policy.model.name_or_path}
 
 
 def restore(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, schedule: LRScheduler) -> int:
