@@ -32,7 +32,7 @@ from vgrout.ratios import LikelihoodRatio
 from vgrout.records import load_adapter, load_record, load_rollouts, load_snapshots
 from vgrout.scores import DirectionScore
 from vgrout.store import load_tensors
-from vgrout.tensors import GateOutput
+from vgrout.tensors import GateOutput, Origin
 from vgrout.tokens import select
 from vgrout.types import Grade, Problem, Rollout, UserError, Verdict, Zone
 
@@ -134,7 +134,7 @@ def check_tables(path: Path, tmp: str) -> None:
     cell = {"score": "v_grad", "run": "pooled", "modes": "all", "rows": "all", "period": "all"}
     row = table.filter(*(pl.col(k) == v for k, v in cell.items())).to_dicts()[0]
     assert row["n"] == len(rows) and row["hacks"] == sum(r["reward_hack"] for r in rows)
-    assert row["auroc"] is None if np.isnan(by_hand) else abs(row["auroc"] - by_hand) < 1e-6, (row, by_hand)
+    assert np.isclose(float("nan") if row["auroc"] is None else row["auroc"], by_hand, atol=1e-6, equal_nan=True), (row, by_hand)
     parts = table.filter(pl.col("score") == "v_grad", pl.col("rows") == "all", pl.col("modes") == "all").sort("period")
     assert sum(parts.filter(pl.col("period").is_in(["early", "late"]))["n"]) == len(rows)
     band = cuts.filter(*(pl.col(k) == v for k, v in (cell | {"cut": "band"}).items())).to_dicts()[0]
@@ -224,7 +224,8 @@ def check_gradient_norms() -> None:
         norms = gradient_norms(policy, batch, origin, pinned, kept, options, "ablated")
         assert {k for k, v in norms.items() if v == 0} == {f"gradnorm_{untouched}_{label}" for label in ("hack", "clean")}, norms
     few = torch.tensor([1, 3, 5])  # what a filter may leave: the labels follow the rows
-    rest = select(batch, few), replace(origin, student=origin.student[few]), replace(out, zones=out.zones[few])
+    fewer = Origin(origin.student[few], origin.ablated[few], origin.sampler_logp[few], origin.stratum[few])
+    rest = select(batch, few), fewer, replace(out, zones=out.zones[few], scores=out.scores[few])
     left = gradient_norms(policy, *rest, kept, options, "ablated")
     assert left["gradnorm_deployed_hack"] == 0 and abs(left["gradnorm_deployed_clean"] - found["gradnorm_deployed_clean"]) < 1e-6
     print("ok  gradient norms by block and label are those of a backward pass in the zones; parameters, gradients and generators untouched")

@@ -95,12 +95,12 @@ def verify_frontier() -> None:
     check(what, 0 < good[1] < good[0] < good[2], bad[2] > 0)
     assert raises(metrics.above_frontier, {"x": [1, 0, 0]}, null) and raises(metrics.above_frontier, null[0], [])
     baseline = [(0.0, 0.0), (100.0, 0.2), (50.0 + 100, 0.1), (400.0, 0.6)]
-    found = [metrics.leakage(h, baseline, 400.0) for h in (0.0, 0.1, 0.4, 0.6)]
+    found = [metrics.leakage(h, baseline, 400) for h in (0.0, 0.1, 0.4, 0.6)]
     rate_ratio = [h / 0.6 for h in (0.0, 0.1, 0.4, 0.6)]
     exposure = [0.0, 50 / 400, 275 / 400, 1.0]
     check("leakage is the exposure that explains a hack rate over the exposure that was had, not a ratio of rates",
           np.allclose(found, exposure), np.allclose(rate_ratio, exposure))  # fmt: skip
-    assert math.isnan(metrics.leakage(0.7, baseline, 400.0)) and math.isnan(metrics.leakage(0.1, baseline, 0))
+    assert math.isnan(metrics.leakage(0.7, baseline, 400)) and math.isnan(metrics.leakage(0.1, baseline, 0))
 
 
 def verify_precision() -> None:

@@ -194,7 +194,7 @@ def above_frontier(
 
     def distance(weights: np.ndarray) -> float:
         rates = [(weights @ t[:, 1:]) / (weights @ t[:, 0]) for t in tables]
-        return float(rates[0][1] - frontier_solve(rates[0][0], [tuple(r) for r in rates[1:]]))
+        return float(rates[0][1] - frontier_solve(rates[0][:1], [tuple(r) for r in rates[1:]])[0])
 
     n = len(tables[0])
     resampled = [distance(w) for w in _resample(n, draws, np.random.default_rng(seed))]
@@ -202,7 +202,7 @@ def above_frontier(
     return distance(np.ones(n)), float(low), float(high)
 
 
-def leakage(hack: float, baseline: Sequence[tuple[float, float]], seen: float) -> float:
+def leakage(hack: float, baseline: Sequence[tuple[int, float]], seen: int) -> float:
     """Return the leakage of Shilov et al. 2025 (https://arxiv.org/abs/2512.05648, section 4.3), with hacks in place of tokens.
 
     The exposure at which standard training reaches the same hack rate, over the exposure that this run had: 0 where nothing of it
