@@ -61,7 +61,8 @@ def again(run: Path) -> Iterator[tuple[EvalResult, EvalResult]]:
     base = {k: v.clone() for k, v in policy.adapter.state_dict().items()}
     with Grader(config.run.workers) as grader:
         empty = Unrecorded(dataclasses.replace(record, evals=[]))
-        assess = train.Assess(empty, policy, splits, grader, Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), arm, config)
+        sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p, config.model.sample_token_budget)
+        assess = train.Assess(empty, policy, splits, grader, sampling, arm, config)
         for cell in last_cells(record):
             policy.adapter.load_state_dict(base if cell.step == 0 else trained)
             ablated = cell.step == 0 or cell.state == "ablated" or (cell.state == "deployed" and arm.deployed == "ablated")

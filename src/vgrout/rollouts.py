@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ class Sampling:
     max_completion_length: int
     temperature: float
     top_p: float
+    token_budget: int  # rows × (prompt + completion) decoded at once
 
 
 def stream(
@@ -64,19 +66,10 @@ def collect(
     """
     clock = time.perf_counter()
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems]
-    students = num_generations - max(map(len, demonstrations), default=0)
-    extra = [num_generations - students - len(d) for d in demonstrations]  # problems that the pool does not have
-    kwargs = dict(
-        max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        generator=generator,
-    )
-    as_trained = sample(policy, prompts, students - deployed_rows, **kwargs)
-    ablated = sample(policy, prompts, deployed_rows, ablated=True, **kwargs) if deployed_rows else [[] for _ in prompts]
-    for i, n in enumerate(extra):
-        if n:
-            as_trained[i] += sample(policy, [prompts[i]], n, **kwargs)[0]
+    students = [num_generations - deployed_rows - len(d) for d in demonstrations]
+    drawn = partial(sample, policy, prompts, generator=generator, **asdict(sampling))
+    as_trained = drawn(students)
+    ablated = drawn([deployed_rows] * len(prompts), ablated=True) if deployed_rows else [[] for _ in prompts]
     groups = []
     for problem, prompt, both, alone, demos in zip(problems, prompts, as_trained, ablated, demonstrations):
         decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids)  # noqa: E731
