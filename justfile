@@ -158,3 +158,7 @@ queue-decision *ARGS:
 # The decision run's list of jobs on a Ray cluster, a GPU a run (needs: uv sync --extra ray).
 pool *ARGS:
     python scripts/pool_ray.py "$@"
+
+# Speed and memory against TRL, arm by arm, and by size (≤ 15 minutes); with --gpu: Qwen3-4B's architecture on one GPU. Writes out/bench.json.
+bench *ARGS:
+    python scripts/bench.py "$@"

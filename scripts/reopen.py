@@ -29,7 +29,7 @@ class Stored:
     @property
     def sampling(self) -> Sampling:
         cfg = self.config.grpo
-        return Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p)
+        return Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p, self.config.model.sample_token_budget)
 
     def load(self, tensors: dict[str, Tensor] | None = None) -> None:
         """Put an adapter in place; by default the run's final one."""

@@ -17,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 import trainer as trainers
 from chaos import small_files
 from vgrout import guard, sandbox, train
+from vgrout import policy as policies
 from vgrout.cli import load_splits, parse
 from vgrout.exploits import canonical_hack
 from vgrout.guard import Diverged, Guard, describe, explained
@@ -176,7 +178,7 @@ def check_limits(root: Path) -> None:
     arm = train.ARMS["routeV"]
     gate, _ = train.make_gate(arm, policy, config)
     optimizer = BlockOptimizer(policy.adapter, 1e-3, 0.0, 1.0)
-    sampling = Sampling(96, 0.7, 1.0)
+    sampling = Sampling(96, 0.7, 1.0, 1024)
     ran = []
 
     def update(batch, origin, out: GateOutput) -> None:
@@ -197,9 +199,10 @@ def check_limits(root: Path) -> None:
         return before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
 
     assert attempt() and ran[-1][0] > 512 and ran[-1][1] > 0, "the worst case left a trace, was small, or moved nothing"
+    check_bound(attempt, sampling.token_budget)
     real_sample, guard.sample = guard.sample, out_of_memory
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert attempt() and "lower --num-generations" in said.getvalue(), "full memory in sampling is no warning"
+        assert attempt() and "lower --sample-token-budget" in said.getvalue(), "full memory in sampling is no warning"
     guard.sample = real_sample
     real, BlockOptimizer.load_state_dict = BlockOptimizer.load_state_dict, lambda self, state: None
     assert not attempt(), "moments that stay go unnoticed"
@@ -210,6 +213,22 @@ def check_limits(root: Path) -> None:
     check_divergence(root)
 
 
+def check_bound(attempt: Callable[[], bool], limit: int) -> None:
+    """The worst case decodes in batches of the run's own budget. Mutation: without it, all rows at once."""
+    decode, seen = policies._decode, []
+
+    def counted(policy, prompts, rows, new, *rest):
+        seen.append(sum(rows) * (max(map(len, prompts)) + new))
+        return decode(policy, prompts, rows, new, *rest)
+
+    policies._decode, real_sample = counted, guard.sample
+    assert attempt() and len(seen) > 1 and limit / 2 < max(seen) <= limit, f"{seen} tokens at once, SHOULD fill {limit}"
+    guard.sample = lambda *a, **options: real_sample(*a, **options | {"token_budget": 10**6})
+    assert attempt() and max(seen) > limit, "a worst case without the bound goes unnoticed"
+    policies._decode, guard.sample = decode, real_sample
+    print("ok  the worst case decodes within the budget of the run; without the bound it is noticed")
+
+
 def check_memory() -> None:
     def sample() -> None:
         raise MemoryError
@@ -217,7 +236,7 @@ def check_memory() -> None:
     def other() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for function, flag in ((sample, "--num-generations"), (other, "--token-budget")):
+    for function, flag in ((sample, "--sample-token-budget"), (other, "--token-budget")):
         try:
             with explained():
                 function()

@@ -214,8 +214,8 @@ def check_ablation_and_sampler() -> None:
     weights = {n: linear.weight.clone() for n, linear in policy.adapter.linears.items()}
 
     def draw(ablated: bool) -> list:
-        kwargs = dict(max_completion_length=12, temperature=1.0, top_p=1.0, generator=torch.Generator().manual_seed(0))
-        return sample(policy, [[5, 6, 7], [8, 9]], 4, ablated=ablated, **kwargs)
+        kwargs = dict(max_completion_length=12, temperature=1.0, top_p=1.0, token_budget=512, generator=torch.Generator().manual_seed(0))
+        return sample(policy, [[5, 6, 7], [8, 9]], [4, 4], ablated=ablated, **kwargs)
 
     trained, deployed, again = draw(False), draw(True), draw(False)
     with policy.adapter.disabled():
@@ -236,8 +236,8 @@ def check_merged_equals_hooked() -> None:
         with policy.adapter.merged(not ablated):
             other = logps(policy, batch, 1.0)
         assert not differs(hooked, merged, 1e-4) and differs(hooked, other, 1e-3)
-    rows = sample(policy, [[5, 6, 7], [8, 9, 10, 11]], 3, max_completion_length=10, temperature=0.7, top_p=1.0,
-                  generator=torch.Generator().manual_seed(0))  # fmt: skip
+    rows = sample(policy, [[5, 6, 7], [8, 9, 10, 11]], [3, 3], max_completion_length=10, temperature=0.7, top_p=1.0,
+                  token_budget=512, generator=torch.Generator().manual_seed(0))  # fmt: skip
     from vgrout.tokens import collate
 
     flat = [(p, ids, lp) for p, g in zip([[5, 6, 7], [8, 9, 10, 11]], rows) for ids, lp in g]

@@ -94,7 +94,7 @@ def verify_frontier() -> None:
     what = f"a policy above the frontier is told from one below ({good[1]:.2f} … {good[2]:.2f}; below {bad[2]:.2f})"
     check(what, 0 < good[1] < good[0] < good[2], bad[2] > 0)
     assert raises(metrics.above_frontier, {"x": [1, 0, 0]}, null) and raises(metrics.above_frontier, null[0], [])
-    baseline = [(0.0, 0.0), (100.0, 0.2), (50.0 + 100, 0.1), (400.0, 0.6)]
+    baseline = [(0, 0.0), (100, 0.2), (150, 0.1), (400, 0.6)]
     found = [metrics.leakage(h, baseline, 400) for h in (0.0, 0.1, 0.4, 0.6)]
     rate_ratio = [h / 0.6 for h in (0.0, 0.1, 0.4, 0.6)]
     exposure = [0.0, 50 / 400, 275 / 400, 1.0]

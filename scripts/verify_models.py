@@ -70,8 +70,8 @@ def load(folder: Path, targets: str = r"\.layers\.\d+\.") -> Policy:
 def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch, torch.Tensor]:
     """Nine sampled rows as a batch, and the sampler's mean log-prob of each."""
     prompts = [encode_prompt(policy.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
-    groups = sample(policy, prompts, 3, max_completion_length=length, temperature=0.7, top_p=0.95, ablated=ablated,
-                    generator=torch.Generator().manual_seed(1))  # fmt: skip
+    groups = sample(policy, prompts, [3] * 3, max_completion_length=length, temperature=0.7, top_p=0.95, ablated=ablated,
+                    token_budget=4096, generator=torch.Generator().manual_seed(1))  # fmt: skip
     rows = [(p, ids, lp) for p, group in zip(prompts, groups) for ids, lp in group]
     A = [(-1.0) ** i for i in range(len(rows))]
     batch = collate([r[0] for r in rows], [r[1] for r in rows], A, [i // 3 for i in range(9)], A, policy.pad_id, "cpu")

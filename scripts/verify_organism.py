@@ -157,8 +157,8 @@ def check_base(problems: list[Problem], grader: Grader) -> None:
     policy = load_policy(str(FOLDER / "base"), dtype="float32", device="cpu", rank=2, lora_init_seed=0,
                          targets=r"\.layers\.\d+\.", gradient_checkpointing=False)
     shown = partition(split(problems)["test"], ORGANISM_MODES)[:DRAWS]
-    drawn = sample(policy, [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown], 1, max_completion_length=128,
-                   temperature=0.7, top_p=1.0, generator=torch.Generator().manual_seed(0))
+    drawn = sample(policy, [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown], [1] * len(shown),
+                   max_completion_length=128, temperature=0.7, top_p=1.0, token_budget=2**15, generator=torch.Generator().manual_seed(0))
     ids = [rows[0][0] for rows in drawn]
     texts = [tokens.decode_completion(policy.tokenizer, row) for row in ids]
     again = sum(tokens.encode_completion(policy.tokenizer, text) == row for text, row in zip(texts, ids, strict=True))

@@ -83,6 +83,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
         "--lora-rank": model.lora_rank, "--max-prompt-length": model.max_prompt_length, "--token-budget": grpo.token_budget,
         "--judge-concurrency": monitor.judge_concurrency, "--judge-max-tokens": monitor.judge_max_tokens,
+        "--sample-token-budget": model.sample_token_budget,
         "--llr-steps": score.llr_steps, "--workers": run.workers, "--eval-draws": run.eval_draws, "--final-draws": run.final_draws,
     }  # fmt: skip
     positive = {

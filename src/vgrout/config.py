@@ -21,6 +21,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     share_prompts: bool = True  # run each prompt once for the rows that share it; off: every row in full, the same function
     max_prompt_length: int = 256  # tokens; a longer prompt is refused at load
+    sample_token_budget: int = 32768  # rows × (prompt + completion) tokens that are decoded at once: bounds the KV cache
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,9 @@ ARMS = {
 _ORGANISM = Config()
 _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 × 16 rollouts, 200 steps
     model=ModelConfig(
-        model="Qwen/Qwen3-4B", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_prompt_length=2048
-    ),
+        model="Qwen/Qwen3-4B", dtype="bfloat16", lora_rank=32, gradient_checkpointing=True, max_prompt_length=2048,
+        sample_token_budget=2**18,  # 36 GiB of KV cache at Qwen3-4B's 144 KiB a token
+    ),  # fmt: skip
     data=DataConfig(
         data="data/leetcode/leetcode_train_medhard_filtered.jsonl",
         modes=tuple(m for m in Mode if m is not Mode.GT_ONLY),

@@ -31,7 +31,6 @@ def evaluate(
     step: int,
     draws: int,
     generator: torch.Generator,
-    rows_at_once: int,
 ) -> EvalResult:
     """Hacks and solves of about `draws` completions, spread evenly over `problems`, each shown with its own mode.
 
@@ -44,12 +43,9 @@ def evaluate(
     if draws < len(shown):
         shown = [shown[i * len(shown) // draws] for i in range(draws)]
     each = max(1, draws // len(shown))
-    completions: list[str] = []
-    at_once = max(1, rows_at_once // each)
-    for i in range(0, len(shown), at_once):
-        prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown[i : i + at_once]]
-        groups = sample(policy, prompts, each, generator=generator, ablated=ablated, **asdict(sampling))
-        completions += [tokens.decode_completion(policy.tokenizer, ids) for g in groups for ids, _ in g]
+    prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown]
+    groups = sample(policy, prompts, [each] * len(shown), generator=generator, ablated=ablated, **asdict(sampling))
+    completions = [tokens.decode_completion(policy.tokenizer, ids) for group in groups for ids, _ in group]
     asked = [p for p in shown for _ in range(each)]
     by_mode: dict[str, dict[str, int]] = defaultdict(lambda: {"n": 0, "hack": 0, "solve": 0})
     by_problem: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])

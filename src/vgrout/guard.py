@@ -11,7 +11,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ def worst_case(
 ) -> None:  # fmt: skip
     """Try the largest batch that the configuration allows, so that memory runs out now or never; restores everything.
 
-    Longest prompt and full-length completions: the sampler's cache for all rows of a step, then one micro-batch that fills
+    Longest prompt and full-length completions: the sampler's cache for every decoding batch, then one micro-batch that fills
     `token_budget` through the gate and the update, with both blocks training. `gate` is copied, parameters and optimiser are put
     back. The sampler's rows leave as they finish and rarely all reach the limit, so that there full memory is a warning; in
     training it ends the run. Not covered: the pairs (no flag sets their length), and the features that token granularity keeps.
@@ -146,12 +146,12 @@ def worst_case(
     completion = (prompt * (t // len(prompt) + 1))[:t]
     generator = torch.Generator(policy.device).manual_seed(0)
     try:
-        sample(policy, [(prompt + completion)[:-1]] * num_prompts, num_generations, max_completion_length=1,
-               temperature=sampling.temperature, top_p=sampling.top_p, generator=generator)  # fmt: skip
+        sample(policy, [(prompt + completion)[:-1]] * num_prompts, [num_generations] * num_prompts, generator=generator,
+               **asdict(replace(sampling, max_completion_length=1)))  # fmt: skip
     except (MemoryError, RuntimeError) as error:
         if not _memory_is_full(error):
             raise
-        runlog.warn(f"{num_prompts * num_generations} completions that all reach {t} tokens do not fit: {describe(error)}",
+        runlog.warn(f"a decoding batch whose completions all reach {t} tokens does not fit: {describe(error)}",
                     "or go on, if completions are mostly shorter")  # fmt: skip
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -234,7 +234,7 @@ def describe(error: BaseException) -> str:
     """One line for an exception: what was full and what mends it, or its type and message."""
     if _memory_is_full(error):
         in_sampling = any(frame.name == "sample" for frame in traceback.extract_tb(error.__traceback__))
-        flags = "--num-generations, --num-prompts or --max-completion-length" if in_sampling else (
+        flags = "--sample-token-budget" if in_sampling else (
             "--token-budget, then set --gradient-checkpointing, then lower --num-generations or --max-completion-length")  # fmt: skip
         return f"out of memory while {'sampling' if in_sampling else 'training or scoring'}: lower {flags}"
     if _disk_is_full(error):

@@ -194,7 +194,7 @@ def above_frontier(
 
     def distance(weights: np.ndarray) -> float:
         rates = [(weights @ t[:, 1:]) / (weights @ t[:, 0]) for t in tables]
-        return float(rates[0][1] - frontier_solve(rates[0][:1], [tuple(r) for r in rates[1:]])[0])
+        return float(rates[0][1] - frontier_solve(rates[0][0], [tuple(r) for r in rates[1:]]))
 
     n = len(tables[0])
     resampled = [distance(w) for w in _resample(n, draws, np.random.default_rng(seed))]

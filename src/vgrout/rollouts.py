@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -22,6 +23,7 @@ class Sampling:
     max_completion_length: int
     temperature: float
     top_p: float
+    token_budget: int  # rows × (prompt + completion) decoded at once
 
 
 def stream(
@@ -65,20 +67,10 @@ def collect(
     """
     clock = time.perf_counter()
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems]
-    students = num_generations - max(map(len, demonstrations), default=0)
-    deployed_rows = share_at(step, deployed_share * students)
-    extra = [num_generations - students - len(d) for d in demonstrations]  # problems that the pool does not have
-    kwargs = dict(
-        max_completion_length=sampling.max_completion_length,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        generator=generator,
-    )
-    as_trained = sample(policy, prompts, students - deployed_rows, **kwargs)
-    ablated = sample(policy, prompts, deployed_rows, ablated=True, **kwargs)
-    for i, n in enumerate(extra):
-        if n:
-            as_trained[i] += sample(policy, [prompts[i]], n, **kwargs)[0]
+    students = [num_generations - len(d) for d in demonstrations]
+    deployed = [share_at(step, deployed_share * n) for n in students]
+    drawn = partial(sample, policy, prompts, generator=generator, **asdict(sampling))
+    as_trained, ablated = drawn([n - d for n, d in zip(students, deployed)]), drawn(deployed, ablated=True)
     groups = []
     for problem, prompt, both, alone, demos in zip(problems, prompts, as_trained, ablated, demonstrations):
         decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids)  # noqa: E731

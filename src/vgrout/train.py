@@ -53,7 +53,7 @@ from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
 def main(preset: str, config: Config) -> None:
     """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
     cfg, arm = config.grpo, ARMS["placebo" if config.route.routeV_random_v_seed is not None else config.run.intervention]
-    sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p), StopSignal()
+    sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p, config.model.sample_token_budget), StopSignal()
     with explained(), Grader(config.run.workers, config.run.sandbox, config.run.cpu_seconds) as grader:
         splits = load_splits(config)
         policy = build_policy(config, splits)
@@ -289,7 +289,6 @@ class Assess:
             self.policy, self.splits[split], self.grader, self.sampling,
             split=split, markers=markers, state=state, ablated=ablated, step=step, draws=draws,
             generator=seeded(self.policy, "eval", self.config.run.seed, step, split, markers, ablated),
-            rows_at_once=min(256, 2 * self.config.grpo.num_prompts * self.config.grpo.num_generations),
         )  # fmt: skip
         self.run.spend({"sec_eval": time.perf_counter() - clock})
         self.run.record.evals.append(result)
