@@ -41,7 +41,6 @@ class Stored:
         return evaluate(
             self.policy, self.splits["test"], grader, self.sampling, split="test", markers="novel", state=name, ablated=ablated,
             step=self.record.steps_done, draws=draws, generator=train.seeded(self.policy, "after", cfg.run.seed, name, ablated),
-            rows_at_once=min(256, 2 * cfg.grpo.num_prompts * cfg.grpo.num_generations),
         )  # fmt: skip
 
 

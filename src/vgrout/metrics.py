@@ -161,7 +161,7 @@ def gain_lower_bound(
     return float(np.quantile(total / len(tables), 1 - level, method="lower"))
 
 
-def frontier_solve(hack: Vector, points: Sequence[tuple[float, float]]) -> np.ndarray:
+def frontier_solve(hack: float | Vector, points: Sequence[tuple[float, float]]) -> float | np.ndarray:
     """Return the highest solve rate that mixtures of (hack, solve) points reach at a hack rate of at most `hack`.
 
     A mixture answers each prompt with one of two policies, by chance, so that every point between two policies is reached: the
