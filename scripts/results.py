@@ -166,11 +166,15 @@ def page(path: Path) -> str:
 
 
 def compact(run: str, target: str) -> None:
-    """Write the record of a finished run, without counts by problem where no table needs them: small enough to commit."""
+    """Write the record of a finished run, small enough to commit: without counts by problem where no table needs them, and with
+    its directory, wherever it was, as out/runs/NAME."""
     record = load_record(run)
     if record.status != "finished":
         raise UserError(f"{run} is {record.status}: only a finished run is evidence")
     record.evals = [c if (c.split, c.markers) == ("test", "novel") else replace(c, by_problem={}) for c in record.evals]
+    where = record.config["run"]["out_dir"]
+    record.config["run"]["out_dir"] = f"out/runs/{Path(where or run).name}"
+    record.argv = [record.config["run"]["out_dir"] if where and word == where else word for word in record.argv]
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     Path(target).write_text(json.dumps(asdict(record), ensure_ascii=False) + "\n")
     print(f"{target}: {record.arm} seed {record.seed}, solve {cell(record).solve / cell(record).n:.3f}")
