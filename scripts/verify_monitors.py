@@ -233,7 +233,7 @@ def check_flags() -> None:
             return replace(shared_scored, scores=flags)
 
     shared_scored = monitors.Scored(flags)
-    out = Gate(Fixed(Endpoint("", "")), cut="flag")(None, batch, origin_of(batch))
+    out = Gate(Fixed(Endpoint("", "")), cut="flag")(tiny_policy(), batch, origin_of(batch))
     assert out.zones.tolist() == [2, 0, 0, 2, 0, 1, 0, 0] and torch.equal(out.scores.isnan(), flags.isnan())
     left, origin, acted = deduct(batch, origin_of(batch), out, penalty=3.0)
     want = grpo.advantages(torch.tensor([0.5, 3.5, 0.5, 0.5, 3.5, 3.5]), group[:6])  # the third group stays equal, and leaves

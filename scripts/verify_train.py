@@ -50,9 +50,9 @@ def same_adapter(a: Path, b: Path) -> bool:
 def check_labels(tmp: str, plain: Path) -> None:
     rng = random.Random(0)
 
-    def scrambled(groups, policy, oracle_modes):
+    def scrambled(groups, policy, *rest):
         """The real `compose`; then every field of every Grade but the reward, and mode and teacher metadata, are random."""
-        kept, batch, origin = compose(groups, policy, oracle_modes)
+        kept, batch, origin = compose(groups, policy, *rest)
         for r in (r for g in groups for r in g.rollouts):
             flip = lambda: rng.random() < 0.5  # noqa: E731
             r.grade = replace(
@@ -63,9 +63,9 @@ def check_labels(tmp: str, plain: Path) -> None:
             r.problem = replace(r.problem, mode=rng.choice(list(Mode)), marker="x")
         return kept, batch, origin
 
-    def leaky(groups, policy, oracle_modes):
+    def leaky(groups, policy, *rest):
         """Mutation: an advantage that reads one label."""
-        kept, batch, origin = compose(groups, policy, oracle_modes)
+        kept, batch, origin = compose(groups, policy, *rest)
         if batch:
             batch.advantages = batch.advantages - 0.1 * torch.tensor([float(r.grade.reward_hack) for r in kept])
         return kept, batch, origin
