@@ -6,7 +6,8 @@
 
 What is compared takes turns, A B A B …, and a ratio is of neighbours, so that a machine that is busy for a while slows both sides.
 Every figure is a median over repeats with its range. Parts a and b are real runs, in processes that stay up and take turns step by
-step, the first step dropped; a repeat is a step, and times are the loop's own `sec_*` (docs/metrics.md). Part a needs TRL.
+step, the first step dropped; a repeat is a step, and times are the loop's own `sec_*` (docs/metrics.md). CPU seconds of the same steps
+stand beside wall seconds: they hardly depend on what else the machine does. Part a needs TRL.
 """
 
 import importlib.metadata
@@ -117,8 +118,8 @@ def spent(row: dict[str, Any], refresh: float) -> dict[str, float]:
 def arms(args: Args) -> dict[str, Any]:
     names, rounds = (args.arms, args.rounds) if not args.quick else (("routeV",), 1)
     with tempfile.TemporaryDirectory() as folder:
-        resident = take_turns({name: command(name, Path(folder), args, rounds) for name in names}, rounds, args.threads)
-        return {"resident": resident, "runs": {name: phases(Path(folder, name)) for name in names}}
+        resident, cpu = take_turns({name: command(name, Path(folder), args, rounds) for name in names}, rounds, args.threads)
+        return {"resident": resident, "cpu": cpu, "runs": {name: phases(Path(folder, name)) for name in names}}
 
 
 def against_trl(args: Args) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def against_trl(args: Args) -> dict[str, Any]:
         folder = Path(name)
         trl = ["scripts/bench_trl.py", str(folder / "trl.json"), "--steps", str(args.rounds + 2), "--threads", str(args.threads)]
         commands = {ours: command("none2r", folder, args, args.rounds, "--teacher-pool", ""), theirs: trl}
-        resident = take_turns(commands, args.rounds, args.threads)
+        resident, cpu = take_turns(commands, args.rounds, args.threads)
         runs = {ours: phases(folder / "none2r")}
         log = json.loads((folder / "trl.json").read_text())
     steps = [dict(zip(("sample", "grade", "step", "tokens"), row))
@@ -137,7 +138,7 @@ def against_trl(args: Args) -> dict[str, Any]:
     for row in (r for own in runs.values() for r in own):
         row["update"] = row["step"] - row["sample"] - row["grade"]
     versions = {name: importlib.metadata.version(name) for name in ("trl", "peft", "accelerate")}
-    return {"versions": versions, "resident": resident, "runs": runs}
+    return {"versions": versions, "resident": resident, "cpu": cpu, "runs": runs}
 
 
 # ── c and d: synthetic work in this process ──────────────────────────────────────────────────────────────────────
@@ -205,7 +206,9 @@ def table_a(found: dict[str, Any]) -> str:
             for label, key, d in (("sampling, s", "sample", 2), ("grading, s", "grade", 2), ("update and the rest, s", "update", 2),
                                   ("**step, s**", "step", 2), ("tokens sampled", "tokens", 0),
                                   ("tokens/s while sampling", "tokens_per_second", 0))]  # fmt: skip
-    size = found["resident"]
+    cpu, size = found["cpu"], found["resident"]
+    paired = [a / b for a, b in zip(cpu[theirs], cpu[ours], strict=True)]
+    rows.append(["**CPU of the trainer, s**", spread(cpu[ours]), spread(cpu[theirs]), spread(paired)])
     rows.append(["peak RSS, GiB", f"{size[ours]:.2f}", f"{size[theirs]:.2f}", f"{size[theirs] / size[ours]:.2f}"])
     skipped = mean(r["groups_skipped"] for r in runs[ours])
     note = f"{versions_of(found['versions'])}. vGROUT skips groups without variance, {skipped:.1f} of 6 here, which TRL trains on."
@@ -216,10 +219,12 @@ def table_b(found: dict[str, Any]) -> str:
     runs = found["runs"]
     reference = "none2r" if "none2r" in runs else next(iter(runs))
     middle = lambda own, key: median(r[key] for r in own)  # noqa: E731
+    cpu = {name: mean(values) for name, values in found["cpu"].items()}
     rows = [[f"`{name}`", *(f"{middle(own, p):.2f}" for p in PHASES), spread([r["step"] for r in own]),
-             spread(ratios(runs, "step", name, reference)), f"{middle(own, 'tokens'):.0f}", f"{middle(own, 'tokens_per_second'):.0f}",
-             f"{found['resident'][name]:.2f}"] for name, own in runs.items()]  # fmt: skip
-    return table(rows, ["arm", *PHASES, "step, s", f"× `{reference}`", "tokens", "tokens/s", "RSS, GiB"])
+             spread(ratios(runs, "step", name, reference)), f"{cpu[name]:.2f}", f"{cpu[name] / cpu[reference]:.2f}",
+             f"{middle(own, 'tokens'):.0f}", f"{middle(own, 'tokens_per_second'):.0f}", f"{found['resident'][name]:.2f}"]
+            for name, own in runs.items()]  # fmt: skip
+    return table(rows, ["arm", *PHASES, "step, s", f"× `{reference}`", "CPU, s", f"× `{reference}`", "tokens", "tokens/s", "RSS, GiB"])
 
 
 def table_c(found: dict[str, Any]) -> str:

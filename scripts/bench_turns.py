@@ -7,18 +7,21 @@ done. As a program it is one vGROUT run that does so:
 """
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = struct.Struct("d")
 
 
 def wait_for_turn() -> None:
-    """Tell the parent that a step is done and wait until it says go on; the run ends where the parent hangs up."""
+    """Tell the parent that a step is done, and the CPU time so far; wait until it says go on. Ends the run where the parent hangs up."""
     go, done = map(int, os.environ["BENCH_TURN"].split())
-    os.write(done, b".")
+    os.write(done, CPU.pack(time.process_time()))
     if not os.read(go, 1):
         raise SystemExit(0)
 
@@ -35,14 +38,18 @@ class Child:
         os.close(child_go), os.close(child_done)
         self._wait()
 
-    def step(self) -> None:
+    def step(self) -> float:
+        """One step; returns the CPU seconds that the process spent in it, all threads together, its sandbox left out."""
+        before = self._cpu
         os.write(self._go, b".")
         self._wait()
+        return self._cpu - before
 
     def _wait(self) -> None:
-        if not os.read(self._done, 1):
+        if not (message := os.read(self._done, CPU.size)):
             self.log.seek(0)
             raise RuntimeError(f"{' '.join(self.command)} ended before its time:\n{self.log.read()[-3000:]}")
+        (self._cpu,) = CPU.unpack(message)
 
     def end(self) -> float:
         """Hang up and wait for the end; returns the peak resident size in GiB."""
@@ -53,18 +60,22 @@ class Child:
         return usage.ru_maxrss / 2**20
 
 
-def take_turns(commands: dict[str, list[str]], rounds: int, threads: int) -> dict[str, float]:
-    """Every run's first step, one run after the other, then `rounds` rounds of one step each; returns peak sizes in GiB."""
+def take_turns(commands: dict[str, list[str]], rounds: int, threads: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Every run's first step, one run after the other, then `rounds` rounds of one step each.
+
+    Returns each run's peak resident size in GiB, and its CPU seconds by round.
+    """
     children: dict[str, Child] = {}
+    cpu: dict[str, list[float]] = {name: [] for name in commands}
     try:
         for name, command in commands.items():
             children[name] = Child(command, threads)
         for _ in range(rounds):
-            for child in children.values():
-                child.step()
+            for name, child in children.items():
+                cpu[name].append(child.step())
     finally:
         resident = {name: child.end() for name, child in children.items()}
-    return resident
+    return resident, cpu
 
 
 if __name__ == "__main__":

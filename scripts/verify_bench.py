@@ -53,18 +53,19 @@ def check_turns() -> None:
 
     def overlaps(wait: str) -> list[tuple[float, float]]:
         body = (f"import os, sys, time; sys.path.insert(0, 'scripts'); from bench_turns import wait_for_turn\n"
-                f"go, done = map(int, os.environ['BENCH_TURN'].split())\nfor _ in range(20):\n"
+                f"go, done = map(int, os.environ['BENCH_TURN'].split())\nfor i in range(20):\n"
                 f"    start = time.monotonic(); time.sleep(0.01); open(sys.argv[1], 'a').write(f'{{start}} {{time.monotonic()}}\\n')\n"
                 f"    {wait}\nwhile os.read(go, 1): pass")  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in "ab"]
-            take_turns({f.name: ["-c", body, str(f)] for f in files}, 4, 1)
+            _, cpu = take_turns({f.name: ["-c", body, str(f)] for f in files}, 4, 1)
+            assert all(len(seconds) == 4 for seconds in cpu.values())
             a, b = ([tuple(map(float, line.split())) for line in f.read_text().splitlines()] for f in files)
         assert len(a) >= 5 and len(b) >= 5
         return [(x, y) for x, until in a for y, end in b if x < end and y < until]
 
     assert not overlaps("wait_for_turn()")
-    assert overlaps("os.write(done, b'.')"), "runs that do not wait go unnoticed"
+    assert overlaps("os.write(done, bytes(8)) if i else wait_for_turn()"), "runs that do not wait go unnoticed"
     print("ok  runs that take turns never work at the same time; runs that do not wait are noticed")
 
 
@@ -113,10 +114,12 @@ def check_page() -> None:
            "tokens_per_second": 9000.0, "peak_gib": 1.1, "groups_skipped": 1.0}  # fmt: skip
     head = {"machine": MACHINE, "made": "then"}
     sides = {"vGROUT none2r": [run], "TRL GRPOTrainer": [run | {"step": 2.7}]}
-    found = {"b": head | {"runs": {"none2r": [run] * 2, "routeV": [run | {"step": 1.8}] * 2}, "resident": {"none2r": 1.0, "routeV": 2.0}},
-             "a": head | {"versions": {"trl": "1"}, "runs": sides, "resident": dict.fromkeys(sides, 1.0)}}  # fmt: skip
+    arms = {"runs": {"none2r": [run] * 2, "routeV": [run | {"step": 1.8}] * 2}, "resident": {"none2r": 1.0, "routeV": 2.0},
+            "cpu": {"none2r": [1.0, 1.0], "routeV": [1.0, 4.0]}}  # fmt: skip
+    trl = {"versions": {"trl": "1"}, "runs": sides, "resident": dict.fromkeys(sides, 1.0), "cpu": dict.fromkeys(sides, [1.0])}
+    found = {"b": head | arms, "a": head | trl}
     text = bench.render(found)
-    assert "2.00 [2.00, 2.00]" in text and "| 3.00" in text and text.count("TODO") == 2
+    assert "2.00 [2.00, 2.00]" in text and "| 3.00" in text and "| 2.50" in text and text.count("TODO") == 2
     page = PAGE.read_text()
     once = bench.replaced(page, text)
     assert bench.replaced(once, text) == once and text in once and len(once) - len(text) == len(bench.replaced(page, ""))
