@@ -4,6 +4,7 @@
 arm would use. Nothing is trained.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -16,11 +17,11 @@ from torch import Tensor
 from reopen import Stored
 from vgrout import train
 from vgrout.config import Arm, Config
-from vgrout.gate import Gate, match_shares, zones_from_band
+from vgrout.gate import Gate, match_shares, zones_from_band, zones_from_edge
 from vgrout.likelihood import mean_logps, random_deltas
 from vgrout.policy import Policy
 from vgrout.problems import disclose
-from vgrout.ratios import LikelihoodRatio
+from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine
 from vgrout.rollouts import compose
 from vgrout.scores import DirectionScore, HaarScore, Score, Scored
 from vgrout.tensors import Batch, Origin
@@ -56,7 +57,8 @@ FAMILY: dict[str, tuple[Arm, dict]] = {  # name → arm whose control, or else w
     "random": (Arm("v_grad", "random"), {}),
 }
 SHARES = {"top 10 %": 0.10, "top 25 %": 0.25}
-CUTS = ("band", "midpoint", *SHARES)
+PAIR_CUTS = ("band", "midpoint", "zero")  # of RouteConfig.cut
+CUTS = (*PAIR_CUTS, *SHARES)
 
 
 @dataclass
@@ -155,14 +157,14 @@ class Memo:
 
 
 def score_step(policy: Policy, scores: dict[str, Score], batch: Batch, origin: Origin, draws: int, seed: int, config: Config) -> Audited:
-    """Refresh every score at the present parameters and score the batch; `draws` random directions for each real one."""
+    """Refresh a copy of every score at the present parameters and score the batch; `draws` random directions for each real one."""
     out, memo, forward = Audited(), Memo(), lambda: mean_logps(policy, batch, config.grpo.temperature, config.grpo.token_budget)
     origin, clock = replace(origin, sampler_logp=forward()), seconds(policy)
     forward()  # timed when warm
     forward_seconds, nudged = seconds(policy) - clock, None
     unscored = batch.advantages == 0
     ranked = origin.student & ~unscored
-    for name, score in scores.items():
+    for name, score in copy.deepcopy(scores).items():  # a likelihood ratio would keep a fold of the last refresh
         memo.attach(score)
         times = []
         for work in (lambda s=score: s.refresh(policy), lambda s=score: s(policy, batch, origin)):
@@ -171,10 +173,9 @@ def score_step(policy: Policy, scores: dict[str, Score], batch: Batch, origin: O
             times.append(seconds(policy) - clock + memo.borrowed)
         values = found.scores.masked_fill(unscored, float("nan"))
         out.scores[name], out.seconds[name] = values.cpu().numpy(), np.array([[*times, forward_seconds]])
-        if score.pairs_hack is not None:
-            middle = float(score.pairs_hack.mean() + score.pairs_clean.mean()) / 2
-            for cut, edges in (("band", Gate(score).edges()), ("midpoint", (middle, np.nextafter(middle, np.inf)))):
-                out.zones[name, cut] = zones_from_band(found.scores, batch.advantages, *edges).cpu().numpy()
+        for cut in PAIR_CUTS if score.pairs_hack is not None else ():
+            deal = zones_from_band if cut == "band" else zones_from_edge
+            out.zones[name, cut] = deal(found.scores, batch.advantages, *Gate(score, cut=cut).edges()).cpu().numpy()
         for cut, share in SHARES.items():
             out.zones[name, cut] = top(values, ranked, share).cpu().numpy()
         if isinstance(score, LikelihoodRatio):  # one space, finite step or first order
@@ -192,10 +193,11 @@ def score_step(policy: Policy, scores: dict[str, Score], batch: Batch, origin: O
 def random_directions(
     policy: Policy, score: Score, found: Scored, batch: Batch, origin: Origin, draws: int, seed: int
 ) -> Float[Tensor, "g draws"] | None:
-    """Scores of the batch along Haar-random directions in the score's space; None for what has no direction."""
-    if not isinstance(score, DirectionScore) or not draws:
+    """Scores of the batch by the score's own random control: Haar directions, or a random quarantine; None for what has none."""
+    control = {DirectionScore: HaarScore, QuarantineRatio: RandomQuarantine}.get(type(score))
+    if control is None or not draws:
         return None
-    controls = [HaarScore(score, seed * draws + i) for i in range(draws)]
+    controls = [control(score, seed * draws + i) for i in range(draws)]
     return torch.stack([control(policy, batch, origin, found).scores for control in controls], 1)
 
 

@@ -8,8 +8,8 @@ advantage; an AUROC compares rows of one step alone, since a gate never sees two
 
 Run: python scripts/diag_pinning.py RUN … [--pair-modes run_tests sentinel] [--pairs data/pairs/organism.md#mechanism] [--out DIR]
 
-DIR (default out/audit) gets audit.csv (AUROC by score, modes, rows, period), cuts.csv (what the pairs' band, their midpoint, and the
-highest tenth and quarter would route), checks.csv (confounds and cost) and auroc.png.
+DIR (default out/audit) gets audit.csv (AUROC by score, modes, rows, period), cuts.csv (what the pairs' band and midpoint, 0, and
+the highest tenth and quarter would route), checks.csv (confounds and cost) and auroc.png.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import polars as pl
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
-from audit import CUTS, FAMILY, Audited, family, join, rebuild, row_facts, score_step
+from audit import FAMILY, PAIR_CUTS, SHARES, Audited, family, join, rebuild, row_facts, score_step
 from reopen import reopen
 from vgrout import runlog
 from vgrout.cli import config_of
@@ -184,13 +184,13 @@ def print_cuts(cuts: dict, names: list[str]) -> None:
     shares = [f"share_{z.name.lower()}" for z in Zone]
     body = []
     for name in (n for n in names if (n, "band", POOLED, "all", "all", "all") in cuts):
-        parts = ([numbers(at(name, cut, "all"), *shares), *(numbers(at(name, cut, m), *quality) for m in MODES)] for cut in CUTS[:2])
+        parts = ([numbers(at(name, cut, "all"), *shares), *(numbers(at(name, cut, m), *quality) for m in MODES)] for cut in PAIR_CUTS)
         body.append([name, *(x for part in parts for x in part)])
     show("Cuts from the pairs: shares of RETAIN, ABSORB, ROUTE; precision, recall, false-positive rate, F0.5 of ROUTE", body,
-         ["score", *(f"{cut}{what}" for cut in CUTS[:2] for what in ("", ", known", ", heldout"))])  # fmt: skip
-    body = [[n, *(f"{numbers(at(n, c, m), *quality)} ({numbers(at(n, c, m), *null)})" for c in CUTS[2:] for m in MODES)] for n in names]
+         ["score", *(f"{cut}{what}" for cut in PAIR_CUTS for what in ("", ", known", ", heldout"))])  # fmt: skip
+    body = [[n, *(f"{numbers(at(n, c, m), *quality)} ({numbers(at(n, c, m), *null)})" for c in SHARES for m in MODES)] for n in names]
     show("Matched shares: precision, recall, false-positive rate, F0.5 (95 % of random directions: precision, F0.5)", body,
-         ["score", *(f"{cut}, {mode}" for cut in CUTS[2:] for mode in MODES)])  # fmt: skip
+         ["score", *(f"{cut}, {mode}" for cut in SHARES for mode in MODES)])  # fmt: skip
 
 
 def draw(ranks: dict, names: list[str], path: Path) -> None:
