@@ -10,6 +10,9 @@ from torch import Tensor
 from vgrout.types import Zone
 
 
+KL_CAP = 10.0  # nats: k3 estimates a KL on samples of the policy; on a row of another state one token's value can exceed 1e6
+
+
 def advantages(rewards: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
     """A_i = r_i − mean of r over i's group."""
     return rewards - _group_mean(rewards, group, torch.ones_like(rewards))
@@ -51,7 +54,8 @@ def grpo_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "g t"]]]:
     """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser, normaliser = G · max_completion_length · P.
 
-    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html). `ref_logps` is None where beta is 0.
+    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), at most KL_CAP, beyond which it has no gradient.
+    `ref_logps` is None where beta is 0.
     Returns the loss (summed, so that micro-batches add up) and the per-token ratio, clip and KL for logging.
     """
     ratio = torch.exp(logps - old_logps)
@@ -60,7 +64,7 @@ def grpo_loss(
     kl = torch.zeros_like(logps)
     if ref_logps is not None:
         gap = ref_logps - logps
-        kl = torch.exp(gap) - gap - 1
+        kl = (torch.exp(gap) - gap - 1).clamp(max=KL_CAP)
     clipped = (ratio * A > ratio.clamp(1 - epsilon, 1 + epsilon) * A).float()
     loss = ((policy + beta * kl) * mask).sum() / normaliser
     return loss, {"ratio": ratio.detach(), "kl": kl.detach(), "clipped": clipped}
