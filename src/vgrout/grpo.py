@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vgrout.types import Zone
 
-
 KL_CAP = 10.0  # nats: k3 estimates a KL on samples of the policy; on a row of another state one token's value can exceed 1e6
 
 
