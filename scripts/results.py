@@ -149,20 +149,20 @@ def with_absorb(runs: dict[str, RunRecord]) -> dict[str, RunRecord]:
 BLOCK = re.compile(r"(<!-- runs: (\S+)(?: arms: ([\w ]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def page(path: Path) -> str:
-    """The page with every table between `<!-- runs: GLOB [arms: ARM …] -->` and `<!-- end -->` made anew from the records it names."""
+def with_tables(text: str) -> str:
+    """The page's text with every table between `<!-- runs: GLOB [arms: ARM …] -->` and `<!-- end -->` made anew from its records."""
 
     def block(match: re.Match) -> str:
         opening, pattern, arms, closing = match.groups()
         runs = with_absorb(find_runs([str(f) for f in sorted(ROOT.glob(pattern))]))
         if not runs:
-            raise UserError(f"{path}: no record matches {pattern!r}; commit them with --compact, or take the table out")
+            raise UserError(f"no record matches {pattern!r}; commit them with --compact, or take the table out")
         rows = [r for r in table(runs)[0] if not arms or r[0].split()[0] in arms.split()]
         several = {r[0].split()[0] for r in rows if "MEAN" in r[0]}
         rows = [[r[0].removesuffix(" MEAN"), *r[1:-1]] for r in rows if "MEAN" in r[0] or r[0] not in several]
         return f"{opening}{tabulate(rows, headers=HEADERS[:-1], tablefmt='github', disable_numparse=True)}\n{closing}"
 
-    return BLOCK.sub(block, path.read_text())
+    return BLOCK.sub(block, text)
 
 
 def compact(run: str, target: str) -> None:
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, metavar="FILE", help="make the tables of a results page anew")
     options = parser.parse_args()
     if options.page:
-        options.page.write_text(page(options.page))
+        options.page.write_text(with_tables(options.page.read_text()))
         return print(f"{options.page}: tables made anew")
     if options.compact:
         if len(options.runs) != 1:

@@ -35,7 +35,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # the device, the
 class Limits:
     """When a run has diverged. A breach must last `patience` steps; a figure that is not finite ends the run at once."""
 
-    kl: float = 3.0  # nats a token, a step's mean of values of at most grpo.KL_CAP; healthy organism runs stay below 1
+    kl: float = 10.0  # nats a token, a step's mean; healthy organism runs stay below 2 but for single steps
     probe_fall: float = 3.0  # nats a token below the base's log-prob of reference solutions, 20 times less likely; healthy: 0.3
     spike: float = 30.0  # times the median gradient norm of the window, where it is also beyond `clips`
     clips: float = 10.0  # times max_grad_norm; less is clipped without harm
