@@ -36,11 +36,15 @@ class Policy:
     eos_ids: frozenset[int]
     pad_id: int
     share_prompts: bool = True  # run each distinct prompt once; False: every row in full
-    gradient_checkpointing: bool = False  # in training mode
 
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def checkpointing(self) -> bool:
+        """Gradient checkpointing is at work: transformers then drops the cache without an error."""
+        return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
     @contextmanager
     def training(self):
@@ -86,7 +90,7 @@ def load_policy(
     eos = {tokenizer.eos_token_id} | set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     adapter = Lora2r(model, rank, lora_init_seed, targets)
-    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad, share_prompts, gradient_checkpointing)
+    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad, share_prompts)
 
 
 def logps(policy: Policy, batch: Batch, temperature: float, *, share: bool = True, prompt_grad: bool = True) -> Float[Tensor, "g t"]:
@@ -119,9 +123,8 @@ def completion_states(
     """
     call = partial(policy.model.base_model, output_hidden_states=layers)
     pick = lambda out: list(out.hidden_states[1:]) if layers else [out.last_hidden_state]  # noqa: E731
-    checkpointing = policy.model.training and policy.gradient_checkpointing
     before = batch.completion_start - 1
-    if not (share and policy.share_prompts) or checkpointing or policy.adapter.by_token or int(before.min()) < 1:
+    if not (share and policy.share_prompts) or policy.checkpointing or policy.adapter.by_token or int(before.min()) < 1:
         out = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return [predicting(batch, x) for x in pick(out)]
     column = torch.arange(int(before.max()), device=before.device)
