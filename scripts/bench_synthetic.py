@@ -181,7 +181,8 @@ def growth(repeats: int, size: Size, config: Config) -> list[dict]:
 def padding(lengths: list[int], token_budget: int) -> tuple[float, int]:
     """(share of padded tokens that are padding, micro-batches) of rows of these lengths."""
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    batch = Batch(mask, mask, mask, mask.bool(), mask.sum(1), *(mask[:, 0].float() for _ in range(3)))
+    row = mask[:, 0]
+    batch = Batch(mask, mask, mask, mask.bool(), mask.sum(1), rewards=row.float(), group=row, advantages=row.float())
     parts = tokens.micro_batches(batch, token_budget)
     padded = sum(len(p) * max(lengths[i] for i in p.tolist()) for p in parts)
     return 1 - sum(lengths) / padded, len(parts)
