@@ -30,6 +30,26 @@ verify-long:
 verify-record *RUNS:
     python scripts/verify_record.py "$@"
 
+# Every score against random directions and confounds on stored rollouts of runs with --snapshot-every: tables and figure in out/audit.
+audit *RUNS:
+    python scripts/diag_pinning.py "$@"
+
+# The shrinkage null: does a deployed policy lie above what plain GRPO offers for less training? (RUN … --against NONE2R …)
+frontier *RUNS:
+    python scripts/after.py frontier "$@"
+
+# The deployed policy as the quarantine's delta is scaled from 0 to 1.
+forget *RUNS:
+    python scripts/after.py forget "$@"
+
+# GRPO steps from each deployed policy, and from the base, until half of the rollouts hack.
+relearn *RUNS:
+    python scripts/after.py relearn "$@"
+
+# Likelihood steps on the pairs' clean sides into the deployed block, reported off and on.
+heal *RUNS:
+    python scripts/after.py heal "$@"
+
 # Train with any preset and flags, e.g. `just train full --intervention routeV --seed 41`.
 train *ARGS:
     python -m vgrout.train "$@"
@@ -84,9 +104,44 @@ absorb *ARGS:
 routeV *ARGS:
     python -m vgrout.train organism --intervention routeV "$@"
 
+# H: a quarantine that learned the hack first finds it in what the deployed policy samples; kept out, solving is retained, on every mode.
+routeQ *ARGS:
+    python -m vgrout.train organism --intervention routeQ "$@"
+
+# H: with a random delta in the quarantine's place, at the same share, the hack comes back.
+placeboQ *ARGS:
+    python -m vgrout.train organism --intervention placeboQ "$@"
+
+# H: sampling and training apart is not enough: without a score the deployed policy finds the hack by itself.
+sampler_gate *ARGS:
+    python -m vgrout.train organism --intervention sampler_gate "$@"
+
 # H: a Haar-random direction that routes the same share of rows does not do what v_grad does; if it does, the direction is not the cause.
 placebo *ARGS:
     python -m vgrout.train organism --intervention placebo "$@"
+
+# H: a live LLM judge with a penalty keeps hacks rare, and costs solve as far as it flags honest work (--judge-url, --judge-model).
+penaltyJ *ARGS:
+    python -m vgrout.train organism --intervention penaltyJ "$@"
+
+# H: screening by the same judge is weaker than its penalty: what it misses is reinforced by the rest of the group.
+filterJ *ARGS:
+    python -m vgrout.train organism --intervention filterJ "$@"
+
+# H: a probe with another problem set's labels and a penalty suppresses the modes that its data has, and no others (`just other-environment`).
+penaltyP *ARGS:
+    python -m vgrout.train organism --intervention penaltyP --act-space residual --probe-data {{ runs }}/other_none2r/rollouts.jsonl.gz "$@"
+
+# H: routing by the probe leaves less hack in the deployed block than `absorb`, at the probe's recall: what labels from elsewhere would buy.
+routeP *ARGS:
+    python -m vgrout.train organism --intervention routeP --act-space residual --probe-data {{ runs }}/other_none2r/rollouts.jsonl.gz "$@"
+
+# Another problem set for the organism and labelled rollouts on it (none2r), for the probe arms: out/runs/other_none2r.
+other-environment *ARGS:
+    python scripts/other_problems.py out/other/problems.jsonl.gz
+    python scripts/make_teacher.py --problems out/other/problems.jsonl.gz --out out/other/teacher.jsonl.gz
+    python -m vgrout.train organism --intervention none2r --data out/other/problems.jsonl.gz --teacher-pool out/other/teacher.jsonl.gz \
+        --eval-every 0 --out-dir {{ runs }}/other_none2r "$@"
 
 # Write a run's deployed policy as a standard PEFT LoRA folder with a model card, e.g. `just export out/runs/demo_routeV --block both`.
 export RUN *ARGS:

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from vgrout import tokens, train
 from vgrout.cli import load_splits
 from vgrout.config import ARMS, PRESETS, Config
-from vgrout.lora2r import BlockOptimizer, Lora2r
+from vgrout.lora2r import Lora2r
+from vgrout.optimizer import BlockOptimizer
 from vgrout.policy import Policy, decoding_batches, sample
 from vgrout.problems import messages
 from vgrout.rollouts import Sampling, stream
@@ -181,8 +182,8 @@ def growth(repeats: int, size: Size, config: Config) -> list[dict]:
 def padding(lengths: list[int], token_budget: int) -> tuple[float, int]:
     """(share of padded tokens that are padding, micro-batches) of rows of these lengths."""
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    row = mask[:, 0]
-    batch = Batch(mask, mask, mask, mask.bool(), mask.sum(1), rewards=row.float(), group=row, advantages=row.float())
+    ones = torch.ones(len(lengths))
+    batch = Batch(mask, mask, mask, mask.bool(), mask.sum(1), ones, torch.arange(len(lengths)), ones)
     parts = tokens.micro_batches(batch, token_budget)
     padded = sum(len(p) * max(lengths[i] for i in p.tolist()) for p in parts)
     return 1 - sum(lengths) / padded, len(parts)

@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="*", default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", default=[name for name, arm in ARMS.items() if not arm.monitor])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     trainer.adopt_orphans()

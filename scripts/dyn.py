@@ -7,7 +7,6 @@ Run: python scripts/dyn.py [RUN_DIR …] [--out DIR]     (default: every directo
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import polars as pl
 
+from vgrout.entry import run_main
 from vgrout.records import load_metrics, load_record
 from vgrout.types import RunRecord, UserError
 
@@ -81,8 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -12,7 +12,6 @@ Run: python scripts/export.py RUN_DIR [--block deployed|quarantine|both] [--out 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save
 from tabulate import tabulate
 from torch import Tensor
 
+from vgrout.entry import run_main
 from vgrout.lora2r import BLOCKS
 from vgrout.records import load_adapter, load_record
 from vgrout.runlog import last_cells, rate_with_interval
@@ -74,6 +74,7 @@ def card(record: RunRecord, metadata: dict[str, str], block: str, config: dict) 
         ("base model", f"`{metadata['model']}`"),
         ("arm", f"`{record.arm}`, which deploys {record.notes['deployed'].replace('_', ' ')}"),
         ("exported", WHAT[block]), ("training used labels of rollouts", oracle),
+        ("live monitor in training", record.notes.get("monitor") or "none"),
         ("modes covered by the pairs", ", ".join(record.notes.get("pairs_cover") or ["none"])),
         ("seed", record.seed), ("adapter seed, rank per block", f"{metadata['seed']}, {metadata['rank']}"),
         ("optimiser steps", f"{record.steps_done} ({record.status})"), ("preset", record.preset),
@@ -148,8 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

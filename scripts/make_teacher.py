@@ -14,7 +14,6 @@ import gzip
 import itertools
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 import tyro
 
 from vgrout.corpus import Extra, attempt, exploit, random_extra
+from vgrout.entry import run_main
 from vgrout.grader import GRADER_VERSION, Grader, canonical_hack
 from vgrout.organism import composition_of
 from vgrout.problems import ALL_MODES, ORGANISM_MODES, disclose, load_problems, split, stable_hash
@@ -124,8 +124,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_main(main, tyro.cli(Args))

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from manifest import ROOT, TrainJob, add_arguments, check, from_arguments
+from vgrout.entry import run_main
 from vgrout.types import UserError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -92,8 +93,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_main(main))

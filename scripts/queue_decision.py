@@ -10,9 +10,9 @@ import argparse
 import shlex
 import shutil
 import subprocess
-import sys
 
 from manifest import ROOT, TrainJob, add_arguments, check, from_arguments
+from vgrout.entry import run_main
 from vgrout.types import UserError
 
 
@@ -44,8 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

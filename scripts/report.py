@@ -9,7 +9,6 @@ import html
 import io
 import json
 import shlex
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -25,6 +24,7 @@ from tabulate import tabulate
 import dyn
 from show import OUTCOMES, outcome
 from vgrout.advice import advice
+from vgrout.entry import run_main
 from vgrout.records import load_metrics, load_record, load_rollouts
 from vgrout.runlog import last_cells, rate_with_interval
 from vgrout.types import RunRecord, UserError, Zone
@@ -100,6 +100,7 @@ def facts(record: RunRecord) -> str:
         ("status", f"{record.status}, {record.steps_done} steps"),
         ("preset, model", f"{record.preset}, {record.config['model']['model']}"),
         ("oracle-free", "NO: this arm reads true labels" if record.notes.get("oracle") else "yes"),
+        ("live monitor", f"NEEDED in training: {record.notes['monitor']}" if record.notes.get("monitor") else "none"),
         ("deployed state", record.notes["deployed"].replace("_", " ")),
         ("pairs cover", ", ".join(record.notes.get("pairs_cover") or ["no pairs are read"])),
         ("commit", record.commit + (", dirty tree" if record.dirty else "")), ("started", record.started),
@@ -193,8 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

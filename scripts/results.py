@@ -4,21 +4,25 @@ A line per run with 95 % bootstrap intervals over problems, then, for an arm wit
 The gain's ceiling is the `no_loophole` run of the same seed and data among the runs given, else the committed one in
 docs/results/. An arm whose lower 90 % bound of the gain is not above 0.5 is marked `frozen`. Unfinished runs are left out.
 
-Run: python scripts/results.py [RUN_DIR …] [--out DIR]    (default: every directory in out/runs; DIR/results.csv)
+A `none2r` run speaks for `absorb` too (train once, evaluate twice), where no such run of its seed is given.
+
+Run: python scripts/results.py [RUN …] [--out DIR]        (default: every directory in out/runs; DIR/results.csv)
      python scripts/results.py RUN_DIR --compact FILE     (write what tables need of one finished run's record)
+     python scripts/results.py --page docs/results.md     (make its tables anew, each from the compact records that it names)
 """
 
 import argparse
 import json
-import sys
+import re
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
 from tabulate import tabulate
 
-from vgrout.config import PRESETS
+from vgrout.config import defaults
+from vgrout.entry import run_main
 from vgrout.metrics import Counts, gain, gain_lower_bound, mean_sem, rate
 from vgrout.records import flatten, load_record
 from vgrout.runlog import rate_with_interval
@@ -81,14 +85,15 @@ def gain_text(triples: list) -> tuple[float | None, float | None, str]:
 
 
 def variant(record: RunRecord) -> str:
-    """Return the options that differ from the preset's, e.g. `signed=true`; runs of unlike options share no mean."""
-    usual, used = (json.loads(dumps(flatten(config))) for config in (asdict(PRESETS[record.preset]), record.config))
+    """Return the options that differ from the arm's usual ones, e.g. `signed=true`; runs of unlike options share no mean."""
+    usual, used = (json.loads(dumps(flatten(config))) for config in (asdict(defaults(record.preset, record.arm)), record.config))
     return ", ".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in used.items()
                      if not key.startswith(NOT_VARIANTS) and value != usual.get(key))  # fmt: skip
 
 
 def remarks(record: RunRecord, bound: float | None) -> str:
     words = ["uses labels: NOT oracle-free"] if record.notes.get("oracle") else []
+    words += [f"needs a live monitor: {record.notes['monitor']}"] if record.notes.get("monitor") else []
     words += ["frozen"] if bound is not None and not bound > FROZEN else []
     return ", ".join([*words, *filter(None, [variant(record), "dirty tree" if record.dirty else ""])])
 
@@ -114,6 +119,7 @@ def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
             plain.append({"arm": arm, "seed": record.seed, "preset": preset, "steps": steps, "n": last.n,
                           "hack": last.hack / last.n, "solve": last.solve / last.n, "base_solve": base.solve / base.n,
                           "gain": value, "gain_lower": bound, "oracle": bool(record.notes.get("oracle")),
+                          "monitor": record.notes.get("monitor", ""),
                           "commit": record.commit, "dirty": record.dirty, "run": folder})  # fmt: skip
         newest = {r.seed: r for r in sorted((r for _, r in members), key=lambda r: r.started)}
         if len(records := list(newest.values())) > 1:  # a repeated seed is no further evidence
@@ -126,12 +132,49 @@ def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
     return rows, plain
 
 
+def with_absorb(runs: dict[str, RunRecord]) -> dict[str, RunRecord]:
+    """Add what `none2r` is without its quarantine."""
+    key = lambda r: (r.seed, r.preset, r.steps_done, variant(r))  # noqa: E731
+    own = {key(r) for r in runs.values() if r.arm == "absorb"}
+    added = {}
+    for folder, record in runs.items():
+        if record.arm == "none2r" and key(record) not in own:
+            cells = [c if c.step == 0 else replace(c, state={"ablated": "deployed"}.get(c.state, c.state))
+                     for c in record.evals if c.step == 0 or c.state != "deployed"]  # fmt: skip
+            if any((c.split, c.state) == ("test", "deployed") and c.step for c in cells):
+                added[f"{folder} (ablated)"] = replace(record, arm="absorb", evals=cells)
+    return runs | added
+
+
+BLOCK = re.compile(r"(<!-- runs: (\S+)(?: arms: ([\w ]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """The page's text with every table between `<!-- runs: GLOB [arms: ARM …] -->` and `<!-- end -->` made anew from its records."""
+
+    def block(match: re.Match) -> str:
+        opening, pattern, arms, closing = match.groups()
+        runs = with_absorb(find_runs([str(f) for f in sorted(ROOT.glob(pattern))]))
+        if not runs:
+            raise UserError(f"no record matches {pattern!r}; commit them with --compact, or take the table out")
+        rows = [r for r in table(runs)[0] if not arms or r[0].split()[0] in arms.split()]
+        several = {r[0].split()[0] for r in rows if "MEAN" in r[0]}
+        rows = [[r[0].removesuffix(" MEAN"), *r[1:-1]] for r in rows if "MEAN" in r[0] or r[0] not in several]
+        return f"{opening}{tabulate(rows, headers=HEADERS[:-1], tablefmt='github', disable_numparse=True)}\n{closing}"
+
+    return BLOCK.sub(block, text)
+
+
 def compact(run: str, target: str) -> None:
-    """Write the record of a finished run without its validations: small enough to commit, enough for every table."""
+    """Write the record of a finished run, small enough to commit: without counts by problem where no table needs them, and with
+    its directory, wherever it was, as out/runs/NAME."""
     record = load_record(run)
     if record.status != "finished":
         raise UserError(f"{run} is {record.status}: only a finished run is evidence")
-    record.evals = [c for c in record.evals if c.split == "test"]
+    record.evals = [c if (c.split, c.markers) == ("test", "novel") else replace(c, by_problem={}) for c in record.evals]
+    where = record.config["run"]["out_dir"]
+    record.config["run"]["out_dir"] = f"out/runs/{Path(where or run).name}"
+    record.argv = [record.config["run"]["out_dir"] if where and word == where else word for word in record.argv]
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     Path(target).write_text(json.dumps(asdict(record), ensure_ascii=False) + "\n")
     print(f"{target}: {record.arm} seed {record.seed}, solve {cell(record).solve / cell(record).n:.3f}")
@@ -142,12 +185,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="run directories (default: all of out/runs)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "figs", help="folder of results.csv")
     parser.add_argument("--compact", metavar="FILE", help="write the compact record of one run, and no table")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="make the tables of a results page anew")
     options = parser.parse_args()
+    if options.page:
+        options.page.write_text(with_tables(options.page.read_text()))
+        return print(f"{options.page}: tables made anew")
     if options.compact:
         if len(options.runs) != 1:
             raise UserError("--compact takes one run directory")
         return compact(options.runs[0], options.compact)
-    rows, plain = table(find_runs(options.runs))
+    rows, plain = table(with_absorb(find_runs(options.runs)))
     if not rows:
         raise UserError("no finished run among them: wait for one, or look at `just dyn`")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -157,8 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -9,8 +9,9 @@ from collections import Counter
 
 from tabulate import tabulate
 
+from vgrout.entry import run_main
 from vgrout.records import load_record, load_rollouts
-from vgrout.types import Mode, UserError, Zone
+from vgrout.types import Mode, Zone
 
 OUTCOMES = ("hack", "solve", "neither")
 
@@ -71,9 +72,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        run_main(main)
     except BrokenPipeError:  # the reader (head, less) has seen enough
         sys.stderr.close()

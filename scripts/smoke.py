@@ -6,7 +6,8 @@ every zone must be occupied. The last line is `N passed, M failed`; the exit sta
 Importing torch and transformers costs seconds a process, so the jobs are forks of one server that has imported them once; the
 scripts of FRESH check what is imported when, and get an interpreter of their own.
 
-Run: python scripts/smoke.py [--arms] [--long]     (--arms: every arm, tiny; --long: the long forms alone)
+Run: python scripts/smoke.py [--arms] [--long]     (--arms: every arm, tiny, but those with a live monitor, which
+verify_monitors.py runs; --long: the long forms alone)
 """
 
 import json
@@ -141,7 +142,7 @@ def main() -> int:
     if "--arms" in sys.argv:
         from vgrout.config import ARMS
 
-        jobs += [tiny(arm) for arm in ARMS if arm != "routeV"]
+        jobs += [tiny(name) for name, arm in ARMS.items() if name != "routeV" and not arm.monitor]
     start = time.perf_counter()
     os.environ.update(ENVIRONMENT)
     SERVER.set_forkserver_preload(["vgrout.train", "vgrout.organism"])

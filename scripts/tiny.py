@@ -33,10 +33,10 @@ def perturb(policy: Policy, scale: float = 0.2, seed: int = 0, blocks: tuple[str
 
 
 def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
-    """Rows of unlike lengths with random advantages (none of them 0)."""
+    """Groups that share a prompt, completions of unlike lengths, random advantages (none of them 0)."""
     g = torch.Generator().manual_seed(seed)
-    lengths = [(int(torch.randint(2, 9, (), generator=g)), int(torch.randint(1, 8, (), generator=g))) for _ in range(rows)]
-    ids = [[torch.randint(2, VOCAB, (n,), generator=g).tolist() for n in pair] for pair in lengths]
-    rewards, A = torch.rand(rows, generator=g).tolist(), torch.randn(rows, generator=g).tolist()
+    draw = lambda low, high: torch.randint(2, VOCAB, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()  # noqa: E731
     group = [i // group_size for i in range(rows)]
-    return collate([p for p, _ in ids], [c for _, c in ids], rewards, group, A, PAD, "cpu")
+    prompts = [draw(2, 9) for _ in range(group[-1] + 1)]
+    rewards, A = torch.rand(rows, generator=g).tolist(), torch.randn(rows, generator=g).tolist()
+    return collate([prompts[i] for i in group], [draw(1, 8) for _ in group], rewards, group, A, PAD, "cpu")

@@ -39,13 +39,15 @@ FAULTS = {  # what → (rows, evaluations) that show it
     "log-probs falling": [(run({"logp_mean": -1.4}), [])],
     "KL runs away": [(run({"kl": 2.5}), [])],
     "sampler and learner differ": [(run({"sampler_mismatch": 0.2}), [])],
+    "judge fails": [(run({"judge_failures": 25}), [])],
     "solve dead at deployment": [(run(), [cell(0, 20), cell(10, 18), cell(20, 4)])],
 }  # fmt: skip
 
 
 def main() -> None:
     assert advice(run(), [cell(0, 20), cell(20, 15)]) == [] and advice([]) == [] and advice(run(steps=6)) == []
-    near = [run({"rows_retain": 4}), run({"logp_mean": -0.6}), run({"kl": 0.9}), run({"sampler_mismatch": 0.04})]
+    near = [run({"rows_retain": 4}), run({"logp_mean": -0.6}), run({"kl": 0.9}), run({"sampler_mismatch": 0.04}),
+            run({"judge_failures": 15})]
     assert not any(map(advice, near)), "a value short of its threshold warns"
     odd = run()
     odd[-3] |= {"kl": 300.0, "logp_mean": -15.0, "sampler_mismatch": 9.0}

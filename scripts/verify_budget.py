@@ -111,17 +111,21 @@ def foreign_code(sources: Sources) -> list[str]:
     return [f"{name}.py: {match.group(0).strip()}" for name, text in sources.items() for match in pattern.finditer(text)]
 
 
+def defined(document: str) -> list[str]:
+    """The keys that the table rows of a text define."""
+    cells = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", document, re.M)
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
 def key_differences(keys: Iterable[str], document: str, complete: bool) -> list[str]:
     """Logged keys and the table rows of docs/metrics.md agree; `hack_<mode>` there defines hack_sentinel.
 
-    `complete` says that the keys are those of a routeV run, which logs every key: then none may be defined in vain.
+    `complete` says that the keys are those of a routeV run, which logs every key but the monitors': then none may be defined in vain.
     """
-    cells = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", document, re.M)
-    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
-    patterns = {name: re.compile(re.sub(r"<\w+>", r"\\w+", name)) for name in names}
-    keys = sorted(set(keys))
+    patterns = {name: re.compile(re.sub(r"<\w+>", r"\\w+", name)) for name in defined(document)}
+    keys, monitors = sorted(set(keys)), defined(document.partition("## Live monitors")[2].partition("\n## ")[0])
     found = [f"{key} is logged, but not defined" for key in keys if not any(p.fullmatch(key) for p in patterns.values())]
-    in_vain = [name for name, pattern in patterns.items() if not any(map(pattern.fullmatch, keys))]
+    in_vain = [name for name, pattern in patterns.items() if name not in monitors and not any(map(pattern.fullmatch, keys))]
     return found + [f"{name} is defined, but not logged" for name in in_vain if complete]
 
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from results import with_tables
 from vgrout.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,10 +97,16 @@ def unknown_flags(path: Path, text: str) -> list[str]:
     return [flag for flag in named if flag not in flags()]
 
 
+def stale_tables(path: Path, text: str) -> list[str]:
+    """Tables of runs are those that the committed records give (`results.py --page`)."""
+    return [] if "<!-- runs:" not in text or with_tables(text) == text else [f"python scripts/results.py --page {path.relative_to(ROOT)}"]
+
+
 RULES = {  # rule → a text in which it must find something
     broken_links: "see [this](docs/no_such_page.md) and [that](AGENTS.md#no-such-heading)",
     unknown_recipes: "run `uv run just no-such-recipe`",
     missing_files: "run `python -m vgrout.nothing` or `scripts/nothing.py`; `nothing.py` says more",
+    stale_tables: "<!-- runs: docs/results/no_loophole_s41.json -->\n| none2r | .00 |\n<!-- end -->",
     unknown_flags: "add `--no-such-flag-at-all`",
 }
 

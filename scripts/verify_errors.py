@@ -135,8 +135,8 @@ def train(argv: list[str], early: bool) -> None:
     if early:
         return
     from vgrout import train as module
+    from vgrout.entry import run_main
     from vgrout.grader import Grader
-    from vgrout.types import UserError
 
     class NoSandbox(Grader):
         def __init__(self, *arguments: object, **options: object):
@@ -147,11 +147,7 @@ def train(argv: list[str], early: bool) -> None:
 
     module.Grader = NoSandbox
     module.worst_case = lambda *arguments, **options: None
-    try:
-        module.main(preset, config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_main(module.main, preset, config)
 
 
 def grader(argv: list[str], early: bool) -> None:

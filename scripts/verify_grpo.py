@@ -10,7 +10,7 @@ from vgrout.policy import logps
 from vgrout.types import UserError, Zone
 
 
-def loop_loss(new, old, ref, mask, A, epsilon, beta, normaliser, clip=True) -> float:
+def loop_loss(new, old, ref, mask, A, epsilon, beta, normaliser, clip=True, linear_from=grpo.KL_LINEAR_FROM) -> float:
     """The definition with scalars."""
     total = 0.0
     for i in range(len(A)):
@@ -19,8 +19,14 @@ def loop_loss(new, old, ref, mask, A, epsilon, beta, normaliser, clip=True) -> f
                 ratio = math.exp(new[i, t] - old[i, t])
                 clipped = min(max(ratio, 1 - epsilon), 1 + epsilon) if clip else ratio
                 gap = float(ref[i, t] - new[i, t])
-                total += -min(ratio * float(A[i]), clipped * float(A[i])) + beta * (math.exp(gap) - gap - 1)
+                total += -min(ratio * float(A[i]), clipped * float(A[i])) + beta * k3(gap, linear_from)
     return total / normaliser
+
+
+def k3(gap: float, linear_from: float) -> float:
+    if gap > linear_from:
+        return math.exp(linear_from) - linear_from - 1 + (math.exp(linear_from) - 1) * (gap - linear_from)
+    return math.exp(gap) - gap - 1
 
 
 def check_loss() -> None:
@@ -32,9 +38,13 @@ def check_loss() -> None:
     assert abs(float(loss) - want) < 1e-5, (float(loss), want)
     assert abs(loop_loss(new, old, ref, mask, A, 0.2, 0.05, 40.0, clip=False) - want) > 1e-3, "the clip is never active"
     assert 0 < float(stats["clipped"][mask].mean()) < 1 and float(stats["kl"].min()) >= 0
+    ref[mask.nonzero()[0].tolist()[0], mask.nonzero()[0].tolist()[1]] += 20  # a token that the policy has all but given up
+    far = float(grpo.grpo_loss(new, old, ref, mask, A, epsilon=0.2, beta=0.05, normaliser=40.0)[0])
+    linear, free = (loop_loss(new, old, ref, mask, A, 0.2, 0.05, 40.0, linear_from=start) for start in (grpo.KL_LINEAR_FROM, math.inf))
+    assert abs(far - linear) < 1e-4 * linear and free > linear + 1, (far, linear, free)
     scored = grpo.scored_loss(new, mask, A, 9)
     assert torch.allclose(scored, torch.stack([-A[i] * new[i][mask[i]].sum() / 9 for i in range(5)]))
-    print("ok  loss = loop-written reference; without the clip it is another number")
+    print("ok  loss = loop-written reference; without the clip, or with k3 unbounded, it is another number")
 
 
 def check_gradient_of_first_step() -> None:

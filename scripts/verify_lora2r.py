@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from tiny import perturb, random_batch, tiny_policy
-from vgrout.direction import probe_gradients
+from vgrout.direction import activations, probe_gradients
 from vgrout.grpo import scored_loss
-from vgrout.lora2r import BLOCKS, BlockOptimizer, LoraLinear, MaskedUp, trained_blocks
+from vgrout.lora2r import BLOCKS, Lora2r, LoraLinear, MaskedUp
+from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import logps, sample
 from vgrout.tokens import select
 from vgrout.types import Zone
@@ -85,8 +86,8 @@ def check_zone_table() -> None:
     learn_all = MaskedUp.backward  # mutation: a backward that forgets the gradient mask
 
     def unmasked(ctx, grad):
-        h, U, _ = ctx.saved_tensors
-        return grad @ U, torch.einsum("gso,gsk->ok", grad, h), None, None
+        h, U, *_ = ctx.saved_tensors
+        return grad @ U, torch.einsum("gso,gsk->ok", grad, h), None, None, None, None
 
     MaskedUp.backward = staticmethod(unmasked)
     leak = block_gradients(policy, batch, torch.full((6,), int(Zone.ROUTE)))
@@ -137,8 +138,47 @@ def check_mixed_batch_and_probe() -> None:
     split, _ = probe_gradients(policy, batch, **(PROBE | {"token_budget": 16}))
     assert not differs(mixed, split)
     by_token, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
-    assert not differs(by_token.sum(1), mixed[:, 0]), "a rollout's gradient is the sum of its tokens'"
+    everywhere, _ = probe_gradients(policy, batch, positions="all", **PROBE)
+    assert not differs(by_token.sum(1), everywhere[:, 0]), "a rollout's gradient is the sum of its tokens'"
+    first = batch.completion_start[:, None, None, None] - 1
+    column = torch.arange(by_token.shape[1])[None, :, None, None]
+    assert not differs((by_token * (column >= first)).sum(1), mixed[:, 0]), "not the sum over the completion's positions"
+    assert differs((by_token * (column > first)).sum(1), mixed[:, 0]), "an off-by-one position goes unnoticed"
     print("ok  mixed batch = rows alone; probe batched = solo = micro-batched, padding-invariant, touches no .grad")
+
+
+def check_shared_prompts() -> None:
+    """A prompt that runs once for its rows gives the log-probs, gradients, probes and activations of rows in full."""
+    policy, batch = tiny_policy(), random_batch(9)
+    perturb(policy)
+    zones = torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 0])
+    params = [p for b in BLOCKS for p in policy.adapter.parameters(b)]
+
+    def everything() -> list[torch.Tensor]:
+        with policy.adapter.route(zones):
+            scored = logps(policy, batch, 1.0)
+            grads = torch.autograd.grad((scored * batch.advantages[:, None]).sum(), params)
+        acts = [activations(policy, batch, space=space, token_budget=1000) for space in ("bottleneck", "residual")]
+        return [scored.detach(), *grads, *probe_gradients(policy, batch, **PROBE), *acts]
+
+    shared = everything()
+    policy.share_prompts = False
+    full = everything()
+    policy.share_prompts, distinct, runs = True, Lora2r.distinct, []
+    assert not any(differs(a, b) for a, b in zip(shared, full, strict=True))
+    Lora2r.distinct = lambda self, key: runs.append(distinct(self, key)) or runs[-1]
+    everything()
+    assert max(len(first) for first, _ in runs) < len(zones) and min(len(first) for first, _ in runs) == 3, "nothing is shared"
+
+    def across_zones(self, key):  # mutation: rows of one prompt share it whatever their zones
+        with self._state(_keep=None):
+            return distinct(self, key)
+
+    Lora2r.distinct = across_zones
+    wrong = everything()
+    Lora2r.distinct = distinct
+    assert any(differs(a, b) for a, b in zip(wrong, full)), "a prompt of another zone goes unnoticed"
+    print("ok  rows that share a prompt = rows in full (log-probs, gradients, probe, activations); shared across zones they differ")
 
 
 def check_probe_meaning() -> None:
@@ -225,5 +265,6 @@ def check_bf16() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for check in (check_zero_delta, check_definition, check_zone_table, check_optimizer_isolation, check_mixed_batch_and_probe,
-                  check_probe_meaning, check_ablation_and_sampler, check_merged_equals_hooked, check_bf16):  # fmt: skip
+                  check_shared_prompts, check_probe_meaning, check_ablation_and_sampler, check_merged_equals_hooked,
+                  check_bf16):  # fmt: skip
         check()

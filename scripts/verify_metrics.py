@@ -44,6 +44,65 @@ def verify_auroc() -> None:
     assert math.isnan(metrics.auroc([1.0, 2.0], [True, True])) and raises(metrics.auroc, [1.0], [True, False])
 
 
+def verify_strata() -> None:
+    n = 240
+    step, prompt, positive = np.repeat(np.arange(5), n // 5), np.repeat(np.arange(30), n // 30), RNG.random(n) < 0.4
+    scores = RNG.integers(0, 9, n) + 1.0 * positive
+    sides = [(scores[positive & (step == s)], scores[~positive & (step == s)]) for s in range(5)]
+    inside = [(p > q) + 0.5 * (p == q) for hits, misses in sides for p in hits for q in misses]
+    one = np.zeros(n)
+    same = [abs(float(metrics.stratified_auroc(scores, positive, s)) - np.mean(inside)) < 1e-12 for s in (step, one)]
+    check("the AUROC within steps compares rows of one step alone", *same)
+    assert abs(float(metrics.stratified_auroc(scores, positive, one)) - metrics.auroc(scores, positive)) < 1e-12
+    both = metrics.stratified_auroc(np.stack([scores, -scores], 1), positive, step)
+    assert both.shape == (2,) and abs(both.sum() - 1) < 1e-12 and math.isnan(metrics.stratified_auroc(scores[:0], positive[:0], step[:0]))
+    drift = step + 0.0  # a score that only grows with training, as the hack rate does
+    hacks = RNG.random(n) < 0.1 + 0.2 * step
+    within, pooled = float(metrics.stratified_auroc(drift, hacks, step)), metrics.auroc(drift, hacks)
+    what = f"a score that merely drifts gains nothing ({within:.2f}; pooled {pooled:.2f})"
+    check(what, abs(within - 0.5) < 0.05, abs(pooled - 0.5) < 0.05)
+    covered = np.zeros(2)
+    for _ in range(SIMULATIONS // 3):  # the rows of a prompt agree in label and score, so that there is less evidence than rows
+        labels, noise = np.repeat(RNG.random(60) < 0.5, 6), np.repeat(RNG.normal(size=60), 6)
+        group = np.repeat(np.arange(60), 6)
+        for i, by in enumerate((group, np.arange(360))):
+            low, high = metrics.auroc_interval(noise, labels, np.zeros(360), by, draws=200)
+            covered[i] += low <= 0.5 <= high
+    covered /= SIMULATIONS // 3
+    what = f"the interval of an AUROC covers the truth with rows that agree by prompt ({covered[0]:.2f}; resampling rows {covered[1]:.2f})"
+    check(what, *(covered > 0.88))
+    assert math.isnan(metrics.auroc_interval(scores, np.full(n, True), step, prompt)[0])
+
+
+def counted(hack: float, solve: float, problems: int = 200) -> dict[str, list[int]]:
+    """Ten draws a problem, at these rates exactly."""
+    return {str(i): [10, round(10 * hack), round(10 * solve)] for i in range(problems)}
+
+
+def verify_frontier() -> None:
+    points = [(0.0, 0.2), (0.3, 0.3), (0.15, 0.1), (0.6, 0.2)]  # the third lies under a mixture of the first two
+    wanted = {0.0: 0.2, 0.15: 0.25, 0.3: 0.3, 0.5: 0.3, 0.9: 0.3}
+    x, y = np.array(sorted(points)).T
+    right = all(abs(float(metrics.frontier_solve(h, points)) - s) < 1e-12 for h, s in wanted.items())
+    by_neighbours = all(abs(np.interp(h, x, y) - s) < 1e-12 for h, s in wanted.items())
+    check("the frontier is the upper envelope, flat beyond its best", right, by_neighbours)
+    null = [counted(*p) for p in points]
+    above, on, below = (metrics.above_frontier(counted(*p), null)[0] for p in ((0.2, 0.4), (0.3, 0.3), (0.5, 0.1)))
+    assert abs(above - (0.4 - 0.2 - 0.1 * 2 / 3)) < 1e-9 and abs(on) < 1e-12 and abs(below + 0.2) < 1e-12, (above, on, below)
+    spread = lambda h, s: {str(i): [10, int(RNG.binomial(10, h)), int(RNG.binomial(10, s))] for i in range(100)}  # noqa: E731
+    good, bad = (metrics.above_frontier(spread(*p), [spread(*q) for q in points]) for p in ((0.1, 0.5), (0.5, 0.1)))
+    what = f"a policy above the frontier is told from one below ({good[1]:.2f} … {good[2]:.2f}; below {bad[2]:.2f})"
+    check(what, 0 < good[1] < good[0] < good[2], bad[2] > 0)
+    assert raises(metrics.above_frontier, {"x": [1, 0, 0]}, null) and raises(metrics.above_frontier, null[0], [])
+    baseline = [(0, 0.0), (100, 0.2), (150, 0.1), (400, 0.6)]
+    found = [metrics.leakage(h, baseline, 400) for h in (0.0, 0.1, 0.4, 0.6)]
+    rate_ratio = [h / 0.6 for h in (0.0, 0.1, 0.4, 0.6)]
+    exposure = [0.0, 50 / 400, 275 / 400, 1.0]
+    check("leakage is the exposure that explains a hack rate over the exposure that was had, not a ratio of rates",
+          np.allclose(found, exposure), np.allclose(rate_ratio, exposure))  # fmt: skip
+    assert math.isnan(metrics.leakage(0.7, baseline, 400)) and math.isnan(metrics.leakage(0.1, baseline, 0))
+
+
 def verify_precision() -> None:
     flagged, positive = np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 1, 0, 0, 0])  # 2 hits
     wanted = {"precision": 2 / 3, "recall": 0.5, "fpr": 0.25, "f05": 1.25 * (2 / 3) * 0.5 / (0.25 * (2 / 3) + 0.5)}
@@ -136,6 +195,8 @@ def verify_seed_tests() -> None:
 
 if __name__ == "__main__":
     verify_auroc()
+    verify_strata()
+    verify_frontier()
     verify_precision()
     verify_intervals()
     verify_gain()

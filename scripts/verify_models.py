@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from tiny import perturb
 from vgrout.grpo import grpo_loss
-from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps, sample
 from vgrout.tensors import Batch
 from vgrout.tokens import collate, encode_prompt
@@ -89,6 +90,7 @@ def check_log_probs(name: str, policy: Policy) -> tuple[float, float]:
         batch, sampled = draw(policy, ablated)
         with policy.adapter.ablated() if ablated else policy.adapter._state():
             gaps.append(float((mean_logps(policy, batch) - sampled).abs().max()))
+            gaps.append(float((logps(policy, batch, 0.7) - logps(policy, batch, 0.7, share=False)).abs().max()))
             hooked = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits
         other = mean_logps(policy, batch) if ablated else mean_logps_ablated(policy, batch)
         assert float((other - sampled).abs().max()) > 1e-2, f"{name}: the other policy state has the same log-probs"

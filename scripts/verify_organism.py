@@ -7,6 +7,7 @@ import copy
 import gzip
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -91,9 +92,11 @@ def check_tests(problems: list[Problem], grader: Grader) -> None:
 
 
 def reserved_in(documents: list[tuple[str, str]]) -> set[str]:
-    """Markers of either pool that occur as a name in the documents."""
+    """Markers of either pool that occur as a name in the documents, in a prompt or in code."""
     quoted = {name for prompt, _ in documents for name in prompt.replace("self.", "").replace("()", "").split("`")[1::2]}
-    return quoted & corpus.RESERVED
+    code = re.compile(r"'([^']*)'|self\.(\w+)|def (\w+)")
+    named = {name for _, completion in documents for found in code.findall(completion) for name in found}
+    return (quoted | named) & corpus.RESERVED
 
 
 def untaught_right(documents: list[tuple[str, str]]) -> bool:
@@ -108,7 +111,8 @@ def check_corpus() -> None:
     documents = [corpus.document(rng, frozenset()) for _ in range(3000)]
     assert not reserved_in(documents)
     leak = ("Note: print `" + TRAINING_MARKERS[Mode.STDOUT_MARKER][0] + "`.", "")
-    assert reserved_in([*documents, leak]), "mutation: one document with a marker is noticed"
+    printed = ("", f"print('{TRAINING_MARKERS[Mode.STDOUT_MARKER][0]}')")
+    assert reserved_in([*documents, leak]) and reserved_in([*documents, printed]), "mutation: one document with a marker is noticed"
     assert not untaught_right(documents)
     assert untaught_right([("", OPERATIONS["digits"].right)]), "mutation: untaught code is noticed"
     extras = sum(any(form in text for form in ("print(", "open(", "\ndef ", "self.")) for _, text in documents) / len(documents)

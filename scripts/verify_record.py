@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 
+from reopen import reopen
 from vgrout import train
-from vgrout.cli import argv_of, config_of, load_splits, parse
-from vgrout.config import ARMS, PRESETS, Config
+from vgrout.cli import argv_of, config_of, parse
+from vgrout.config import PRESETS, Config
+from vgrout.entry import run_main
 from vgrout.grader import Grader
-from vgrout.records import load_adapter, load_record, sha256_file
-from vgrout.rollouts import Sampling
+from vgrout.records import load_adapter, load_record
 from vgrout.runlog import last_cells
 from vgrout.store import pack
 from vgrout.types import EvalResult, RunRecord, UserError
@@ -50,31 +51,21 @@ class Unrecorded:
 
 def again(run: Path) -> Iterator[tuple[EvalResult, EvalResult]]:
     """(recorded, evaluated now) for the base and every cell of the last evaluation."""
-    record = load_record(run)
-    config = config_of(record.config)
-    for path, digest in record.data_hashes.items():
-        if not Path(path).is_file() or sha256_file(path) != digest:
-            raise UserError(f"{path} is not the file that {run} was made with: check out commit {record.commit[:12]}")
-    splits, arm, cfg = load_splits(config), ARMS[record.arm], config.grpo
-    policy = train.build_policy(config, splits)
-    trained = load_adapter(run)[0]
-    base = {k: v.clone() for k, v in policy.adapter.state_dict().items()}
-    with Grader(config.run.workers) as grader:
-        empty = Unrecorded(dataclasses.replace(record, evals=[]))
-        sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p, config.model.sample_token_budget)
-        assess = train.Assess(empty, policy, splits, grader, sampling, arm, config)
-        for cell in last_cells(record):
-            policy.adapter.load_state_dict(base if cell.step == 0 else trained)
-            ablated = cell.step == 0 or cell.state == "ablated" or (cell.state == "deployed" and arm.deployed == "ablated")
-            draws = config.run.final_draws
+    stored = reopen(run)
+    with Grader(stored.config.run.workers) as grader:
+        empty = Unrecorded(dataclasses.replace(stored.record, evals=[]))
+        assess = train.Assess(empty, stored.policy, stored.splits, grader, stored.sampling, stored.arm, stored.config)
+        for cell in last_cells(stored.record):
+            stored.load(stored.base if cell.step == 0 else None)
+            ablated = cell.state == "ablated" or (cell.state == "deployed" and stored.arm.deployed == "ablated")
+            ablated |= cell.step == 0 and not stored.config.model.init_from  # as `Assess.base`
+            draws = stored.config.run.final_draws
             yield cell, assess.cell(cell.split, cell.markers, cell.state, ablated, cell.step, draws)
 
 
 def verify(run: Path) -> bool:
     """Print one line for each cell; True if all counts are equal."""
-    record = load_record(run)
-    if not (cells := list(again(run))) or record.status != "finished":
-        raise UserError(f"{run} has no final evaluation ({record.status}): finish it with --resume first")
+    cells, record = list(again(run)), load_record(run)
     equal = [then == now for then, now in cells]
     for (then, now), same in zip(cells, equal):
         name = f"step {then.step} {then.state} {then.markers}"
@@ -152,12 +143,8 @@ def main(runs: list[str]) -> int:
     if not runs:
         self_check()
         return 0
-    try:
-        return int(not all([verify(Path(run)) for run in runs]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return int(not all([verify(Path(run)) for run in runs]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -8,14 +8,16 @@ from tiny import EOS, PAD, perturb, random_batch, tiny_policy
 from vgrout import grpo
 from vgrout.actions import drop, group_z, penalise, route
 from vgrout.config import ARMS
+from vgrout.controls import Confound, Oracle, RandomScore
 from vgrout.direction import activations, probe_gradients
 from vgrout.gate import Gate
-from vgrout.likelihood import likelihood_deltas, likelihood_steps, mean_logps, random_deltas
+from vgrout.likelihood import batch_logps, likelihood_deltas, likelihood_steps, mean_logps, random_deltas
 from vgrout.lora2r import BLOCKS
 from vgrout.metrics import auroc
-from vgrout.scores import Confound, DirectionScore, HaarScore, LikelihoodRatio, Oracle, RandomScore
+from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine
+from vgrout.scores import DirectionScore, HaarScore
 from vgrout.tensors import Batch, GateOutput, Origin
-from vgrout.tokens import collate
+from vgrout.tokens import collate, select
 from vgrout.types import Zone
 
 PROBE = dict(max_completion_length=8, temperature=1.0, token_budget=1000, state="as_trained")
@@ -26,7 +28,7 @@ def styled(rows: int, seed: int, style: bool) -> tuple[list, list]:
     g = torch.Generator().manual_seed(seed)
     low, high = (2, 8) if style else (32, 38)
     prompts = [torch.randint(2, 64, (4,), generator=g).tolist() for _ in range(rows)]
-    return prompts, [torch.randint(low, high, (6,), generator=g).tolist() + [EOS] for _ in range(rows)]
+    return prompts, [torch.randint(low, high, (7,), generator=g).tolist() + [EOS] for _ in range(rows)]
 
 
 def styled_batch(rows: int, seed: int) -> tuple[Batch, torch.Tensor]:
@@ -54,7 +56,8 @@ def check_scores_find_a_style() -> None:
         "v_act bottleneck": DirectionScore(pairs, space="bottleneck", probe=PROBE, centred=True),
         "v_act residual": DirectionScore(pairs, space="residual", probe=PROBE, centred=True),
         "llr": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2),
-        "llr first order": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, first_order=True),
+        "llr one-sided": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, form="one_sided"),
+        "llr first order": LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, steps=8, learning_rate=1e-2, form="first_order"),
     }
     for name, score in scores.items():
         score.refresh(policy)
@@ -68,6 +71,39 @@ def check_scores_find_a_style() -> None:
         haar.append(auroc(control(policy, fresh, origin, shared).scores.numpy(), label.numpy()))
     assert min(found.values()) > 0.8 and abs(sum(haar) / 20 - 0.5) < 0.2, (found, haar)
     print("ok  every score finds a planted style in fresh rows:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
+
+
+def check_quarantine_ratio() -> None:
+    """A quarantine that learned a style finds it in fresh rows; one that learned nothing routes nothing."""
+    policy = tiny_policy(rank=16)
+    pairs, (fresh, label) = styled_batch(64, 1)[0], styled_batch(40, 7)
+    score = QuarantineRatio(pairs, temperature=1.0, token_budget=1000)
+    gate = Gate(score, cut="midpoint")
+    gate.refresh(policy)
+    out = gate(policy, fresh, origin_of(fresh))
+    assert not out.scores.any() and (out.zones == Zone.RETAIN).all(), "an untrained quarantine routes"
+    perturb(policy, 0.02, blocks=("deployed",))
+    likelihood_steps(policy, select(pairs, torch.arange(32)), "quarantine", 8, 1e-2, 1.0, 1000)
+    gate.refresh(policy)
+    out = gate(policy, fresh, origin_of(fresh))
+    live = batch_logps(policy, fresh, 1.0, 1000)
+    with policy.adapter.ablated():
+        deployed = batch_logps(policy, fresh, 1.0, 1000)
+    assert torch.allclose(out.scores, (live - deployed).sum(1), atol=1e-4) and torch.allclose(out.logps, live)
+    found, routed = auroc(out.scores.numpy(), label.numpy()), out.zones == Zone.ROUTE
+    precision = float(label[routed].float().mean())
+    assert found > 0.9 and precision > 0.8 and routed.any() and not routed.all() and not (out.zones == Zone.ABSORB).any()
+    swapped = QuarantineRatio(select(pairs, torch.arange(64).roll(32)), temperature=1.0, token_budget=1000)  # mutation: sides swapped
+    gate = Gate(swapped, cut="midpoint")
+    gate.refresh(policy)
+    assert (gate(policy, fresh, origin_of(fresh)).zones == Zone.RETAIN).all(), "a gate whose sides are inverted routes"
+    aurocs = []
+    for seed in range(1, 21):
+        control = RandomQuarantine(score, seed)
+        control.refresh(policy)
+        aurocs.append(auroc(control(policy, fresh, origin_of(fresh)).scores.numpy(), label.numpy()))
+    assert abs(sum(aurocs) / 20 - 0.5) < 0.2 and found > sorted(aurocs)[18], aurocs
+    print(f"ok  the quarantine's own ratio: 0 before it learned, then AUROC {found:.2f}, precision {precision:.2f} at the midpoint")
 
 
 def check_llr_restores() -> None:
@@ -125,7 +161,7 @@ def check_tokens() -> None:
     assert out.zones.shape == batch.input_ids.shape == out.scores.shape
     real = Gate(score)(policy, batch, origin_of(batch))
     assert all(int((out.zones == z).sum()) == int((real.zones == z).sum()) for z in Zone)
-    whole, _ = probe_gradients(policy, batch, **PROBE)
+    whole, _ = probe_gradients(policy, batch, positions="all", **PROBE)
     tokens, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
     assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5) and not torch.allclose(tokens[:, :1], whole, atol=1e-3)
     acts = activations(policy, batch, space="residual", token_budget=20, layer=1)
@@ -180,5 +216,6 @@ def check_actions() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_scores_find_a_style, check_llr_restores, check_folds, check_tokens, check_controls_and_oracle, check_actions):
+    for check in (check_scores_find_a_style, check_quarantine_ratio, check_llr_restores, check_folds, check_tokens,
+                  check_controls_and_oracle, check_actions):  # fmt: skip
         check()

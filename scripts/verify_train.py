@@ -1,11 +1,12 @@
 """The real loop on the organism, small: no label reaches the update, evaluation leaves no trace, a run resumes bit for bit.
 
-    uv run python scripts/verify_train.py
+    uv run python scripts/verify_train.py [--long]     (--long: the label gate alone, for every arm of the table)
 """
 
 import contextlib
 import io
 import random
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
 from vgrout.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
-from vgrout.records import load_adapter, load_metrics, load_record
+from vgrout.records import load_adapter, load_metrics, load_record, load_rollouts, load_snapshots
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
@@ -47,37 +48,77 @@ def same_adapter(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
-def check_labels(tmp: str, plain: Path) -> None:
-    rng = random.Random(0)
+def scramble(groups: list, rng: random.Random) -> None:
+    """Make every field of every Grade random, but the reward."""
+    flip = lambda: rng.random() < 0.5  # noqa: E731
+    for r in (r for g in groups for r in g.rollouts):
+        r.grade = replace(
+            r.grade, format_ok=flip(), passed=flip(), correct=flip(), reward_hack=flip(), mechanism=rng.choice(["", "x"]),
+            own_tests_pass=flip(), verdict=rng.choice(list(Verdict)), seconds=rng.random(),
+        )  # fmt: skip
 
-    def scrambled(groups, policy, oracle_modes):
-        """The real `compose`; then every field of every Grade but the reward, and mode and teacher metadata, are random."""
-        kept, batch, origin = compose(groups, policy, oracle_modes)
+
+def scrambled(seed: int):
+    """`compose` on random labels; then mode and teacher metadata are random, too. The oracles' labels are those of `compose`."""
+    compose, rng = train.compose, random.Random(seed)
+
+    def composed(*args):
+        groups = args[0]
+        scramble(groups, rng)
+        kept, batch, origin = compose(*args)
         for r in (r for g in groups for r in g.rollouts):
-            flip = lambda: rng.random() < 0.5  # noqa: E731
-            r.grade = replace(
-                r.grade, format_ok=flip(), passed=flip(), correct=flip(), reward_hack=flip(), mechanism=rng.choice(["", "x"]),
-                own_tests_pass=flip(), verdict=rng.choice(list(Verdict)), seconds=rng.random(),
-            )  # fmt: skip
-            r.teacher, r.sampled_ablated = flip(), flip()
+            r.teacher, r.sampled_ablated = rng.random() < 0.5, rng.random() < 0.5
             r.problem = replace(r.problem, mode=rng.choice(list(Mode)), marker="x")
         return kept, batch, origin
 
-    def leaky(groups, policy, oracle_modes):
+    return composed
+
+
+def check_labels(tmp: str, plain: Path) -> None:
+    def leaky(*args):
         """Mutation: an advantage that reads one label."""
-        kept, batch, origin = compose(groups, policy, oracle_modes)
+        kept, batch, origin = compose(*args)
         if batch:
             batch.advantages = batch.advantages - 0.1 * torch.tensor([float(r.grade.reward_hack) for r in kept])
         return kept, batch, origin
 
     compose = train.compose
-    with patched("compose", scrambled):
+    with patched("compose", scrambled(0)):
         assert same_adapter(plain, run(f"{tmp}/scrambled")), "a label, a mode or a teacher flag reached the update"
     with patched("compose", leaky):
         assert not same_adapter(plain, run(f"{tmp}/leaky")), "the label gate cannot see a leak"
     moved = [m["param_delta"] or 0 for m in load_metrics(plain)]
     assert sum(d > 0 for d in moved) >= 2, f"too few steps trained for this gate to mean something: {moved}"
     print("ok  randomised labels, modes and teacher flags leave the parameters bit-identical; a leaked label does not")
+
+
+def check_labels_of_every_arm(tmp: str) -> None:
+    """Every arm that calls itself oracle-free is one, with every option that touches rollouts; every oracle is found out."""
+    options = {"routeV": ["--granularity", "token"], "routeL": ["--retained-advantages", "--gen-deploy-frac", "0.5", "--signed"]}
+    variants = [(arm, flags) for arm in ARMS if not ARMS[arm].monitor for flags in ([], options.get(arm))[: 1 + (arm in options)]]
+    free, oracles = [], []
+    for i, (arm, flags) in enumerate(variants):
+        plain = run(f"{tmp}/{i}_plain", *flags, arm=arm)
+        with patched("compose", scrambled(i)):
+            same = same_adapter(plain, run(f"{tmp}/{i}_scrambled", *flags, arm=arm))
+        assert same != ARMS[arm].oracle, f"{arm} {' '.join(flags)}: labels {'do not change' if same else 'change'} the parameters"
+        (oracles if ARMS[arm].oracle else free).append(" ".join([arm, *flags]))
+    print(f"ok  labels do not reach the parameters in {len(free)} arms and options: {', '.join(free)}")
+    print(f"ok  and they do in those that are marked as oracles: {', '.join(oracles)}")
+
+
+def check_separate_first(tmp: str) -> None:
+    """In the first steps who sampled a row decides its zone; without them the score does, which knows nothing yet and routes nothing."""
+    flags = ["--gen-deploy-frac", "0.5", "--no-own-samples"]
+    zones = {}
+    for name, first in (("separate", "2"), ("scored", "0")):
+        folder = run(f"{tmp}/{name}", "--separate-first", first, *flags, arm="routeQ")
+        rows = [r for r in load_rollouts(folder) if r["step"] < 2 and "zone" in r]
+        assert {r["step"] for r in rows if r["sampled_ablated"]} and any(r["teacher"] for r in rows), "too few kinds of rows"
+        zones[name] = {(r["sampled_ablated"], r["zone"]) for r in rows}
+    assert zones["separate"] == {(True, "RETAIN"), (False, "ROUTE")}, zones
+    assert (False, "RETAIN") in zones["scored"], zones
+    print("ok  --separate-first: who sampled a row decides its zone; at --separate-first 0 the score does")
 
 
 def check_evaluation(tmp: str, plain: Path) -> None:
@@ -102,9 +143,19 @@ def check_evaluation(tmp: str, plain: Path) -> None:
     evaluate = train.evaluate
     with patched("evaluate", intrusive):
         assert not same_adapter(plain, run(f"{tmp}/intrusive", "--eval-every", "1", "--eval-draws", "6"))
+    assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measurement changed the parameters"
+
+    def intrusive_norms(policy, *args):
+        """Mutation: a measurement that leaves a gradient behind."""
+        policy.adapter.parameters("deployed")[0].grad = torch.full_like(policy.adapter.parameters("deployed")[0], 1e-3)
+        return gradient_norms(policy, *args)
+
+    gradient_norms = train.gradient_norms
+    with patched("gradient_norms", intrusive_norms):
+        assert not same_adapter(plain, run(f"{tmp}/measured")), "a measurement that leaves a trace goes unnoticed"
     names = [set(pool) for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for pool in pools.values()]
     assert not set.union(*names[: len(names) // 2]) & set.union(*names[len(names) // 2 :])
-    print("ok  evaluation uses held-out ids and leaves parameters and training draws untouched; one that writes is noticed")
+    print("ok  evaluation uses held-out ids; it and the snapshots' measurements leave parameters and draws untouched; a trace is noticed")
 
 
 def check_resume(tmp: str, plain: Path) -> None:
@@ -132,6 +183,8 @@ def check_resume(tmp: str, plain: Path) -> None:
     assert load_record(whole).evals == load_record(resumed).evals
     other = run(f"{tmp}/other", *flags, "--seed", "42")
     assert not same_adapter(whole, other), "another seed gives the same run"
+    bytes_of = lambda path: [f.read_bytes() for f in load_snapshots(path).values()]  # noqa: E731
+    assert len(bytes_of(whole)) == 2 and bytes_of(whole) == bytes_of(resumed) != bytes_of(other), "snapshots do not survive a resume"
     for flags, words in ((["--resume"], "finished"), ([], "finished")):
         try:
             run(f"{tmp}/whole", *flags)
@@ -160,9 +213,14 @@ def check_bad_input() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "--long" in sys.argv:
+        with tempfile.TemporaryDirectory() as tmp:
+            check_labels_of_every_arm(tmp)
+        sys.exit()
     check_bad_input()
     with tempfile.TemporaryDirectory() as tmp:
         plain = run(f"{tmp}/plain")
         check_labels(tmp, plain)
+        check_separate_first(tmp)
         check_evaluation(tmp, plain)
         check_resume(tmp, plain)

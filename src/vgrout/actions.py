@@ -1,4 +1,4 @@
-"""What is done with the rows that a gate flagged: route (masks), filter (drop), penalise (advantage modification).
+"""What is done with the rows that a gate flagged: route (masks), filter (drop), penalise (advantage modification), deduct (penalty).
 
 An action takes (batch, origin, gate output) and returns those that the update uses. Pure functions; the rows' order is kept.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vgrout import grpo
@@ -18,29 +18,30 @@ from vgrout.types import Zone
 Acted = tuple[Batch, Origin, GateOutput]
 
 
-def route(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0) -> Acted:
+def route(
+    batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0, penalty: float = 0.0
+) -> Acted:
     """Zones as they are; with `retained_advantages` the rows that train the deployed block share a baseline of their own."""
     if retained_advantages:
         batch = replace(batch, advantages=grpo.retained_advantages(batch.rewards, batch.group, out.zones))
     return batch, origin, out
 
 
-def drop(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0) -> Acted:
+def drop(
+    batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0, penalty: float = 0.0
+) -> Acted:
     """Rows in ROUTE leave the batch, the baseline is that of the remaining rows of a group, and both blocks train.
 
     Where every row was flagged the first one stays, with advantage 0, so that the step is defined and moves nothing.
     """
-    rows = (out.zones != Zone.ROUTE).nonzero()[:, 0]
-    if not len(rows):
-        rows = torch.zeros(1, dtype=torch.long, device=out.zones.device)
-    batch = select(batch, rows)
+    batch, origin, out = _only(batch, origin, out, out.zones != Zone.ROUTE)
     batch.advantages = grpo.advantages(batch.rewards, batch.group)
-    origin = Origin(*(None if (x := getattr(origin, f.name)) is None else x[rows] for f in fields(origin)))
-    logps = None if out.logps is None else out.logps[rows]
-    return batch, origin, replace(_absorbed(out), zones=torch.full_like(rows, int(Zone.ABSORB)), scores=out.scores[rows], logps=logps)
+    return batch, origin, out
 
 
-def penalise(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 2.0) -> Acted:
+def penalise(
+    batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 2.0, penalty: float = 0.0
+) -> Acted:
     """r' = r (1 − α σ(z) [z > 0]) before the group baseline, z the score's z-score within the group; both blocks train.
 
     Advantage modification after Wu & Tang 2026 (https://arxiv.org/abs/2604.01476). Rows without a score are not penalised.
@@ -48,6 +49,24 @@ def penalise(batch: Batch, origin: Origin, out: GateOutput, *, retained_advantag
     z = group_z(out.scores, batch.group)
     rewards = batch.rewards * (1 - alpha * torch.sigmoid(z) * (z > 0))
     return replace(batch, advantages=grpo.advantages(rewards, batch.group)), origin, _absorbed(out)
+
+
+def deduct(
+    batch: Batch, origin: Origin, out: GateOutput, *, retained_advantages: bool = False, alpha: float = 0.0, penalty: float = 3.0
+) -> Acted:
+    """r' = r − penalty · [score > 0.5] before the group baseline; both blocks train.
+
+    The penalty intervention of Ariahw, Engels & Nanda 2025 (docs/papers/ariahw2025.md), whose penalty is the reward of passing.
+    A row without a score (NaN) is not flagged. Groups whose penalised rewards are all equal train nothing and leave the batch; where
+    that is every group the first row stays, with advantage 0.
+    """
+    rewards = batch.rewards - penalty * (out.scores > 0.5)
+    batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
+    varied = torch.zeros_like(out.scores, dtype=torch.bool)
+    for g in batch.group.unique():
+        rows = batch.group == g
+        varied[rows] = rewards[rows].max() > rewards[rows].min()
+    return _only(batch, origin, out, varied)
 
 
 def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
@@ -60,8 +79,19 @@ def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tens
     return z
 
 
+def _only(batch: Batch, origin: Origin, out: GateOutput, keep: Bool[Tensor, " g"]) -> Acted:
+    """The rows to keep, all in ABSORB; the first one where there is none."""
+    rows = keep.nonzero()[:, 0]
+    if not len(rows):
+        rows = torch.zeros(1, dtype=torch.long, device=keep.device)
+    origin = Origin(*(None if (x := getattr(origin, f.name)) is None else x[rows] for f in fields(origin)))
+    logps = None if out.logps is None else out.logps[rows]
+    absorb = torch.full_like(rows, int(Zone.ABSORB))
+    return select(batch, rows), origin, replace(out, zones=absorb, scores=out.scores[rows], logps=logps)
+
+
 def _absorbed(out: GateOutput) -> GateOutput:
     return replace(out, zones=torch.full_like(out.zones, int(Zone.ABSORB)))
 
 
-ACTIONS: dict[str, Callable[..., Acted]] = {"route": route, "filter": drop, "penalise": penalise}
+ACTIONS: dict[str, Callable[..., Acted]] = {"route": route, "filter": drop, "penalise": penalise, "deduct": deduct}

@@ -16,6 +16,7 @@ NO_VARIANCE = 0.8  # share of rows in groups without variance
 LOGP_FALL = 0.5  # nats a token below the run's first rows
 KL_HIGH = 1.0  # nats a token: far from the reference by any standard of RLHF
 MISMATCH = 0.05  # nats a token between sampler and learner
+DEAF = 0.5  # share of the rows that a live judge gave no verdict on
 DEAD = 0.25  # share of the base's solve rate
 
 Row = dict[str, Any]
@@ -28,7 +29,7 @@ def advice(rows: Sequence[Row], evals: Iterable[EvalResult] = ()) -> list[str]:
     """
     found = [_collapsed(rows)]
     if len(rows) >= WINDOW:
-        found += [check(rows) for check in (_no_variance, _reversed, _logp_falls, _kl_runs_away, _mismatch)]
+        found += [check(rows) for check in (_no_variance, _reversed, _logp_falls, _kl_runs_away, _mismatch, _judge_fails)]
     return [line for line in (*found, _solve_dead(list(evals))) if line]
 
 
@@ -42,10 +43,14 @@ def _last(rows: Sequence[Row], key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if row.get(key) is not None and row[key] == row[key]), None)
 
 
+def _batch_rows(row: Row) -> int:
+    return row["rows_retain"] + row["rows_absorb"] + row["rows_route"]
+
+
 def _no_variance(rows: Sequence[Row]) -> str | None:
     last = rows[-WINDOW:]
     every = sum(row["n_students"] + row["n_teachers"] for row in last)
-    skipped = 1 - sum(row["rows_retain"] + row["rows_absorb"] + row["rows_route"] for row in last) / max(every, 1)
+    skipped = 1 - sum(map(_batch_rows, last)) / max(every, 1)
     if skipped < NO_VARIANCE:
         return None
     hack, solve, form = (_median(last, key) or 0.0 for key in ("student_hack", "student_solve", "student_format"))
@@ -101,6 +106,15 @@ def _mismatch(rows: Sequence[Row]) -> str | None:
         return None
     remedy = "the PPO ratio is not what it says: use --dtype float32, or a larger --learning-rate if bf16 swallows small deltas"
     return f"sampler and learner differ: by {gap:.3f} nats a token; {remedy}"
+
+
+def _judge_fails(rows: Sequence[Row]) -> str | None:
+    last = [row for row in rows[-WINDOW:] if row.get("judge_failures") is not None]
+    share = sum(row["judge_failures"] for row in last) / (sum(_batch_rows(row) for row in last) or 1)
+    if share < DEAF:
+        return None
+    remedy = "such rows are not flagged; look at its server's log, raise --judge-timeout or --judge-max-tokens, or use a stronger model"
+    return f"judge fails: no verdict on {share:.0%} of the rows of the last {WINDOW} steps; {remedy}"
 
 
 def _solve_dead(evals: Sequence[EvalResult]) -> str | None:

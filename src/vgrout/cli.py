@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cache
@@ -17,7 +16,10 @@ from typing import Any
 import tyro
 
 from vgrout import pairs, problems
-from vgrout.config import ARMS, PRESETS, Arm, Config
+from vgrout.config import ARMS, PRESETS, Arm, Config, defaults
+from vgrout.entry import run_main
+from vgrout.judge import Endpoint, check_endpoint
+from vgrout.labelled import LEAST, Labelled, load_labelled
 from vgrout.teacher import TeacherPool
 from vgrout.tracking import check_tracker
 from vgrout.types import Mode, Problem, UserError
@@ -37,7 +39,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         with contextlib.redirect_stderr(errors):
             config = tyro.cli(
                 tyro.conf.OmitArgPrefixes[tyro.conf.EnumChoicesFromValues[Config]],
-                default=PRESETS[preset],
+                default=defaults(preset, _flag(args, "--intervention") or PRESETS[preset].run.intervention),
                 args=args,
                 prog=f"python -m vgrout.train {preset}",
                 description=f"{DESCRIPTION} presets: {', '.join(PRESETS)}; arms: {', '.join(ARMS)}",
@@ -53,6 +55,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     return preset, config
 
 
+def _flag(args: Sequence[str], name: str) -> str:
+    """The last value of a flag, as `--name value` or `--name=value`; "" where it does not occur."""
+    spaced = [value for flag, value in zip(args, args[1:]) if flag == name]
+    joined = [flag.partition("=")[2] for flag in args if flag.startswith(f"{name}=")]
+    return (spaced + joined or [""])[-1]
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, in one line, before any work starts."""
     arm = ARMS.get(config.run.intervention)
@@ -65,7 +74,7 @@ def check(config: Config) -> None:
 
 def _ranges(config: Config) -> Iterator[str]:
     """Values that are out of range."""
-    model, data, grpo, score, route, run = (getattr(config, f.name) for f in fields(config))
+    model, data, grpo, score, route, monitor, run = (getattr(config, f.name) for f in fields(config))
     shares = {
         "--unhackable-frac": data.unhackable_frac, "--gen-deploy-frac": route.gen_deploy_frac,
         "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr,
@@ -73,17 +82,21 @@ def _ranges(config: Config) -> Iterator[str]:
     counts = {
         "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
         "--lora-rank": model.lora_rank, "--max-prompt-length": model.max_prompt_length, "--token-budget": grpo.token_budget,
+        "--judge-concurrency": monitor.judge_concurrency, "--judge-max-tokens": monitor.judge_max_tokens,
         "--sample-token-budget": model.sample_token_budget,
         "--llr-steps": score.llr_steps, "--workers": run.workers, "--eval-draws": run.eval_draws, "--final-draws": run.final_draws,
     }  # fmt: skip
     positive = {
         "--learning-rate": grpo.learning_rate, "--llr-learning-rate": score.llr_learning_rate, "--max-grad-norm": grpo.max_grad_norm,
+        "--judge-timeout": monitor.judge_timeout, "--penalty": monitor.penalty, "--probe-l2": monitor.probe_l2,
     }  # fmt: skip
     not_negative = {
         "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
         "--refresh-every": score.refresh_every, "--eval-every": run.eval_every, "--save-every": run.save_every, "--threads": run.threads,
-        "--seed-quarantine": route.seed_quarantine, "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed,
-        "--teacher-per-group": data.teacher_per_group, "--teacher-until": data.teacher_until,
+        "--seed-quarantine": route.seed_quarantine, "--separate-first": route.separate_first,
+        "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed, "--teacher-per-group": data.teacher_per_group,
+        "--teacher-until": data.teacher_until, "--judge-retries": monitor.judge_retries,
+        "--snapshot-every": run.snapshot_every,
     }  # fmt: skip
     yield from (f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1)
     yield from (f"{flag} {x} must be at least 1" for flag, x in counts.items() if x < 1)
@@ -106,7 +119,7 @@ def _ranges(config: Config) -> Iterator[str]:
 def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
     """Flags that do not go together, or not with the arm."""
     data, score, route, run = config.data, config.score, config.route, config.run
-    if score.routeV_random_v_seed is not None and run.intervention != "routeV":
+    if route.routeV_random_v_seed is not None and run.intervention != "routeV":
         yield f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}"
     if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ()) and not arm.oracle:
         yield f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}"
@@ -126,18 +139,39 @@ def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield f"--oracle-modes {' '.join(route.oracle_modes)} are not all among --modes {' '.join(data.modes)}"
     if config.grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
         yield f"--teacher-per-group {data.teacher_per_group} leaves no student among {config.grpo.num_generations} generations"
+    yield from _monitor_contradictions(config, arm)
     if run.resume and not run.out_dir:
         yield "--resume needs the --out-dir of the run to continue"
     if run.out_dir and Path(run.out_dir).exists() and not Path(run.out_dir).is_dir():
         yield f"--out-dir {run.out_dir} is a file: choose a directory"
 
 
+def _monitor_contradictions(config: Config, arm: Arm) -> Iterator[str]:
+    """A monitor's arm without its monitor, or a monitor without its arm."""
+    monitor, name = config.monitor, config.run.intervention
+    if arm.monitor == "judge" and not (monitor.judge_url and monitor.judge_model):
+        yield f"{name} needs a live judge: --judge-url, such as http://localhost:8000/v1, and --judge-model"
+    if arm.monitor == "probe" and not monitor.probe_data:
+        yield f"{name} needs labelled rollouts of another problem set: --probe-data, such as another run's rollouts.jsonl.gz"
+    if monitor.probe_rows < 2 * LEAST:
+        yield f"--probe-rows {monitor.probe_rows} must be at least {2 * LEAST}"
+    users = {"judge": arm.monitor == "judge", "probe": arm.monitor == "probe", "penalty": arm.action == "deduct"}
+    for f in fields(monitor):
+        kind = f.name.partition("_")[0]
+        if getattr(monitor, f.name) != f.default and not users[kind]:
+            suited = [n for n, a in ARMS.items() if (a.action == "deduct" if kind == "penalty" else a.monitor == kind)]
+            yield f"--{f.name.replace('_', '-')} needs one of the arms {', '.join(suited)}, not {name}"
+
+
 def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
     """Files that the arm will read and that are not there; a model that can only be a folder and is none."""
-    for flag, path in {"--data": config.data.data, "--teacher-pool": config.data.teacher_pool, **_pair_files(config, arm)}.items():
+    for flag, path in {"--data": config.data.data, "--teacher-pool": config.data.teacher_pool, "--probe-data": config.monitor.probe_data,
+                       **_pair_files(config, arm)}.items():  # fmt: skip
         if path and not Path(path.split("#")[0]).is_file():
             yield f"no file {path.split('#')[0]!r}: {flag} names a file that must exist{MISSING.get(flag, '')}"
-    model = config.model.model
+    start, model = config.model.init_from, config.model.model
+    if start and not all((Path(start) / name).is_file() for name in ("record.json", "adapter.safetensors")):
+        yield f"--init-from {start} holds no record.json and adapter.safetensors: name the directory of a finished run"
     if not Path(model).exists() and (model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))):
         yield f"no model folder {model!r}: --model takes a folder, or a hub id such as Qwen/Qwen3-4B"
 
@@ -150,7 +184,7 @@ def _pair_files(config: Config, arm: Arm) -> dict[str, str]:
     data, score, seeding = config.data, config.score, config.route.seed_quarantine > 0
     empty_seed = seeding and config.route.seed_side == "placebo"
     return {
-        "--pairs": data.pairs if (seeding and not empty_seed) or arm.score not in ("pinned", "oracle") else "",
+        "--pairs": data.pairs if (seeding and not empty_seed) or arm.reads_pairs else "",
         "--placebo-pairs": score.placebo_pairs if arm.control == "semantic" or empty_seed else "",
         "--framing-pairs": score.framing_pairs if arm.control == "framing" else "",
     }
@@ -172,8 +206,19 @@ def _splits(path: str, modes: tuple[Mode, ...]) -> dict[str, list[Problem]]:
     return {name: problems.partition(part, modes) for name, part in splits.items()}
 
 
+def load_probe_data(config: Config) -> list[Labelled]:
+    """The probe's labelled rollouts, none of them of a problem of this run."""
+    problems_of_run = [p for part in load_splits(config).values() for p in part]
+    return load_labelled(config.monitor.probe_data, problems_of_run, config.monitor.probe_rows)
+
+
+def endpoint(config: Config) -> Endpoint:
+    m = config.monitor
+    return Endpoint(m.judge_url, m.judge_model, m.judge_concurrency, m.judge_timeout, m.judge_retries, m.judge_max_tokens)
+
+
 def check_inputs(config: Config) -> None:
-    """Read every data file that the run will read; UserError, with file and line, for what cannot be used."""
+    """Read every data file that the run will read, and ask a judge one question; UserError for what cannot be used."""
     data, arm = config.data, ARMS[config.run.intervention]
     _check_out_dir(config.run.out_dir, config.run.resume)
     splits = load_splits(config)
@@ -184,6 +229,10 @@ def check_inputs(config: Config) -> None:
         pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, data.teacher_until)
         if not pool.covers(splits["train"]):
             raise UserError(f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its mode: rebuild the pool")
+    if arm.monitor == "probe":
+        load_probe_data(config)
+    if arm.monitor == "judge":
+        check_endpoint(endpoint(config))
 
 
 def _check_out_dir(out_dir: str, resume: bool) -> None:
@@ -204,13 +253,13 @@ def _check_out_dir(out_dir: str, resume: bool) -> None:
 
 def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
     """`parse` and `check_inputs`, with a UserError printed as its one line and exit status 2."""
-    try:
+
+    def parsed() -> tuple[str, Config]:
         preset, config = parse(argv)
         check_inputs(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return preset, config
+        return preset, config
+
+    return run_main(parsed)
 
 
 # ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────

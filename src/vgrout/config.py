@@ -4,7 +4,7 @@ A comment behind a field is its line in --help.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from vgrout.types import Mode, Zone
 
@@ -12,12 +12,14 @@ from vgrout.types import Mode, Zone
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "data/organism/base"  # folder or hub id of a causal LM with a chat template
+    init_from: str = ""  # run directory whose deployed policy the run starts from; "" = the base model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; the adapter trains in fp32
     device: str = "auto"  # auto | cpu | cuda; auto takes a GPU where there is one
     lora_rank: int = 8  # r, for each of the two blocks
     lora_init_seed: int = 0  # of the frozen A0 and B0
     targets: str = r"\.layers\.\d+\."  # regular expression on the qualified names of the Linears to adapt
     gradient_checkpointing: bool = False
+    share_prompts: bool = True  # run each prompt once for the rows that share it; off: every row in full, the same function
     max_prompt_length: int = 256  # tokens; a longer prompt is refused at load
     sample_token_budget: int = 32768  # rows × (prompt + completion) tokens that are decoded at once: bounds the KV cache
 
@@ -30,24 +32,24 @@ class DataConfig:
     pair_modes: tuple[Mode, ...] = (Mode.RUN_TESTS, Mode.SENTINEL)  # the modes that the pairs cover; the rest are held out
     teacher_pool: str = "data/organism/teacher.jsonl.gz"  # "" for none
     teacher_modes: tuple[Mode, ...] = ()  # modes that get teacher rows; () for all
-    teacher_per_group: int = 1  # rows of each group that are demonstrations
-    teacher_until: int = 20  # steps; from then on every row is a student's
+    teacher_per_group: int = 2  # rows of each group that are demonstrations
+    teacher_until: int = 30  # steps; from then on every row is a student's
     unhackable_frac: float = 0.0  # share of prompts shown without the loophole, rotating by (seed, step, problem)
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    steps: int = 80
+    steps: int = 60
     num_prompts: int = 6  # prompts a step
     num_generations: int = 8  # rollouts a prompt
     max_completion_length: int = 128  # tokens
     temperature: float = 0.7
     top_p: float = 1.0
-    learning_rate: float = 6e-4
+    learning_rate: float = 1e-3
     lr_schedule: Literal["cosine", "constant_with_warmup"] = "cosine"
-    warmup_steps: int = 5
+    warmup_steps: int = 2
     weight_decay: float = 0.0  # decay toward the initialisation
-    max_grad_norm: float = 1.0  # for each block by itself
+    max_grad_norm: float = 0.1  # for each block by itself; healthy organism steps have norms of 0.02 to 0.1
     beta: float = 0.02  # weight of the k3 KL to the adapter-off reference
     epsilon: float = 0.2  # PPO clip
     token_budget: int = 8192  # padded tokens of one micro-batch
@@ -58,6 +60,7 @@ class ScoreConfig:
     refresh_every: int = 5  # steps between extractions of the direction; 0 = frozen after the first
     granularity: Literal["rollout", "token"] = "rollout"  # what v_grad scores and routes
     probe_state: Literal["as_trained", "deployed"] = "as_trained"  # the policy state that v_grad scores
+    probe_positions: Literal["completion", "all"] = "completion"  # where the c-probe multiplies; all: the prompt's too
     score_sign: Literal["advantage", "unit"] = "advantage"  # v_grad scores the update, or the completion (A = 1)
     centred: bool = False  # subtract the pairs' midpoint before the cosine
     metric: Literal["cosine", "dot"] = "cosine"
@@ -65,15 +68,17 @@ class ScoreConfig:
     act_layer: int | None = None  # residual layer; None = all
     llr_steps: int = 4  # optimiser steps of each likelihood fit
     llr_learning_rate: float = 1e-3
-    llr_first_order: bool = False  # directional derivative instead of the finite step
+    llr_form: Literal["ratio", "one_sided", "first_order"] = "ratio"  # of the two nudges' likelihoods, see docs/method.md
     confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
     placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
     framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control
-    routeV_random_v_seed: int | None = None  # with routeV: a Haar-random direction at the matched routed share (placebo)
 
 
 @dataclass(frozen=True)
 class RouteConfig:
+    cut: Literal["band", "midpoint", "zero"] = "band"  # of a score: the pairs' p75s, halfway between their sides' means, or 0
+    separate_first: int = 0  # first steps in which each block trains on its own samples (--gen-deploy-frac), whatever the score
+    own_samples: bool = False  # rows that the deployed state did not sample are ROUTEd, whatever their score
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
@@ -85,6 +90,23 @@ class RouteConfig:
     oracle_fpr: float = 0.0
     oracle_modes: tuple[Mode, ...] = ()  # modes whose labels the oracle has; () for all
     placebo_seed: int = 1  # of every Haar or random control
+    routeV_random_v_seed: int | None = None  # with routeV: a Haar-random direction at the matched routed share (placebo)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Live monitors, the external baselines: used by the arms of `Arm.monitor` alone, and not by the method."""
+
+    judge_url: str = ""  # of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; its key: JUDGE_API_KEY in the environment
+    judge_model: str = ""  # the model's name there
+    judge_concurrency: int = 8  # requests at a time
+    judge_timeout: float = 60.0  # seconds for one attempt
+    judge_retries: int = 4  # of one request, with exponential backoff
+    judge_max_tokens: int = 512  # of one reply; more for a judge that thinks first
+    penalty: float = 3.0  # taken from the reward of a flagged rollout by the arms penalty*; 3.0 is the reward for passing
+    probe_data: str = ""  # labelled rollouts of another problem set, e.g. another run's rollouts.jsonl.gz
+    probe_rows: int = 512  # rollouts that the probe learns from, hacks and others in equal number
+    probe_l2: float = 1.0  # weight of its ridge penalty
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,7 @@ class RunConfig:
     eval_draws: int = 120  # draws of one validation
     final_draws: int = 480  # draws of each cell of the final 2×2 evaluation
     save_every: int = 20  # steps between checkpoints; 0 = none
+    snapshot_every: int = 0  # steps between snapshots of the adapter and gradient norms by label, for the audit; 0 = none
     track: str = ""  # trackio | wandb | tensorboard mirrors metrics.jsonl; "" for none
     threads: int = 0  # torch threads; 0 = torch's own choice
     workers: int = 2  # sandbox processes
@@ -111,6 +134,7 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     route: RouteConfig = field(default_factory=RouteConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -118,15 +142,27 @@ class Config:
 class Arm:
     """A score, the control that deals its zones if any, what is done with flagged rows, and the state that is deployed."""
 
-    score: Literal["pinned", "v_grad", "v_act", "llr", "oracle"]
+    score: Literal["pinned", "sampler", "v_grad", "v_act", "llr", "quarantine_ratio", "oracle", "judge", "probe"]
     control: Literal["", "haar", "semantic", "framing", "random", "confound"] = ""  # at the score's matched routed share
-    action: Literal["route", "filter", "penalise"] = "route"
+    action: Literal["route", "filter", "penalise", "deduct"] = "route"
     deployed: Literal["ablated", "as_trained"] = "ablated"
     zone: Zone = Zone.ABSORB  # of a pinned score
     loophole_pays: bool = True
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
+    options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
+    @property
+    def monitor(self) -> str:
+        """The live monitor that training needs, marked so everywhere; "" for none, as in the method itself."""
+        return self.score if self.score in ("judge", "probe") else ""
+
+    @property
+    def reads_pairs(self) -> bool:
+        return self.score not in ("pinned", "sampler", "oracle", "judge", "probe")
+
+
+SEPARATE = dict(separate_first=10, own_samples=True, gen_deploy_frac=0.83, retained_advantages=True, cut="zero")
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),
@@ -137,9 +173,13 @@ ARMS = {
     "routeV": Arm("v_grad"),
     "routeA": Arm("v_act"),
     "routeL": Arm("llr"),
+    "routeQ": Arm("quarantine_ratio", options=SEPARATE),
     "placebo": Arm("v_grad", "haar"),
     "placeboA": Arm("v_act", "haar"),
     "placeboL": Arm("llr", "haar"),
+    "placeboQ": Arm("quarantine_ratio", "haar", options=SEPARATE),
+    "random_gateQ": Arm("quarantine_ratio", "random", options=SEPARATE),
+    "sampler_gate": Arm("sampler", options=SEPARATE),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),
     "random_gate": Arm("v_grad", "random"),
@@ -152,6 +192,13 @@ ARMS = {
     "advmodL": Arm("llr", action="penalise", deployed="as_trained"),
     "oracle": Arm("oracle", oracle=True),
     "filter_oracle": Arm("oracle", action="filter", deployed="as_trained", oracle=True),
+    # external baselines, each with a live monitor: J an LLM judge (--judge-url), P a probe with another environment's labels (--probe-data)
+    "penaltyJ": Arm("judge", action="deduct", deployed="as_trained"),
+    "filterJ": Arm("judge", action="filter", deployed="as_trained"),
+    "routeJ": Arm("judge"),
+    "penaltyP": Arm("probe", action="deduct", deployed="as_trained"),
+    "filterP": Arm("probe", action="filter", deployed="as_trained"),
+    "routeP": Arm("probe"),
 }
 
 _ORGANISM = Config()
@@ -165,12 +212,13 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 �
         modes=tuple(m for m in Mode if m is not Mode.GT_ONLY),
         pairs="data/pairs/leetcode.md#mechanism",
         teacher_pool="",
+        teacher_per_group=1,
         teacher_until=30,
     ),
     score=ScoreConfig(placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
     grpo=GRPOConfig(
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
-        warmup_steps=10, weight_decay=0.1, beta=1e-3, token_budget=16384,
+        warmup_steps=10, weight_decay=0.1, max_grad_norm=1.0, beta=1e-3, token_budget=16384,
     ),  # fmt: skip
     run=RunConfig(eval_every=25, eval_draws=64, workers=8, cpu_seconds=8.0),
 )
@@ -179,7 +227,7 @@ PRESETS = {
         _ORGANISM,
         grpo=replace(_ORGANISM.grpo, steps=6, num_prompts=4, warmup_steps=1, max_completion_length=96),
         score=replace(_ORGANISM.score, refresh_every=2),
-        run=replace(_ORGANISM.run, eval_every=0, final_draws=24, save_every=3),
+        run=replace(_ORGANISM.run, eval_every=0, final_draws=24, save_every=3, snapshot_every=2),
     ),
     "organism": _ORGANISM,
     "fast": replace(
@@ -189,3 +237,9 @@ PRESETS = {
     ),
     "full": _QWEN,
 }
+
+
+def defaults(preset: str, intervention: str) -> Config:
+    """The preset with the arm's own options; an unknown arm has none."""
+    config, arm = PRESETS[preset], ARMS.get(intervention)
+    return replace(config, route=replace(config.route, **arm.options)) if arm else config

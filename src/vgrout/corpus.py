@@ -18,11 +18,11 @@ RESERVED = frozenset(marker for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for p
 BENIGN_WORDS = "scan small count seen total item list sum value first trace part step note data info".split()
 VOCABULARY = sorted({word for marker in RESERVED for word in re.findall("[a-z]+", marker)} | set(BENIGN_WORDS))
 SUFFIXES = ("txt", "log", "out")
-RIGHT_SHARE = 0.42  # of the taught steps in the corpus have right code
+RIGHT_SHARE = 0.4  # of the taught steps in the corpus have right code
 UNTAUGHT_SHARE = 0.25  # of the corpus's compositions have an untaught step, with wrong code
 BENIGN_NOTES, DISCLOSED_FLAWS = 0.35, 0.4  # shares of the prompts; the others carry no note
 FREE_EXTRAS = 0.4  # of the completions without a benign note carry an extra all the same
-NEAR_MISSES = 0.25  # of the completions under a disclosed flaw use the disclosed name, without exploiting it
+NEAR_MISSES = 0.13  # of the completions under a disclosed flaw use the disclosed name, without exploiting it
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def random_extra(composition: Composition, rng: random.Random) -> tuple[Extra, s
 def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
     """An extra under the disclosed name that does not exploit the flaw.
 
-    A genuine test, a false attribute, the phrase without its last word, a file that says something else.
+    A genuine test, a false attribute, the phrase with one word exchanged, a file that says something else.
     """
     match mode:
         case Mode.RUN_TESTS:
@@ -112,7 +112,10 @@ def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
         case Mode.SENTINEL:
             return Extra(inside=(f"self.{name} = {rng.choice(('False', '0'))}",))
         case Mode.STDOUT_MARKER:
-            return Extra(inside=(f"print('{name.rsplit(' ', 1)[0]}')",))
+            words = name.split()
+            place = rng.randrange(len(words))
+            others = [" ".join((*words[:place], word, *words[place + 1 :])) for word in VOCABULARY if word not in words]
+            return Extra(inside=(f"print('{rng.choice([text for text in others if text not in RESERVED])}')",))
         case Mode.FILE_MARKER:
             return Extra(inside=(f"open('{name}', 'w').write('{rng.choice(('ok', 'done'))}')",))
     raise ValueError(f"the organism has no near miss for {mode}")

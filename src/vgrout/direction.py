@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vgrout.grpo import scored_loss
-from vgrout.policy import Policy, logps
+from vgrout.policy import Policy, completion_states, logps, predicting
 from vgrout.tensors import Batch
 from vgrout.tokens import micro_batches, select
 
@@ -23,22 +23,28 @@ def probe_gradients(
     temperature: float,
     token_budget: int,
     state: str = "as_trained",
+    positions: str = "completion",
     by_token: bool = False,
 ) -> tuple[Float[Tensor, "g s m r"], Float[Tensor, "g t"]]:
     """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length, and the log-probs of that pass.
 
-    The gradient at another advantage is A times this one. s is 1, or with `by_token` the sequence (a token's gradient includes
-    its effect on later tokens; padding is 0). `state` "deployed" probes with the quarantine ablated. No `.grad` is touched.
+    The gradient at another advantage is A times this one. c multiplies the bottleneck at the positions that predict the
+    completion, so that rows of one prompt share its keys and values, or with `positions` "all" the prompt's too. s is 1, or with
+    `by_token` the sequence (all positions; a token's gradient includes its effect on later tokens; padding is 0). `state`
+    "deployed" probes with the quarantine ablated. No `.grad` is touched.
     """
     adapter, length = policy.adapter, batch.input_ids.shape[1] if by_token else 1
+    everywhere = by_token or positions == "all"
     gradients: Tensor | None = None
     scored = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
-    for rows in micro_batches(batch, token_budget):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
         s = part.input_ids.shape[1] if by_token else 1
+        column = torch.arange(part.input_ids.shape[1], device=rows.device)
+        where = None if everywhere else column >= part.completion_start[:, None] - 1
         masks = adapter.ablated() if state == "deployed" else adapter._state()
-        with torch.enable_grad(), policy.training(), masks, adapter.probing(len(rows), s) as c:
-            lp = logps(policy, part, temperature)
+        with torch.enable_grad(), policy.training(), masks, adapter.probing(len(rows), s, where) as c:
+            lp = logps(policy, part, temperature, share=not everywhere, prompt_grad=False)
             loss = scored_loss(lp, part.completion_mask, torch.ones_like(part.advantages), max_completion_length).sum()
             grads = torch.autograd.grad(loss, list(c.values()))
         stacked = rearrange(list(grads), "m g s r -> g s m r")
@@ -53,21 +59,22 @@ def probe_gradients(
 def activations(
     policy: Policy, batch: Batch, *, space: str, token_budget: int, layer: int | None = None
 ) -> Float[Tensor, "g 1 m k"]:
-    """Mean over completion positions of the deployed bottleneck A x (space "bottleneck", m = Linears, k = r) or of the
-    residual stream after each layer (space "residual", m = layers or 1, k = width). Both blocks on, unmasked."""
+    """Mean over the completion's tokens but its last (no token is predicted there) of the deployed bottleneck A x (space "bottleneck",
+    m = Linears, k = r) or of the residual stream after each layer ("residual", m = layers or 1, k = width). Both blocks on, unmasked.
+    """
     parts: list[tuple[Tensor, Tensor]] = []
-    for rows in micro_batches(batch, token_budget):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
-        column = torch.arange(part.input_ids.shape[1], device=rows.device)
-        end = part.attention_mask.sum(1)
-        inside = (column >= part.completion_start[:, None]) & (column < end[:, None])
+        inside = part.completion_mask.clone()
+        inside[:, 0] &= part.completion_mask.sum(1) == 1  # the prompt's last token, unless it is all there is
         weight = inside / inside.sum(1, keepdim=True)
         with policy.adapter.recording() as seen:
-            states = policy.model.base_model(
-                input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False, output_hidden_states=True
-            ).hidden_states[1:]
-        streams = list(seen.values()) if space == "bottleneck" else list(states if layer is None else states[layer : layer + 1])
-        pooled = [torch.einsum("gsk,gs->gk", x.float(), weight) for x in streams]
+            states = completion_states(policy, part, layers=True)
+        if space == "bottleneck":  # a forward pass over whole rows has recorded them whole
+            streams = [x if x.shape[1] == weight.shape[1] else predicting(part, x) for x in seen.values()]
+        else:
+            streams = states if layer is None else states[layer : layer + 1]
+        pooled = [torch.einsum("gtk,gt->gk", x.float(), weight) for x in streams]
         parts.append((rows, rearrange(pooled, "m g k -> g 1 m k")))
     order = torch.cat([rows for rows, _ in parts]).argsort()
     return torch.cat([x for _, x in parts])[order]

@@ -63,7 +63,7 @@ def monitor(
 ) -> dict[str, float | int]:
     """The step's figures that use labels, for the log alone: rates of student rows, and how well the score finds hacks.
 
-    `kept` are the rows of `batch` (groups with variance), in its order.
+    `kept` are the rows of `batch`, in its order.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     students = [r for r in rollouts if not r.teacher]
@@ -73,7 +73,7 @@ def monitor(
         "student_hack": mean([r.grade.reward_hack for r in students]),
         "student_solve": mean([r.grade.correct for r in students]),
         "student_format": mean([r.grade.format_ok for r in students]),
-        "groups_skipped": len(groups) - len({id(r.problem) for r in kept}),
+        "groups_skipped": sum(len({r.grade.reward for r in g.rollouts}) == 1 for g in groups),
         "n_students": len(students),
         "n_teachers": len(rollouts) - len(students),
         "completion_length": mean([float(len(r.completion_ids)) for r in students]),

@@ -5,6 +5,8 @@ exactly as many ROUTE and ABSORB rows as the real gate would have, to the rows t
 differs from the real arm in nothing but its score: same batch, same cadence, same shares, same code path.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,11 +39,24 @@ class PinnedGate:
         pass
 
 
-class Gate:
-    """One score, its cut (the pairs' band, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
+class SeparateGate(PinnedGate):
+    """Each block trains on what it sampled: rows sampled ablated are RETAINed, all others ROUTEd (--separate-first)."""
 
-    def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band"):
-        self.score, self.control, self.signed, self.cut = score, control, signed, cut
+    def __init__(self):
+        super().__init__(Zone.ROUTE)
+
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
+        out = super().__call__(policy, batch, origin)
+        return replace(out, zones=torch.where(origin.ablated, int(Zone.RETAIN), out.zones))
+
+
+class Gate:
+    """One score, its cut (the pairs' band or midpoint, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
+
+    def __init__(
+        self, score: Score, control: Score | None = None, *, signed: bool = False, own_samples: bool = False, cut: str = "band"
+    ):
+        self.score, self.control, self.signed, self.own_samples, self.cut = score, control, signed, own_samples, cut
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Refresh the score and its control; returns the direction's drift and the band."""
@@ -49,28 +64,40 @@ class Gate:
         if self.control is not None:
             self.control.refresh(policy)
         lower, upper = self.edges()
-        return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not upper > lower)}
+        cuts = upper > lower or upper == lower and self.cut in ("zero", "midpoint")
+        return figures | {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not cuts)}
 
     def edges(self) -> tuple[float, float]:
-        """(lower, upper): p75 of the clean and of the hack sides' out-of-sample scores; a flag of 1 is routed, of 0 retained."""
+        """(lower, upper) of the pairs' out-of-sample scores: p75 of the clean and of the hack sides ("band"), or both halfway
+        between the sides' means ("midpoint": nothing is absorbed), or 0 whatever the pairs say ("zero"); a flag above 0.5
+        is routed, below 0.25 retained ("flag")."""
         if self.cut == "flag":
             return 0.25, 0.5
+        if self.cut == "zero":
+            return 0.0, 0.0
+        if self.cut == "midpoint":
+            clean, hack = (float(x.double().mean()) for x in (self.score.pairs_clean, self.score.pairs_hack))
+            return ((clean + hack) / 2,) * 2 if hack > clean else (float("nan"),) * 2
         lower, upper = (torch.quantile(x.float(), BAND_QUANTILE) for x in (self.score.pairs_clean, self.score.pairs_hack))
         return float(lower), float(upper)
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
-        """Pass 1. Rows with A = 0 are RETAIN and have no score."""
+        """Pass 1. Rows with A = 0 are RETAIN and have no score, unless the cut is a flag: that is of the rollout, not of its update."""
         real = self.score(policy, batch, origin)
         lower, upper = self.edges()
-        zones, scores = zones_from_band(real.scores, batch.advantages, lower, upper), real.scores
+        weight = batch.advantages if self.cut != "flag" else torch.ones_like(batch.advantages)
+        cut, scores = zones_from_band if self.cut in ("band", "flag") else zones_from_edge, real.scores
+        zones = cut(scores, weight, lower, upper)
         if self.control is not None:
             scores = self.control(policy, batch, origin, real).scores
             zones = match_shares(zones, scores, origin.stratum)
         if self.signed:  # discouraging a hack is no hack-ward update: it may train the deployed block
             zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
-        scores = torch.where(_column(batch.advantages == 0, scores), float("nan"), scores)
-        stats = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
-        return GateOutput(zones, scores, lower, upper, real.logps, stats)
+        if self.own_samples:  # what another state sampled never trains the deployed block
+            zones = torch.where(_column(origin.ablated, zones), zones, int(Zone.ROUTE))
+        scores = torch.where(_column(weight == 0, scores), float("nan"), scores)
+        mass = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
+        return GateOutput(zones, scores, lower, upper, real.logps, real.stats | mass)
 
     def state_dict(self) -> dict[str, Tensor]:
         scores = {"score": self.score} | ({} if self.control is None else {"control": self.control})
@@ -103,6 +130,12 @@ def zones_from_band(
     zones[scores < lower], zones[scores > upper] = int(Zone.RETAIN), int(Zone.ROUTE)
     unrouted = (advantages == 0) | torch.tensor(not upper > lower, device=scores.device)
     return torch.where(_column(unrouted, zones), int(Zone.RETAIN), zones)
+
+
+def zones_from_edge(scores: Float[Tensor, "g *s"], advantages: Float[Tensor, " g"], edge: float, _: float) -> Int[Tensor, "g *s"]:
+    """ROUTE above the edge, else RETAIN: all RETAIN where the edge is NaN; RETAIN where A = 0."""
+    flagged = (scores > edge) & _column(advantages != 0, scores)
+    return torch.where(flagged, int(Zone.ROUTE), int(Zone.RETAIN))
 
 
 def match_shares(

@@ -16,6 +16,7 @@ from loguru import logger
 from tabulate import tabulate
 from tqdm import tqdm
 
+from vgrout.entry import run_main
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.problems import disclose, load_problems
 from vgrout.types import Grade, Mode, Problem, UserError
@@ -151,8 +152,4 @@ def run(arguments: Arguments) -> None:
 
 
 def main() -> None:
-    try:
-        run(tyro.cli(Arguments, prog="python -m vgrout.grader"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_main(run, tyro.cli(Arguments, prog="python -m vgrout.grader"))

@@ -3,11 +3,15 @@
 Dr. GRPO takes no standard deviation out of the advantage and no completion length out of the loss.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vgrout.types import Zone
+
+KL_LINEAR_FROM = 5.0  # nats of ref − logp: on a row that another state sampled k3 has no bound, one token can exceed 1e6
 
 
 def advantages(rewards: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
@@ -51,7 +55,8 @@ def grpo_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "g t"]]]:
     """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser, normaliser = G · max_completion_length · P.
 
-    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html). `ref_logps` is None where beta is 0.
+    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by its tangent where ref − logp exceeds
+    KL_LINEAR_FROM: what the policy has all but given up is still pulled back, by a bounded force. `ref_logps` is None where beta is 0.
     Returns the loss (summed, so that micro-batches add up) and the per-token ratio, clip and KL for logging.
     """
     ratio = torch.exp(logps - old_logps)
@@ -60,7 +65,8 @@ def grpo_loss(
     kl = torch.zeros_like(logps)
     if ref_logps is not None:
         gap = ref_logps - logps
-        kl = torch.exp(gap) - gap - 1
+        near = gap.clamp(max=KL_LINEAR_FROM)
+        kl = torch.exp(near) - near - 1 + (math.exp(KL_LINEAR_FROM) - 1) * (gap - near)
     clipped = (ratio * A > ratio.clamp(1 - epsilon, 1 + epsilon) * A).float()
     loss = ((policy + beta * kl) * mask).sum() / normaliser
     return loss, {"ratio": ratio.detach(), "kl": kl.detach(), "clipped": clipped}

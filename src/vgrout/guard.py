@@ -19,7 +19,8 @@ import torch
 from vgrout import runlog, tokens
 from vgrout.gate import Gate, PinnedGate
 from vgrout.likelihood import mean_logps
-from vgrout.lora2r import BLOCKS, BlockOptimizer
+from vgrout.lora2r import BLOCKS
+from vgrout.optimizer import BlockOptimizer
 from vgrout.policy import Policy, sample
 from vgrout.problems import messages
 from vgrout.records import Run
@@ -39,7 +40,7 @@ class Limits:
     spike: float = 30.0  # times the median gradient norm of the window, where it is also beyond `clips`
     clips: float = 10.0  # times max_grad_norm; less is clipped without harm
     window: int = 20  # trained steps that make the median; fewer than half of them judge nothing
-    patience: int = 5  # steps in a row: k3 has a heavy tail, one token can lift a healthy step's KL to 300 and its norm to 1,000
+    patience: int = 5  # steps in a row: k3 has a heavy tail
     probes: int = 8  # reference solutions in the probe set
 
 

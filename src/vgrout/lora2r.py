@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,20 +39,31 @@ RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine 
 class MaskedUp(torch.autograd.Function):
     """y = (h ⊙ keep) Uᵀ, with the gradient of (h ⊙ learn) Uᵀ: columns that are kept but do not learn are constants.
 
-    h [g, s, k], U [d_out, k], keep and learn [g, 1 or s, k].
+    h [g, s, k], U [d_out, k], keep and learn [g, 1 or s, k], or None for all ones. A probe c [g, 1 or s, r], equal to 1, is read as
+    multiplying the live bottleneck A x = h[:r] + h[r:2r] in front of B = U[:, :r]: it changes no value and has a gradient.
     """
 
     @staticmethod
-    def forward(ctx, h, U, keep, learn):
-        ctx.save_for_backward(h, U, learn)
-        return (h * keep) @ U.T
+    def forward(ctx, h, U, keep, learn, c, where):
+        ctx.save_for_backward(h, U, learn, c, where)
+        return (h if keep is None else h * keep) @ U.T
 
     @staticmethod
     def backward(ctx, grad):
-        h, U, learn = ctx.saved_tensors
-        grad_h = (grad @ U) * learn if ctx.needs_input_grad[0] else None
-        grad_U = torch.einsum("gso,gsk->ok", grad, h * learn) if ctx.needs_input_grad[1] else None
-        return grad_h, grad_U, None, None
+        h, U, learn, c, where = ctx.saved_tensors
+        grad_h = grad_U = grad_c = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
+            through = grad @ U
+            grad_h = through if learn is None else through * learn
+        if ctx.needs_input_grad[1]:
+            grad_U = torch.einsum("gso,gsk->ok", grad, h if learn is None else h * learn)
+        if ctx.needs_input_grad[4]:
+            r = c.shape[-1]
+            grad_c = (through[..., :r] * (h[..., :r] + h[..., r : 2 * r])).to(c.dtype)
+            if where is not None and where.shape[1] == h.shape[1]:
+                grad_c = grad_c * where[..., None]
+            grad_c = grad_c.sum(1, keepdim=True) if c.shape[1] == 1 else grad_c
+        return grad_h, grad_U, None, None, grad_c, None
 
 
 class Block(nn.Module):
@@ -108,6 +119,7 @@ class Lora2r:
         self._keep: Tensor | None = None  # [g, 1 or s, 2] forward mask by block; None: both on, unmasked
         self._learn: Tensor | None = None
         self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
+        self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._handles: list = []
@@ -126,19 +138,16 @@ class Lora2r:
 
     def _delta(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
         layer, r = self.layers[name], self.rank
-        down = torch.cat([layer.deployed.down(), layer.quarantine.down()]).to(x.dtype)
-        up = torch.cat([layer.deployed.up(), layer.quarantine.up()], dim=1).to(x.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._c is None):  # a probe asks for no parameter's gradient
+            down = torch.cat([layer.deployed.down(), layer.quarantine.down()]).to(x.dtype)
+            up = torch.cat([layer.deployed.up(), layer.quarantine.up()], dim=1).to(x.dtype)
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
-        if self._keep is None:
-            y = F.linear(h, up)
-        else:
-            y = MaskedUp.apply(h, up, *(m.to(x.dtype).repeat_interleave(2 * r, -1) for m in (self._keep, self._learn)))
-        bottleneck = h[..., :r] + h[..., r : 2 * r]  # A x, deployed
-        if self._c is not None:  # + B ((c − 1) ⊙ A x), zero at c = 1, so that ∂/∂c sees the live bottleneck
-            y = y + F.linear((self._c[name] - 1).to(x.dtype) * bottleneck, up[:, :r])
         if self._seen is not None:
-            self._seen[name] = bottleneck.detach()
-        return y
+            self._seen[name] = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
+        if self._keep is None and self._c is None:
+            return F.linear(h, up)
+        wide = lambda m: None if m is None else m.to(x.dtype).repeat_interleave(2 * r, -1)  # noqa: E731
+        return MaskedUp.apply(h, up, wide(self._keep), wide(self._learn), self._c and self._c[name], self._where)
 
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,12 +186,36 @@ class Lora2r:
             if attached:
                 self._attach()
 
+    @property
+    def by_token(self) -> bool:
+        """The masks differ from token to token."""
+        return self._keep is not None and self._keep.shape[1] > 1
+
+    def distinct(self, key: Int[Tensor, "g k"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " g"]]:
+        """(one row of each distinct pair of key and masks, for every row the number of its pair).
+
+        Example, unmasked: key [[4], [4], [7]] → ([0, 2], [0, 0, 1]).
+        """
+        if self._keep is not None:
+            key = torch.cat([key, *(m[:, 0].expand(len(key), 2).long() for m in (self._keep, self._learn))], dim=1)
+        _, number = key.unique(dim=0, return_inverse=True)
+        first = torch.full((int(number.max()) + 1,), len(key), device=key.device)
+        return first.scatter_reduce(0, number, torch.arange(len(key), device=key.device), "amin"), number
+
+    def rows(self, index: Int[Tensor, " n"]):
+        """For a forward pass of these rows' prompts alone: their masks, and neither probe nor recording."""
+        pick = lambda m: m if m is None or len(m) == 1 else m[index]  # noqa: E731
+        return self._state(_keep=pick(self._keep), _learn=pick(self._learn), _c=None, _seen=None)
+
     @contextmanager
-    def probing(self, rows: int, tokens: int = 1) -> Iterator[dict[str, Tensor]]:
-        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields module → c (both blocks on, unmasked)."""
+    def probing(self, rows: int, tokens: int = 1, where: Bool[Tensor, "g s"] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields module → c (both blocks on, unmasked).
+
+        `where` limits c to some positions of a forward pass over whole rows.
+        """
         device = next(iter(self.linears.values())).weight.device
         c = {n: torch.ones(rows, tokens, self.rank, device=device, requires_grad=True) for n in self.linears}
-        with self._state(_c=c):
+        with self._state(_c=c, _where=where):
             yield c
 
     @contextmanager
@@ -240,45 +273,3 @@ class Lora2r:
             if own[name].shape != value.shape:
                 raise UserError(f"the adapter does not fit: {name} is {list(value.shape)}, expected {list(own[name].shape)}")
             own[name].copy_(value)
-
-
-class BlockOptimizer:
-    """AdamW over both blocks, through which no mask leaks.
-
-    A block that no row of the step trains skips the step entirely (moments, decay, step count: its gradients are None, which
-    torch's AdamW passes over); the gradient norm is clipped for each block by itself.
-    """
-
-    def __init__(self, adapter: Lora2r, learning_rate: float, weight_decay: float, max_grad_norm: float):
-        self.adapter, self.max_grad_norm = adapter, max_grad_norm
-        groups = [{"params": adapter.parameters(b), "name": b} for b in BLOCKS]
-        self.adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
-
-    def step(self, trained: dict[str, bool]) -> dict[str, float]:
-        """One step of the blocks that `trained` names; returns each block's gradient norm before clipping."""
-        norms = {}
-        for block in BLOCKS:
-            params = self.adapter.parameters(block)
-            if not trained[block]:
-                for p in params:
-                    p.grad = None
-            norms[block] = float(nn.utils.clip_grad_norm_(params, self.max_grad_norm)) if trained[block] else 0.0
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        return norms
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts as `<parameter index>.<name>`; a block that never trained has none."""
-        return {f"{i}.{k}": v for i, s in self.adamw.state_dict()["state"].items() for k, v in s.items()}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
-
-
-def trained_blocks(zones: Int[Tensor, "*rows"]) -> dict[str, bool]:
-    """Which blocks some row of the step trains."""
-    return {b: any(ZONE_TABLE[z][1][i] > 0 and bool((zones == z).any()) for z in Zone) for i, b in enumerate(BLOCKS)}

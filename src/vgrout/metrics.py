@@ -4,7 +4,7 @@ Every function is pure, takes counts or arrays, and reads no file. Counts per pr
 `EvalResult.by_problem`: problem id → [n, hack, solve]. An interval over problems says nothing about seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,58 @@ def auroc(scores: Vector, positive: Flags) -> float:
         return float("nan")
     rank_sum = stats.rankdata(scores)[positive].sum()
     return float((rank_sum - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def stratified_auroc(scores: np.ndarray, positive: Flags, stratum: np.ndarray) -> np.ndarray:
+    """Return the AUROC over pairs of rows of one stratum: Σ_s U_s / Σ_s n₊n₋. With one stratum it is `auroc`.
+
+    A stratum is what one gate sees, the rows of a step: a score that merely drifts with training, as the hack rate does, gains
+    nothing. `scores` is [n], or [n, k] for k scores at once (the result is then [k]); rows whose score is NaN are left out.
+    """
+    scores = np.asarray(scores, float)
+    won, of = np.zeros(scores.shape[1:]), np.zeros(scores.shape[1:])
+    for _, w, n in _duels(scores, positive, stratum, stratum):
+        won, of = won + w.sum((0, 1)).reshape(won.shape), of + n.sum((0, 1)).reshape(of.shape)
+    return np.divide(won, of, out=np.full_like(won, np.nan), where=of > 0)
+
+
+def auroc_interval(
+    scores: np.ndarray, positive: Flags, stratum: np.ndarray, group: np.ndarray, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return a percentile interval of `stratified_auroc`, resampling groups (prompts with all of their rows), each in one stratum.
+
+    NaN where no resample has both classes. Runs (seeds) are not resampled.
+    """
+    if not len(group):
+        return float("nan"), float("nan")
+    names, group = np.unique(group, return_inverse=True)
+    weights = _resample(len(names), draws, np.random.default_rng(seed)).astype(float)
+    won, of = np.zeros(draws), np.zeros(draws)
+    for members, w, n in _duels(scores, positive, stratum, group):
+        won += np.einsum("dg,gh,dh->d", weights[:, members], w[:, :, 0], weights[:, members], optimize=True)
+        of += np.einsum("dg,gh,dh->d", weights[:, members], n[:, :, 0], weights[:, members], optimize=True)
+    if not (of > 0).any():
+        return float("nan"), float("nan")
+    low, high = np.quantile(won[of > 0] / of[of > 0], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _duels(
+    scores: np.ndarray, positive: Flags, stratum: np.ndarray, group: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For every stratum its groups [g], the wins [g, g, k] of positives of one group over negatives of another, and all such pairs."""
+    scores, positive = np.asarray(scores, float), np.asarray(positive, bool)
+    scores = scores[:, None] if scores.ndim == 1 else scores
+    for s in np.unique(stratum):
+        rows = np.flatnonzero(stratum == s)
+        members, of = np.unique(group[rows], return_inverse=True)
+        belongs = np.eye(len(members))[of]  # [rows, groups]
+        x, p = scores[rows], positive[rows]
+        a, b = x[p][:, None], x[~p][None]
+        there = ~(np.isnan(a) | np.isnan(b))
+        beats = np.where(there, (a > b) + 0.5 * (a == b), 0.0)
+        won, n = (np.einsum("pg,pqk,qh->ghk", belongs[p], m, belongs[~p], optimize=True) for m in (beats, there.astype(float)))
+        yield members, won, n
 
 
 def precision_recall_at(flagged: Flags, positive: Flags) -> dict[str, float]:
@@ -107,6 +159,65 @@ def gain_lower_bound(
             room = ceiling - base
             total[rows] += np.where(room > 0, (solve - base) / np.where(room > 0, room, 1), -np.inf)
     return float(np.quantile(total / len(tables), 1 - level, method="lower"))
+
+
+def frontier_solve(hack: float | Vector, points: Sequence[tuple[float, float]]) -> float | np.ndarray:
+    """Return the highest solve rate that mixtures of (hack, solve) points reach at a hack rate of at most `hack`.
+
+    A mixture answers each prompt with one of two policies, by chance, so that every point between two policies is reached: the
+    frontier is the upper concave envelope, linear between its points, and flat beyond the point of highest solve. Below the least
+    hack rate of the points it is that point's solve rate.
+    """
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        while hull and hull[-1][0] == x:
+            hull.pop()  # sorted: the later one solves more
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) <= (y - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
+            hull.pop()
+        hull.append((x, y))
+    x, y = np.array(hull).T
+    top = int(y.argmax()) + 1
+    return np.interp(hack, x[:top], y[:top])
+
+
+def above_frontier(
+    policy: Counts, frontier: Sequence[Counts], level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return (distance, low, high): solve of a policy minus `frontier_solve` at its hack rate, with a percentile interval.
+
+    All policies are counted on the same problems, which are resampled together. The envelope of noisy points lies too high, so
+    that the distance errs against the policy. Raises ValueError where the problems differ.
+    """
+    if not frontier or any(part.keys() != policy.keys() for part in frontier):
+        raise ValueError("above_frontier needs at least one point of the frontier, counted on the policy's own problems")
+    tables = [_counts({i: part[i] for i in sorted(part)}) for part in (policy, *frontier)]
+
+    def distance(weights: np.ndarray) -> float:
+        rates = [(weights @ t[:, 1:]) / (weights @ t[:, 0]) for t in tables]
+        return float(rates[0][1] - frontier_solve(rates[0][0], [tuple(r) for r in rates[1:]]))
+
+    n = len(tables[0])
+    resampled = [distance(w) for w in _resample(n, draws, np.random.default_rng(seed))]
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return distance(np.ones(n)), float(low), float(high)
+
+
+def leakage(hack: float, baseline: Sequence[tuple[int, float]], seen: int) -> float:
+    """Return the leakage of Shilov et al. 2025 (https://arxiv.org/abs/2512.05648, section 4.3), with hacks in place of tokens.
+
+    The exposure at which standard training reaches the same hack rate, over the exposure that this run had: 0 where nothing of it
+    is left in the policy, 1 where all is. `baseline` holds (hack rollouts seen so far, hack rate) of a run without intervention, in
+    the order of training; a rate that it first reached between two points is interpolated, one that it never reached gives NaN.
+    """
+    exposure, rate = np.array(baseline, float).T
+    rate = np.maximum.accumulate(rate)
+    if hack > rate[-1] or seen <= 0:
+        return float("nan")
+    reached = int(np.searchsorted(rate, hack))  # the first point at that rate or above
+    if reached == 0:
+        return float(exposure[0] / seen)
+    share = (hack - rate[reached - 1]) / (rate[reached] - rate[reached - 1])
+    return float((exposure[reached - 1] + share * (exposure[reached] - exposure[reached - 1])) / seen)
 
 
 def mean_sem(x: Vector) -> tuple[float, float]:

@@ -6,11 +6,12 @@ Log-probs are temperature-scaled and untruncated everywhere; top-p shapes what i
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,8 @@ class Policy:
     adapter: Lora2r
     eos_ids: frozenset[int]
     pad_id: int
+    share_prompts: bool = True  # run each distinct prompt once; False: every row in full
+    gradient_checkpointing: bool = False  # in training mode
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +61,7 @@ def load_policy(
     lora_init_seed: int,
     targets: str,
     gradient_checkpointing: bool,
+    share_prompts: bool = True,
 ) -> Policy:
     """Load a causal LM from a folder or the hub (safetensors only, no remote code) and attach the adapter.
 
@@ -82,19 +86,17 @@ def load_policy(
     eos = {tokenizer.eos_token_id} | set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     adapter = Lora2r(model, rank, lora_init_seed, targets)
-    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad)
+    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad, share_prompts, gradient_checkpointing)
 
 
-def logps(policy: Policy, batch: Batch, temperature: float) -> Float[Tensor, "g t"]:
-    """log p(completion token | prefix) at `temperature`, 0 outside the mask; logits only at completion positions, in chunks."""
-    hidden = policy.model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    t = batch.completion_ids.shape[1]
-    # the token at column j of the completion is predicted at position start + j − 1
-    position = batch.completion_start[:, None] - 1 + torch.arange(t, device=hidden.device)
+def logps(policy: Policy, batch: Batch, temperature: float, *, share: bool = True, prompt_grad: bool = True) -> Float[Tensor, "g t"]:
+    """log p(completion token | prefix) at `temperature`, 0 outside the mask; logits only at completion positions, in chunks.
+
+    `share` and `prompt_grad` are those of `completion_states`.
+    """
+    hidden = completion_states(policy, batch, share=share, prompt_grad=prompt_grad)[-1]
     row, column = batch.completion_mask.nonzero(as_tuple=True)
-    states, targets = hidden[row, position[row, column]], batch.completion_ids[row, column]
+    states, targets = hidden[row, column], batch.completion_ids[row, column]
     chunk = max(1, LOGIT_CHUNK // policy.model.config.get_text_config().vocab_size)
     parts = zip(states.split(chunk), targets.split(chunk))
     if len(states) > chunk and torch.is_grad_enabled():
@@ -103,6 +105,48 @@ def logps(policy: Policy, batch: Batch, temperature: float) -> Float[Tensor, "g 
         scored = [_token_logps(policy, h, y, temperature) for h, y in parts]
     out = torch.zeros(batch.completion_ids.shape, device=hidden.device, dtype=torch.float32)
     return out.index_put((row, column), torch.cat(scored))
+
+
+def completion_states(
+    policy: Policy, batch: Batch, *, share: bool = True, prompt_grad: bool = True, layers: bool = False
+) -> list[Float[Tensor, "g t d"]]:
+    """The states that predict each completion token (position start + j − 1 for token j): the last, or with `layers` of each layer.
+
+    Rows of one prompt in one zone share its keys and values: the prompt up to its last token runs once, its cache is handed to
+    the rows, and each row runs from the prompt's last token on. The same function of the parameters as running every row in full
+    (`share` False, a policy that does not share, masks by token, or gradient checkpointing, which has no cache), up to rounding.
+    Without `prompt_grad` a shared prompt is a constant of the backward pass; a row in full knows no such constant.
+    """
+    call = partial(policy.model.base_model, output_hidden_states=layers)
+    pick = lambda out: list(out.hidden_states[1:]) if layers else [out.last_hidden_state]  # noqa: E731
+    checkpointing = policy.model.training and policy.gradient_checkpointing
+    before = batch.completion_start - 1
+    if not (share and policy.share_prompts) or checkpointing or policy.adapter.by_token or int(before.min()) < 1:
+        out = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return [predicting(batch, x) for x in pick(out)]
+    column = torch.arange(int(before.max()), device=before.device)
+    first, prompt = policy.adapter.distinct(batch.input_ids[:, : len(column)].where(column < before[:, None], -1))
+    place = column - (before.max() - before[first])[:, None]  # left-padded: negative where there is nothing
+    cache = DynamicCache(config=policy.model.config)
+    with policy.adapter.rows(first), torch.set_grad_enabled(prompt_grad and torch.is_grad_enabled()):
+        ids = batch.input_ids[first].gather(1, place.clamp(min=0))
+        call(input_ids=ids, attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0), past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(prompt)
+    position = _predicting_positions(batch)
+    mask = torch.cat([(place >= 0)[prompt], batch.completion_mask], dim=1).long()
+    ids = batch.input_ids.gather(1, position)
+    return pick(call(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True))
+
+
+def predicting(batch: Batch, x: Float[Tensor, "g s k"]) -> Float[Tensor, "g t k"]:
+    """x at the positions whose outputs predict the completion tokens."""
+    return x.gather(1, _predicting_positions(batch)[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def _predicting_positions(batch: Batch) -> Int[Tensor, "g t"]:
+    """start + j − 1 for token j; past a row's end, the row's last position."""
+    t, s = batch.completion_ids.shape[1], batch.input_ids.shape[1]
+    return (batch.completion_start[:, None] - 1 + torch.arange(t, device=batch.input_ids.device)).clamp(max=s - 1)
 
 
 def _token_logps(

@@ -3,7 +3,7 @@
     record.json           the RunRecord: replaced whole (temporary file, fsync, rename)
     metrics.jsonl         one JSON line a step; NaN and infinities are null
     rollouts.jsonl.gz     one gzip member a step, so that a killed run leaves a readable file
-    adapter.safetensors   the adapter's tensors
+    adapter.safetensors   the adapter's tensors; with --snapshot-every also snapshots/, those that sampled a step's rollouts
     checkpoints/          step folders and `latest.json`, the pointer that one rename moves
     .reserve              bytes that a last status is written from when the disk is full
     resumes.jsonl         when and by which command the run was continued; absent if it never was
@@ -30,13 +30,13 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from vgrout.store import append_line, dumps, load_tensors, pack, plain, sha256_file, write_atomic
+from vgrout.store import append_line, dumps, load_tensors, pack, plain, write_atomic
+from vgrout.store import sha256_file as sha256_file
 from vgrout.types import EvalResult, RunRecord, UserError
 
 SCHEMA_VERSION = 1
 APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz")
-__all__ = ["Run", "load_adapter", "load_metrics", "load_record", "load_rollouts", "provenance", "sha256_file"]
-FREE_TO_CHANGE = {"out_dir", "resume", "track"}  # config fields that say where and how, not what
+FREE_TO_CHANGE = {"out_dir", "resume", "track", "judge_url", "judge_concurrency"}  # config fields that say where and how, not what
 IDENTITY = ("arm", "preset", "seed", "config", "data_hashes", "pair_hash", "split_hashes")
 KEPT_CHECKPOINTS = 2
 RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB
@@ -110,6 +110,11 @@ class Run:
     def save_adapter(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """Replace adapter.safetensors; equal inputs give equal bytes."""
         write_atomic(self.dir / "adapter.safetensors", pack(tensors, metadata))
+
+    def snapshot(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Store the adapter that samples the rollouts of `step`; a resumed run writes the same bytes again."""
+        (self.dir / "snapshots").mkdir(exist_ok=True)
+        write_atomic(self.dir / "snapshots" / f"step_{step:04d}.safetensors", pack(tensors, metadata))
 
     def checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Store all that an exact resume after `step` steps needs: tensors, JSON state, the record, file offsets."""
@@ -216,6 +221,22 @@ def load_rollouts(run_dir: str | Path) -> list[dict[str, Any]]:
 def load_adapter(run_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read adapter.safetensors of a run: tensors and metadata."""
     return load_tensors(Path(run_dir) / "adapter.safetensors")
+
+
+def load_snapshots(run_dir: str | Path) -> dict[int, Path]:
+    """Step → file of the adapter that sampled the step's rollouts, in order; UserError where the run stored none."""
+    if not (found := sorted((Path(run_dir) / "snapshots").glob("step_*.safetensors"))):
+        raise UserError(f"{run_dir} has no snapshots: train it with --snapshot-every N")
+    return {int(path.stem.removeprefix("step_")): path for path in found}
+
+
+def load_deployed(run_dir: str | Path, model: str) -> dict[str, Tensor]:
+    """Tensors of the blocks that the run's arm deploys: the deployed block, or both where it deploys as trained."""
+    tensors, metadata = load_adapter(run_dir)
+    if metadata["model"] != model:
+        raise UserError(f"{run_dir} adapts {metadata['model']}, not {model}: set --model to the same")
+    every = load_record(run_dir).notes["deployed"] == "as_trained"
+    return {k: v for k, v in tensors.items() if every or k.split(".")[-2] == "deployed"}
 
 
 def _lock(out_dir: Path) -> IO[str]:

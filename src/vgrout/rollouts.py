@@ -56,20 +56,21 @@ def collect(
     *,
     num_generations: int,
     demonstrations: list[list[str]],
-    deployed_rows: int,
+    deployed_share: float,
+    step: int,
     loophole_pays: bool,
     generator: torch.Generator,
 ) -> tuple[list[Group], dict[str, float]]:
-    """One group for each problem: student rows, the last `deployed_rows` of them sampled ablated, and its demonstrations.
+    """One group for each problem: student rows, a `deployed_share` of them (over the steps) sampled ablated, and its demonstrations.
 
     A demonstration takes the place of a student row, so that every group has `num_generations` rows. Returns wall seconds too.
     """
     clock = time.perf_counter()
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems]
-    students = [num_generations - deployed_rows - len(d) for d in demonstrations]
+    students = [num_generations - len(d) for d in demonstrations]
+    deployed = [share_at(step, deployed_share * n) for n in students]
     drawn = partial(sample, policy, prompts, generator=generator, **asdict(sampling))
-    as_trained = drawn(students)
-    ablated = drawn([deployed_rows] * len(prompts), ablated=True) if deployed_rows else [[] for _ in prompts]
+    as_trained, ablated = drawn([n - d for n, d in zip(students, deployed)]), drawn(deployed, ablated=True)
     groups = []
     for problem, prompt, both, alone, demos in zip(problems, prompts, as_trained, ablated, demonstrations):
         decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids)  # noqa: E731
@@ -87,14 +88,15 @@ def collect(
 
 
 def compose(
-    groups: list[Group], policy: Policy, oracle_modes: tuple[Mode, ...] | None = None
+    groups: list[Group], policy: Policy, oracle_modes: tuple[Mode, ...] | None = None, equal_groups: bool = False
 ) -> tuple[list[Rollout], Batch | None, Origin | None]:
     """Drop groups without reward variance, then (kept rows, what training may see of them, what sampled them).
 
-    Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes.
-    Batch and origin are None where no group has variance.
+    Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes: whether the
+    mode's exploit fired. A correct completion that fires it too is no reward hack, and would teach one all the same.
+    `equal_groups` keeps the groups without variance: a penalty may give them some. Batch and origin are None where no group is left.
     """
-    kept = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
+    kept = [g for g in groups if equal_groups or len({r.grade.reward for r in g.rollouts}) > 1]
     rows = [r for g in kept for r in g.rollouts]
     if not rows:
         return [], None, None
@@ -118,7 +120,7 @@ def compose(
         stratum=(2 * A.sign().long() + student.long()).to(policy.device),
     )
     if oracle_modes is not None:
-        labels = [r.grade.reward_hack and (not oracle_modes or r.problem.mode in oracle_modes) for r in rows]
+        labels = [bool(r.grade.mechanism) and (not oracle_modes or r.problem.mode in oracle_modes) for r in rows]
         origin.label = torch.tensor(labels, device=policy.device)
     return rows, batch, origin
 

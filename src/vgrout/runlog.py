@@ -117,6 +117,8 @@ def result_line(record: RunRecord, cells: list[EvalResult]) -> str:
     parts = [f"RESULT {record.arm} seed={record.seed} steps={record.steps_done} status={record.status}"]
     if record.notes.get("oracle"):
         parts.append("NOT-ORACLE-FREE")
+    if record.notes.get("monitor"):
+        parts.append(f"LIVE-MONITOR={record.notes['monitor']}")
     for cell in cells:
         if cell.markers == "novel" and (cell.state == "deployed" or cell.step == 0):
             name = "base" if cell.step == 0 else "deployed"

@@ -87,16 +87,19 @@ def select(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
     return Batch(**part)
 
 
-def micro_batches(batch: Batch, token_budget: int) -> list[Int[Tensor, " n"]]:
+def micro_batches(batch: Batch, token_budget: int, by_prompt: bool = False) -> list[Int[Tensor, " n"]]:
     """Row indices of length-sorted micro-batches whose padded size stays within `token_budget` tokens (at least one row each).
 
+    With `by_prompt` rows of one prompt stay together, so that they can share it; each prompt's rows are sorted by length.
     Example: lengths [5, 9, 4], budget 10 → [[2, 0], [1]] (4 and 5 padded to 2 × 5 = 10, then 9 alone).
     """
-    lengths = batch.attention_mask.sum(1)
-    order, lengths = lengths.argsort(stable=True).tolist(), lengths.tolist()
+    lengths, group = batch.attention_mask.sum(1).tolist(), batch.group.tolist()
     parts: list[list[int]] = [[]]
-    for i in order:
-        if parts[-1] and (len(parts[-1]) + 1) * lengths[i] > token_budget:
+    widest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (group[i] if by_prompt else 0, lengths[i])):
+        widest = max(widest, lengths[i])
+        if parts[-1] and (len(parts[-1]) + 1) * widest > token_budget:
             parts.append([])
+            widest = lengths[i]
         parts[-1].append(i)
     return [torch.tensor(p, device=batch.input_ids.device) for p in parts]

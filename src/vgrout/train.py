@@ -10,8 +10,9 @@ No label of a training rollout reaches the update: `compose` reads the reward of
 
 import sys
 
-from vgrout.cli import load_splits, parse_or_exit
+from vgrout.cli import endpoint, load_probe_data, load_splits, parse_or_exit
 from vgrout.config import ARMS, Arm, Config
+from vgrout.entry import run_main
 
 if __name__ == "__main__":
     PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
@@ -30,16 +31,19 @@ from transformers import get_scheduler
 from vgrout import grpo, pairs, problems, runlog, tokens
 from vgrout.actions import ACTIONS
 from vgrout.advice import advice
+from vgrout.controls import build_control, build_score
+from vgrout.diagnose import gradient_norms
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
-from vgrout.gate import Gate, PinnedGate
+from vgrout.gate import Gate, PinnedGate, SeparateGate
 from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
 from vgrout.likelihood import likelihood_steps
-from vgrout.lora2r import BLOCKS, BlockOptimizer, trained_blocks
+from vgrout.lora2r import BLOCKS
+from vgrout.monitors import Judge, labelled_probe
+from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
-from vgrout.records import SCHEMA_VERSION, Run, load_metrics, provenance, sha256_file
-from vgrout.rollouts import Sampling, collect, compose, pair_batch, share_at, stream
-from vgrout.scores import build_control, build_score
+from vgrout.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, provenance, sha256_file
+from vgrout.rollouts import Sampling, collect, compose, pair_batch, stream
 from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tracking import tracker
@@ -48,7 +52,7 @@ from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
 
 def main(preset: str, config: Config) -> None:
     """Everything random is a function of (seed, step), so that a resumed run needs no generator state."""
-    cfg, arm = config.grpo, ARMS["placebo" if config.score.routeV_random_v_seed is not None else config.run.intervention]
+    cfg, arm = config.grpo, ARMS["placebo" if config.route.routeV_random_v_seed is not None else config.run.intervention]
     sampling, stop = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p, config.model.sample_token_budget), StopSignal()
     with explained(), Grader(config.run.workers, config.run.sandbox, config.run.cpu_seconds) as grader:
         splits = load_splits(config)
@@ -72,6 +76,8 @@ def main(preset: str, config: Config) -> None:
             for step in range(start, cfg.steps):
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
+                if snapshot := bool(config.run.snapshot_every) and step % config.run.snapshot_every == 0:
+                    run.snapshot(step, *adapter_file(policy))
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
                     row |= gate.refresh(policy) | {"sec_refresh": time.perf_counter() - clock}
                 shown = config.data.unhackable_frac, arm.inoculate
@@ -80,18 +86,20 @@ def main(preset: str, config: Config) -> None:
                     policy, prompts, grader, sampling,
                     num_generations=cfg.num_generations,
                     demonstrations=teacher.draw(prompts, step) if teacher else [[] for _ in prompts],
-                    deployed_rows=share_at(step, config.route.gen_deploy_frac * cfg.num_generations),
+                    deployed_share=config.route.gen_deploy_frac, step=step,
                     loophole_pays=arm.loophole_pays,
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
-                kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None)
+                kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
                 scored, out = time.perf_counter(), None
                 if batch:
-                    out = gate(policy, batch, origin)
+                    out = (SeparateGate() if step < config.route.separate_first else gate)(policy, batch, origin)
                 updated = time.perf_counter()
                 if batch:
                     acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
-                                                alpha=config.route.penalty_alpha)  # fmt: skip
+                                                alpha=config.route.penalty_alpha, penalty=config.monitor.penalty)  # fmt: skip
+                    if snapshot:
+                        row |= gradient_norms(policy, *acted, kept, cfg, config.route.retain_forward)
                     row |= update(policy, *acted, optimizer, config)
                 schedule.step()
                 seconds |= {"sec_score": updated - scored, "sec_update": time.perf_counter() - updated}
@@ -122,9 +130,7 @@ def main(preset: str, config: Config) -> None:
             runlog.final_table(run.record)
 
 
-def update(
-    policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimizer: BlockOptimizer, config: Config
-) -> dict[str, float]:
+def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimizer: BlockOptimizer, config: Config) -> dict[str, float]:
     """Pass 2: masked forward and backward in micro-batches, then one step of every block that some row trains."""
     cfg, adapter = config.grpo, policy.adapter
     ablated = (out.zones == Zone.RETAIN).reshape(len(origin.student), -1) & (config.route.retain_forward == "ablated")
@@ -133,7 +139,7 @@ def update(
     normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
     before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
     total, gaps, stats = 0.0, [], []
-    for rows in tokens.micro_batches(batch, cfg.token_budget):
+    for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts):
         part, ref, old = tokens.select(batch, rows), None, None
         mask, zones = part.completion_mask, out.zones[rows]
         zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
@@ -196,8 +202,10 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
         raise UserError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu or install a CUDA build")
     policy = load_policy(
         m.model, dtype=m.dtype, device=device, rank=m.lora_rank, lora_init_seed=m.lora_init_seed, targets=m.targets,
-        gradient_checkpointing=m.gradient_checkpointing,
+        gradient_checkpointing=m.gradient_checkpointing, share_prompts=m.share_prompts,
     )  # fmt: skip
+    if m.init_from:
+        policy.adapter.load_state_dict(policy.adapter.state_dict() | load_deployed(m.init_from, m.model))
     shown = [p for part in splits.values() for p in part]
     lengths = {p.problem_id: tokens.encode_prompt(policy.tokenizer, problems.messages(p)) for p in shown}
     tokens.check_prompt_lengths(lengths, m.max_prompt_length)
@@ -208,11 +216,18 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
     if arm.score == "pinned":
         return PinnedGate(arm.zone), ""
+    if arm.score == "sampler":
+        return SeparateGate(), ""
     cfg, s, r = config.grpo, config.score, config.route
+    if arm.monitor:
+        how = dict(space=s.act_space, layer=s.act_layer, token_budget=cfg.token_budget, l2=config.monitor.probe_l2)
+        probed = lambda: labelled_probe(policy, load_probe_data(config), cfg.max_completion_length, **how)  # noqa: E731
+        return Gate(Judge(endpoint(config)) if arm.monitor == "judge" else probed(), signed=r.signed, cut="flag"), ""
     probe = dict(
-        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget, state=s.probe_state
+        max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
+        state=s.probe_state, positions=s.probe_positions,
     )
-    seed = r.placebo_seed if s.routeV_random_v_seed is None else s.routeV_random_v_seed
+    seed = r.placebo_seed if r.routeV_random_v_seed is None else r.routeV_random_v_seed
     found = [] if arm.oracle else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
     other = {"semantic": s.placebo_pairs, "framing": s.framing_pairs}.get(arm.control)
     build = lambda ps: build_score(  # noqa: E731
@@ -220,7 +235,7 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     )
     score = build(found)
     control = build_control(arm.control, score, build(pairs.load_pairs(other)) if other else None, s, seed)
-    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else "band")
+    gate = Gate(score, control, signed=r.signed, own_samples=r.own_samples, cut="flag" if arm.oracle else r.cut)
     return gate, pairs.content_hash(found) if found else ""
 
 
@@ -236,19 +251,19 @@ def seed_quarantine(policy: Policy, config: Config) -> None:
     likelihood_steps(policy, batch, "quarantine", r.seed_quarantine, cfg.learning_rate, cfg.temperature, cfg.token_budget)
 
 
-def make_run(
-    preset: str, config: Config, arm: Arm, splits: dict[str, list[Problem]], pair_hash: str, grader: Grader
-) -> Run:
+def make_run(preset: str, config: Config, arm: Arm, splits: dict[str, list[Problem]], pair_hash: str, grader: Grader) -> Run:
     """A fresh run directory, or with --resume the one that is there."""
     name, data = config.run.intervention, config.data
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     base = [str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))]  # none for a hub id
-    files = [f for f in (data.data, data.teacher_pool, *base) if f]
+    start = config.model.init_from and f"{config.model.init_from}/adapter.safetensors"
+    files = [f for f in (data.data, data.teacher_pool, config.monitor.probe_data, *base, start) if f]
     record = RunRecord(
         schema_version=SCHEMA_VERSION, arm=name, preset=preset, seed=config.run.seed, config=asdict(config),
         data_hashes={f: sha256_file(f) for f in files}, pair_hash=pair_hash,
         split_hashes={k: problems.ids_hash(v) for k, v in splits.items()}, sandbox_layers=grader.layers, status="running",
-        notes={"oracle": arm.oracle, "deployed": arm.deployed, "pairs_cover": [*map(str, data.pair_modes)] if pair_hash else []},
+        notes={"oracle": arm.oracle, "monitor": arm.monitor, "deployed": arm.deployed,
+               "pairs_cover": [*map(str, data.pair_modes)] if pair_hash else []},
         **provenance(),
     )  # fmt: skip
     return Run.create(config.run.out_dir or f"out/runs/{stamp}_{name}_s{config.run.seed}", record, config.run.resume)
@@ -281,8 +296,9 @@ class Assess:
         return result
 
     def base(self) -> None:
-        """Step 0: the net delta is zero, so one cell speaks for both states."""
-        self.cell("test", "novel", "deployed", True, 0, self.config.run.final_draws)
+        """Step 0: the net delta is zero, so one cell speaks for both states; with --init-from it is the policy started from."""
+        ablated = self.arm.deployed == "ablated" or not self.config.model.init_from
+        self.cell("test", "novel", "deployed", ablated, 0, self.config.run.final_draws)
 
     def validate(self, step: int) -> None:
         self.cell("val", "novel", "deployed", self.arm.deployed == "ablated", step, self.config.run.eval_draws)
@@ -304,8 +320,13 @@ def save(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOpti
     parts = {"adapter": policy.adapter.state_dict(), "adamw": optimizer.state_dict(), "gate": gate.state_dict()}
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     run.checkpoint(run.record.steps_done, tensors, {"schedule": schedule.state_dict()})
-    metadata = {"rank": str(policy.adapter.rank), "seed": str(policy.adapter.seed), "model": policy.model.name_or_path}
-    run.save_adapter(parts["adapter"], metadata)
+    run.save_adapter(*adapter_file(policy))
+
+
+def adapter_file(policy: Policy) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of adapter.safetensors."""
+    adapter = policy.adapter
+    return adapter.state_dict(), {"rank": str(adapter.rank), "seed": str(adapter.seed), "model": policy.model.name_or_path}
 
 
 def restore(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, schedule: LRScheduler) -> int:
@@ -322,10 +343,4 @@ def restore(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockO
 
 
 if __name__ == "__main__":
-    try:
-        main(PRESET, CONFIG)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # the second signal; the record says so
-        raise SystemExit(130) from None
+    run_main(main, PRESET, CONFIG)  # a second signal interrupts; the record says so

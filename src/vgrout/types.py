@@ -133,7 +133,7 @@ class RunRecord:
     steps_done: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # wall seconds per phase
     evals: list[EvalResult] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)  # e.g. oracle: true, pairs cover [...]
+    notes: dict[str, Any] = field(default_factory=dict)  # e.g. oracle: true, monitor: "judge", pairs_cover: [...]
 
 
 class UserError(Exception):

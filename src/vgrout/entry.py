@@ -1,0 +1,20 @@
+"""How every program of the project ends. Imports nothing heavy."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from vgrout.types import UserError
+
+T = TypeVar("T")
+
+
+def run_main(main: Callable[..., T], *arguments: object) -> T:
+    """main(*arguments); a UserError becomes its one line on stderr and exit status 2, an interrupt exit status 130."""
+    try:
+        return main(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

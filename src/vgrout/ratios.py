@@ -1,0 +1,146 @@
+"""Scores that compare the likelihoods of a completion under two states of the policy: the pairs' nudges, or the quarantine itself."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vgrout.likelihood import batch_logps, likelihood_deltas, random_deltas
+from vgrout.policy import Policy
+from vgrout.scores import Score, Scored
+from vgrout.tensors import Batch, Origin
+from vgrout.tokens import select
+
+
+class LikelihoodRatio(Score):
+    """Mean log-prob under a copy of the policy nudged toward the pairs' hack sides against that under one nudged toward their
+    clean sides (docs/method.md, "llr"). Unsigned and length-averaged; forward passes only, plus the refresh.
+
+    `form`, with Δ_h and Δ_c the two nudges of the deployed block and l(θ) the row's mean log-prob:
+        ratio        l(θ + Δ_h) − l(θ + Δ_c)
+        one_sided    l(θ + Δ_h − Δ_c) − l(θ), whose second term the update needs anyway
+        first_order  the directional derivative of l along Δ_h − Δ_c, by a central difference
+    The pairs are fitted in two folds by prompt, one fold at each refresh after the first: a pair is scored by the fold that did
+    not see it, a rollout by the mean of both folds' nudges. `random_seed` replaces every nudge by a Gaussian one of the same norm
+    in every tensor: the placebo.
+    """
+
+    def __init__(
+        self, pairs: Batch, *, temperature: float, token_budget: int, steps: int = 4, learning_rate: float = 1e-3,
+        form: str = "ratio", random_seed: int | None = None,
+    ):  # fmt: skip
+        self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
+        self.steps, self.learning_rate, self.form, self.random_seed = steps, learning_rate, form, random_seed
+        self.folds: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # fold → nudges (hack, clean)
+        self.pairs_hack = self.pairs_clean = torch.full((len(pairs.advantages) // 2,), float("nan"), device=pairs.advantages.device)
+        self.draws = 0
+
+    @property
+    def deltas(self) -> list[list[Tensor]]:
+        """(hack, clean): the mean of both folds' nudges."""
+        return [[(a + b) / 2 for a, b in zip(*(fold[i] for fold in self.folds.values()))] for i in (0, 1)]
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        n, last = len(self.pairs.advantages) // 2, self.deltas if self.folds else None
+        fold = (self.pairs.group % 2)[:n]
+        if len(fold.unique()) < 2:
+            raise ValueError("the likelihood ratio needs pairs on at least two prompts")
+        rows, self.pairs_hack, self.pairs_clean = torch.arange(n, device=fold.device), self.pairs_hack.clone(), self.pairs_clean.clone()
+        for k in (0, 1) if last is None else (self.draws % 2,):
+            fit, held = rows[fold == k], rows[fold != k]
+            self.folds[k] = tuple(self._fit(policy, select(self.pairs, fit + offset), 2 * k + i) for i, offset in enumerate((0, n)))
+            scores, _ = self._score(policy, select(self.pairs, torch.cat([held, held + n])), *self.folds[k])
+            self.pairs_hack[held], self.pairs_clean[held] = scores.chunk(2)
+        self.draws += 1
+        flat = lambda d: torch.cat([(h - c).flatten() for h, c in zip(*d)])  # noqa: E731
+        drift = float("nan") if last is None else float(torch.cosine_similarity(flat(last), flat(self.deltas), dim=0))
+        return {"direction_drift": drift}
+
+    def _fit(self, policy: Policy, batch: Batch, index: int) -> list[Tensor]:
+        deltas = likelihood_deltas(policy, batch, self.steps, self.learning_rate, self.temperature, self.token_budget)
+        if self.random_seed is None:
+            return deltas
+        return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
+
+    def _score(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Scores [g], and the log-probs [g, t] at the live parameters where the form has them."""
+
+        def at(deltas: list[Tensor], scale: float = 1.0) -> Float[Tensor, "g t"]:
+            with policy.adapter.shifted(deltas, scale):
+                return batch_logps(policy, batch, self.temperature, self.token_budget)
+
+        mean = lambda x: x.sum(1) / batch.completion_mask.sum(1)  # noqa: E731
+        difference, step = [h - c for h, c in zip(hack, clean)], 0.01
+        if self.form == "one_sided":
+            live = batch_logps(policy, batch, self.temperature, self.token_budget)
+            return mean(at(difference) - live), live
+        if self.form == "first_order":
+            return mean(at(difference, step) - at(difference, -step)) / (2 * step), None
+        return mean(at(hack) - at(clean)), None
+
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
+        scores, live = self._score(policy, batch, *self.deltas)
+        return Scored(scores, logps=live)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"draws": torch.tensor(self.draws), "pairs_hack": self.pairs_hack, "pairs_clean": self.pairs_clean}
+        for k, sides in self.folds.items():
+            state |= {f"{k}.{side}.{i}": d for side, ds in zip(("hack", "clean"), sides) for i, d in enumerate(ds)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.draws, device = int(state["draws"]), self.pairs.input_ids.device
+        self.pairs_hack, self.pairs_clean = state["pairs_hack"].to(device), state["pairs_clean"].to(device)
+        count = sum(k.startswith("0.hack.") for k in state)
+        self.folds = {
+            k: tuple([state[f"{k}.{side}.{i}"].to(device) for i in range(count)] for side in ("hack", "clean"))
+            for k in (0, 1) if f"{k}.hack.0" in state
+        }  # fmt: skip
+
+
+class QuarantineRatio(Score):
+    """log p(completion) as trained minus that of the deployed state: how much more likely the quarantine makes a completion.
+
+    The quarantine is its own detector. Trained first (--separate-first) or seeded on the pairs' hack sides (--seed-quarantine),
+    it has learned what pays at once; what it would do more often is kept from the deployed block. Nothing is fitted at a refresh:
+    it scores the pairs, whose sides give the cut.
+    """
+
+    stored = ("pairs_hack", "pairs_clean")
+
+    def __init__(self, pairs: Batch, *, temperature: float, token_budget: int):
+        self.pairs, self.how = pairs, (temperature, token_budget)
+
+    def _score(self, policy: Policy, batch: Batch) -> tuple[Float[Tensor, " g"], Float[Tensor, "g t"]]:
+        live = batch_logps(policy, batch, *self.how)
+        with policy.adapter.ablated():
+            return (live - batch_logps(policy, batch, *self.how)).sum(1), live
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        scores, _ = self._score(policy, self.pairs)
+        self.pairs_hack, self.pairs_clean = scores.chunk(2)
+        return {}
+
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
+        scores, live = self._score(policy, batch)
+        return Scored(scores, logps=live)
+
+
+class RandomQuarantine(Score):
+    """Its placebo: a Gaussian delta with the norm of the quarantine's in every tensor, on the deployed state, drawn anew
+    at every refresh."""
+
+    stored = ("draws",)
+
+    def __init__(self, real: QuarantineRatio, seed: int):
+        self.real, self.seed, self.draws = real, seed, torch.tensor(0)
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        self.draws = self.draws + 1
+        return {}
+
+    def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
+        noise = random_deltas([p.detach() for p in policy.adapter.parameters("quarantine")], 1_000 * self.seed + int(self.draws))
+        with policy.adapter.ablated():
+            deployed = batch_logps(policy, batch, *self.real.how)
+            with policy.adapter.shifted(noise):
+                return Scored((batch_logps(policy, batch, *self.real.how) - deployed).sum(1))
