@@ -31,6 +31,7 @@ from vgrout.records import load_metrics, now, provenance
 from vgrout.types import UserError
 
 PHASES = ("sample", "grade", "score", "update", "refresh", "other")
+PADDING = ("padding", "padding_by_prompt", "padding_by_length")
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_TRL = "part a needs TRL: run `uv run --group bench just bench`, or leave it out with --only b c"
 Part = Literal["a", "b", "c", "d"]
@@ -230,13 +231,13 @@ def table_b(found: dict[str, Any]) -> str:
 def table_c(found: dict[str, Any]) -> str:
     rows = [[r["what"], r["phase"], of(r["before"], 3), of(r["after"], 3), of(r["exponent"])] for r in found["growth"]]
     share = lambda x: f"{100 * x:.0f} %"  # noqa: E731
-    budgets = [[r["budget"], r["micro_batches"], share(r["padding"]), share(r["padding_benchmark"]), of(r["update"]), of(r["update_ratio"]),
+    budgets = [[r["budget"], r["micro_batches"], *(share(r[k]) for k in PADDING), of(r["update"]), of(r["update_ratio"]),
                 of(r["score"]), of(r["score_ratio"])] for r in found["budgets"]]  # fmt: skip
     last = found["budgets"][-1]["budget"]
     return "\n\n".join([
         table(rows, ["what grows", "phase", "s before", "s after", "exponent"]),
-        table(budgets, ["token budget", "micro-batches", "padding, organism", "padding, benchmark-like", "update, s", f"× {last}",
-                        "scoring, s", f"× {last}"]),
+        table(budgets, ["token budget", "micro-batches", "padding, organism", "benchmark-like, by prompt", "by length",
+                        "update, s", f"× {last}", "scoring, s", f"× {last}"]),
     ])  # fmt: skip
 
 

@@ -7,8 +7,8 @@ Bounds, for parts of a model with W bytes of weights and κ bytes of KV cache a 
 dimension = a, hidden size d, vocabulary v, on a device of B bytes/s and F FLOP/s:
 
     decoding    Σ_steps (W + κ · tokens in the cache) / B
-    update      passes · (2 N T + 2 L a Σ s² + 2 d v T_completion) / F     passes: reference, policy, its input gradients, and with
-                                                                         gradient checkpointing the policy once more
+    update      passes · (2 N T + 4 L a Σ visible tokens + 2 d v T_completion) / F, where T counts a prompt once for its group;
+                passes: reference, policy, its input gradients, and with gradient checkpointing the policy once more
 """
 
 import gc
@@ -16,7 +16,7 @@ import math
 import random
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -67,17 +67,19 @@ def random_policy(config: PretrainedConfig, device: str, dtype: torch.dtype, ran
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, AutoTokenizer.from_pretrained(BASE), Lora2r(model, rank, 0, r"\.layers\.\d+\."), frozenset(), 0)
+    adapter = Lora2r(model, rank, 0, r"\.layers\.\d+\.")
+    return Policy(model, AutoTokenizer.from_pretrained(BASE), adapter, frozenset(), 0)
 
 
-def random_batch(policy: Policy, lengths: Iterable[tuple[int, int]], group_size: int) -> tuple[Batch, Origin]:
-    """Rows of (prompt, completion) tokens at random, with advantages +1 and −1 in turn."""
+def random_batch(policy: Policy, lengths: Sequence[tuple[int, int]], group: Sequence[int]) -> tuple[Batch, Origin]:
+    """Rows of (prompt, completion) tokens at random, a prompt for each group, with advantages +1 and −1 in turn."""
     rng, vocabulary = random.Random(0), policy.model.config.vocab_size
-    ids = [[[rng.randrange(4, vocabulary) for _ in range(n)] for n in row] for row in lengths]
-    A = [(-1.0) ** i for i in range(len(ids))]
-    group = [i // group_size for i in range(len(ids))]
-    batch = tokens.collate([p for p, _ in ids], [c for _, c in ids], A, group, A, policy.pad_id, policy.device)
-    no = torch.zeros(len(ids), dtype=torch.bool, device=policy.device)
+    draw = lambda n: [rng.randrange(4, vocabulary) for _ in range(n)]  # noqa: E731
+    prompts = {g: draw(prompt) for g, (prompt, _) in zip(group, lengths)}
+    A = [(-1.0) ** i for i in range(len(lengths))]
+    completions = [draw(completion) for _, completion in lengths]
+    batch = tokens.collate([prompts[g] for g in group], completions, A, group, A, policy.pad_id, policy.device)
+    no = torch.zeros(len(lengths), dtype=torch.bool, device=policy.device)
     stratum = 2 * batch.advantages.sign().long() + 1
     return batch, Origin(student=~no, ablated=no, sampler_logp=torch.zeros_like(batch.rewards), stratum=stratum)
 
@@ -90,13 +92,13 @@ class Work:
         cfg = replace(config.grpo, num_prompts=size.prompts, num_generations=size.generations, max_completion_length=size.completion)
         self.config = replace(config, grpo=cfg)
         self.sampling = Sampling(size.completion, cfg.temperature, cfg.top_p, config.model.sample_token_budget)
-        self.batch, self.origin = random_batch(policy, [(size.prompt, size.completion)] * (size.prompts * size.generations),
-                                               size.generations)  # fmt: skip
+        group = [i for i in range(size.prompts) for _ in range(size.generations)]
+        self.batch, self.origin = random_batch(policy, [(size.prompt, size.completion)] * len(group), group)
         self.optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
         self.gate, _ = train.make_gate(ARMS[arm], policy, self.config)
         if hasattr(self.gate, "score"):
-            self.gate.score.pairs, _ = random_batch(policy, [(size.pair_prompt, size.pair_completion)] * (2 * size.pairs), 1)
-            self.gate.score.pairs.group %= size.pairs
+            sides = [*range(size.pairs)] * 2  # hack sides, then clean sides on the same prompts
+            self.gate.score.pairs, _ = random_batch(policy, [(size.pair_prompt, size.pair_completion)] * len(sides), sides)
             self.gate.score.pairs.advantages.fill_(1.0)
         zones = torch.arange(len(self.batch.group), device=policy.device) % len(Zone)
         nan = torch.full_like(self.batch.rewards, float("nan"))
@@ -179,14 +181,14 @@ def growth(repeats: int, size: Size, config: Config) -> list[dict]:
     return rows
 
 
-def padding(lengths: list[int], token_budget: int) -> tuple[float, int]:
-    """(share of padded tokens that are padding, micro-batches) of rows of these lengths."""
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    ones = torch.ones(len(lengths))
-    batch = Batch(mask, mask, mask, mask.bool(), mask.sum(1), ones, torch.arange(len(lengths)), ones)
-    parts = tokens.micro_batches(batch, token_budget)
-    padded = sum(len(p) * max(lengths[i] for i in p.tolist()) for p in parts)
-    return 1 - sum(lengths) / padded, len(parts)
+def padding(rows: list[tuple[int, int]], group_size: int, token_budget: int, by_prompt: bool) -> tuple[float, int]:
+    """(share of padded tokens that are padding, micro-batches) of rows of (prompt, completion) tokens, whole rows."""
+    lengths, completions = torch.tensor([p + c for p, c in rows]), torch.tensor([c for _, c in rows])
+    mask, scored = (torch.arange(int(n.max())) < n[:, None] for n in (lengths, completions))
+    ones, group = torch.ones(len(rows)), torch.arange(len(rows)) // group_size
+    batch = Batch(mask.long(), mask.long(), scored.long(), scored, lengths - completions, ones, group, ones)
+    parts = tokens.micro_batches(batch, token_budget, by_prompt)
+    return 1 - int(lengths.sum()) / sum(len(p) * int(lengths[p].max()) for p in parts), len(parts)
 
 
 def token_budgets(repeats: int, budgets: tuple[int, ...], config: Config) -> list[dict]:
@@ -198,30 +200,31 @@ def token_budgets(repeats: int, budgets: tuple[int, ...], config: Config) -> lis
     sampling = Sampling(cfg.max_completion_length, cfg.temperature, cfg.top_p, config.model.sample_token_budget)
     drawn = sample(policy, shown, [cfg.num_generations] * len(shown), generator=g, **asdict(sampling))
     lengths = [(len(p), len(ids)) for p, group in zip(shown, drawn) for ids, _ in group]
-    long = benchmark_lengths(16, 16)
+    group, long = [i for i, drawn_group in enumerate(drawn) for _ in drawn_group], benchmark_lengths(16, 16)
     size = Size(cfg.num_prompts, cfg.num_generations, 1, cfg.max_completion_length)
     works = {}
     for budget in budgets:
         work = works[budget] = Work(policy, replace(config, grpo=replace(cfg, token_budget=budget)), "routeV", size)
-        work.batch, work.origin = random_batch(policy, lengths, cfg.num_generations)
+        work.batch, work.origin = random_batch(policy, lengths, group)
         work.refresh()
     times = [{b: (seconds(w.update), seconds(w.score)) for b, w in works.items()} for _ in range(repeats)]
     rows = []
     for budget in budgets:
-        (share, parts), (long_share, _) = padding([p + c for p, c in lengths], budget), padding(long, budget)
-        ratio = lambda i: figure(t[budget][i] / t[budgets[-1]][i] for t in times)  # noqa: B023, E731
-        rows.append({"budget": budget, "micro_batches": parts, "padding": share, "padding_benchmark": long_share,
-                     "update": figure(t[budget][0] for t in times), "score": figure(t[budget][1] for t in times),
-                     "update_ratio": ratio(0), "score_ratio": ratio(1)})  # fmt: skip
+        share, parts = padding(lengths, cfg.num_generations, budget, policy.share_prompts)
+        by_prompt, by_length = (padding(long, 16, budget, by_prompt)[0] for by_prompt in (True, False))
+        row = {"budget": budget, "micro_batches": parts, "padding": share, "padding_by_prompt": by_prompt, "padding_by_length": by_length}
+        for i, phase in enumerate(("update", "score")):
+            row |= {phase: figure(t[budget][i] for t in times), f"{phase}_ratio": figure(t[budget][i] / t[budgets[-1]][i] for t in times)}
+        rows.append(row)
     return rows
 
 
-def benchmark_lengths(prompts: int, generations: int) -> list[int]:
-    """Row lengths like the benchmark's, an assumption: prompts 460 ± 100 tokens, completions log-normal around 365, at most 1,536."""
+def benchmark_lengths(prompts: int, generations: int) -> list[tuple[int, int]]:
+    """(prompt, completion) tokens like the benchmark's, an assumption: 460 ± 100, and log-normal around 365, at most 1,536."""
     rng, out = random.Random(0), []
     for _ in range(prompts):
         prompt = round(min(900, max(300, rng.gauss(460, 100))))
-        out += [prompt + round(min(1536, max(80, rng.lognormvariate(5.9, 0.6)))) for _ in range(generations)]
+        out += [(prompt, round(min(1536, max(80, rng.lognormvariate(5.9, 0.6))))) for _ in range(generations)]
     return out
 
 
@@ -256,10 +259,12 @@ def decoding_bound(model: nn.Module, size: Size, token_budget: int) -> float:
 
 def update_bound(model: nn.Module, size: Size, gradient_checkpointing: bool) -> float:
     """Seconds of the update's matrix products at the device's rate: reference, policy, input gradients, recomputation."""
-    c, rows, s = model.config, size.prompts * size.generations, size.prompt + size.completion
-    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * rows * s**2
-    head = 2 * c.hidden_size * c.vocab_size * rows * size.completion
-    return (3 + gradient_checkpointing) * (2 * linear_weights(model) * rows * s + attention + head) / FLOPS
+    c, rows = model.config, size.prompts * size.generations
+    all_tokens, completions = size.prompts * size.prompt + rows * size.completion, rows * size.completion
+    visible = size.prompts * size.prompt**2 / 2 + rows * (size.prompt * size.completion + size.completion**2 / 2)  # causal
+    attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * visible
+    head = 2 * c.hidden_size * c.vocab_size * completions
+    return (3 + gradient_checkpointing) * (2 * linear_weights(model) * all_tokens + attention + head) / FLOPS
 
 
 def large(device: str, name: str, workloads: tuple[str, ...], repeats: int) -> list[dict]:

@@ -44,7 +44,9 @@ def check_arithmetic() -> None:
     assert bench.ratios(noisy | {"b": noisy["b"][::-1]}, "step", "a", "b") != [2.0] * 3, "ratios SHOULD be of neighbours"
     assert work.figure([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "n": 3} and work.figure([1.0, 2.0])["median"] == 1.5
     assert abs(work.exponent(1.0, 8.0, 4.0) - 1.5) < 1e-9 and work.exponent(1.0, 1.0, 4.0) == 0.0
-    assert work.padding([5, 9, 4], 10) == (1 - 18 / 19, 2) and work.padding([5, 9, 4], 27)[0] > work.padding([5, 9, 4], 10)[0]
+    rows = [(2, 3), (2, 7), (2, 2)]  # sequences of 5, 9 and 4 tokens
+    assert work.padding(rows, 1, 10, False) == (1 - 18 / 19, 2) and work.padding(rows, 1, 27, False) == (1 - 18 / 27, 1)
+    assert work.padding([(2, 3), (2, 7), (2, 3), (2, 7)], 2, 18, True)[0] > work.padding([(2, 3), (2, 7)] * 2, 2, 18, False)[0] == 0
     print("ok  phases, a refresh spread over its cadence, ratios of neighbours, exponents and padding; planted changes are seen")
 
 
@@ -81,7 +83,7 @@ def check_bounds() -> None:
     assert work.decoding_bound(model, size, 64 * 656 // 2) > 1.4 * step, "two batches SHOULD read the weights twice"
     size = work.Size(8, 8, 143, 512)
     three, four = work.update_bound(model, size, False), work.update_bound(model, size, True)
-    by_hand = 3 * 2 * 4.02e9 * 64 * 655 / work.FLOPS  # every token through every weight; attention adds, prompt logits take away
+    by_hand = 3 * 2 * 4.02e9 * (8 * 143 + 64 * 512) / work.FLOPS  # every token through every weight; attention adds some
     assert abs(three / by_hand - 1) < 0.1 and abs(four / three - 4 / 3) < 1e-9
     print(f"ok  bounds of Qwen3-4B agree with a count by hand: {1e3 * step:.2f} ms a decoding step, {three:.2f} s an update")
 
@@ -95,6 +97,8 @@ def check_work() -> None:
     policy = work.random_policy(Qwen3Config(**work.TINY), "cpu", torch.bfloat16, 2, True)
     job = work.Work(policy, PRESETS["full"], "routeV", work.Size(2, 4, 24, 16, 4, 12, 8))
     assert len(job.out.zones.unique()) == 3 and job.batch.advantages.abs().min() > 0
+    ids = job.batch.input_ids
+    assert len(ids[:, :24].unique(dim=0)) == 2 and len(ids.unique(dim=0)) == 8, "a group SHOULD share its prompt and nothing else"
     job.update()
     job.batch.advantages.zero_()  # mutation: nothing to train
     job.config = replace(job.config, grpo=replace(job.config.grpo, beta=0.0, weight_decay=0.0))
@@ -137,7 +141,8 @@ def check_page() -> None:
         out.write_text(json.dumps(found | {"d": head | {"config": "tiny", "rows": []}})), target.write_text(page)
         with contextlib.redirect_stdout(io.StringIO()) as said:
             bench.main(bench.Args(measure=False, out=out, write=target))
-        assert "Configuration: tiny" in said.getvalue() and "Configuration: tiny" not in target.read_text(), "figures of a CPU stand in the GPU's table"
+        printed, written = ("Configuration: tiny" in text for text in (said.getvalue(), target.read_text()))
+        assert printed and not written, "figures of a CPU stand in the GPU's table"
     print("ok  the page's block is replaced and nothing else; a CPU's figures do not enter the GPU's table")
 
 

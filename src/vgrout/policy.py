@@ -184,8 +184,10 @@ def sample(
     temperature-scaled, untruncated). The draws are a function of the generator and of the batches, which lengths and budget set.
     """
     out: list[list[tuple[list[int], float]]] = [[] for _ in prompts]
+    if not (batches := decoding_batches([*map(len, prompts)], num_generations, max_completion_length, token_budget)):
+        return out  # nothing is merged for no rows
     with policy.adapter.merged(ablated):
-        for part in decoding_batches([*map(len, prompts)], num_generations, max_completion_length, token_budget):
+        for part in batches:
             chosen, rows = zip(*part)
             drawn = iter(_decode(policy, [prompts[i] for i in chosen], rows, max_completion_length, temperature, top_p, generator))
             for i, n in part:

@@ -139,7 +139,7 @@ def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimi
     normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
     before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
     total, gaps, stats = 0.0, [], []
-    for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts):
+    for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts and not config.model.gradient_checkpointing):
         part, ref, old = tokens.select(batch, rows), None, None
         mask, zones = part.completion_mask, out.zones[rows]
         zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
