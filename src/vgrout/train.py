@@ -316,11 +316,14 @@ class Assess:
 
 
 def save(run: Run, policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, schedule: LRScheduler) -> None:
-    """A checkpoint from which the run continues bit for bit, and the adapter by itself."""
+    """The adapter by itself, then a checkpoint from which the run continues bit for bit.
+
+    In this order a kill between the two is made good: a resumed run repeats the steps after its checkpoint and writes the adapter anew.
+    """
+    run.save_adapter(*adapter_file(policy))
     parts = {"adapter": policy.adapter.state_dict(), "adamw": optimizer.state_dict(), "gate": gate.state_dict()}
     tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     run.checkpoint(run.record.steps_done, tensors, {"schedule": schedule.state_dict()})
-    run.save_adapter(*adapter_file(policy))
 
 
 def adapter_file(policy: Policy) -> tuple[dict[str, Tensor], dict[str, str]]:
