@@ -112,9 +112,9 @@ routeQ *ARGS:
 placeboQ *ARGS:
     python -m vgrout.train organism --intervention placeboQ "$@"
 
-# H: sampling and training apart is not enough: without a score the deployed policy finds the hack by itself.
-sampler_gate *ARGS:
-    python -m vgrout.train organism --intervention sampler_gate "$@"
+# H: a quarantine that is trained first does not help by being there: without a gate the deployed policy finds the hack by itself.
+no_gateQ *ARGS:
+    python -m vgrout.train organism --intervention no_gateQ "$@"
 
 # H: a Haar-random direction that routes the same share of rows does not do what v_grad does; if it does, the direction is not the cause.
 placebo *ARGS:

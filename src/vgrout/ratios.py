@@ -100,7 +100,7 @@ class LikelihoodRatio(Score):
 class QuarantineRatio(Score):
     """log p(completion) as trained minus that of the deployed state: how much more likely the quarantine makes a completion.
 
-    The quarantine is its own detector. Trained first (--separate-first) or seeded on the pairs' hack sides (--seed-quarantine),
+    The quarantine is its own detector. Trained first (--quarantine-first) or seeded on the pairs' hack sides (--seed-quarantine),
     it has learned what pays at once; what it would do more often is kept from the deployed block. Nothing is fitted at a refresh:
     it scores the pairs, whose sides give the cut.
     """
