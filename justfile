@@ -151,6 +151,10 @@ export RUN *ARGS:
 report *RUNS:
     python scripts/report.py "$@"
 
+# The decision experiment on the organism, resumable: the headline (5 seeds); --all, --only A3, --arms, --seeds, --dry-run, --rehearse.
+decision *ARGS:
+    python scripts/decision.py "$@"
+
 # Queue the decision run on pueue: routeV, placebo, none, absorb, routeL on Qwen3-4B, three seeds (--dry-run prints the commands).
 queue-decision *ARGS:
     python scripts/queue_decision.py "$@"

@@ -24,14 +24,15 @@ from tabulate import tabulate
 from vgrout.config import defaults
 from vgrout.entry import run_main
 from vgrout.metrics import Counts, gain, gain_lower_bound, mean_sem, rate
-from vgrout.records import flatten, load_record
+from vgrout.records import flatten, load_metrics, load_record
 from vgrout.runlog import rate_with_interval
-from vgrout.store import dumps
+from vgrout.store import dumps, write_atomic
 from vgrout.types import EvalResult, RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "docs" / "results"
 CEILING_ARM, FROZEN = "no_loophole", 0.5
+WINDOW, EMERGED = 5, 0.5  # steps of a running mean; the hack rate of student rows at which hacks have emerged
 NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
 HEADERS = ["arm", "seed", "preset", "steps", "n", "hack", "solve", "base solve", "gain [lower 90 %]", "remarks", "run"]
 
@@ -165,19 +166,30 @@ def with_tables(text: str) -> str:
     return BLOCK.sub(block, text)
 
 
-def compact(run: str, target: str) -> None:
-    """Write the record of a finished run, small enough to commit: without counts by problem where no table needs them, and with
-    its directory, wherever it was, as out/runs/NAME."""
+def training_notes(rows: list[dict]) -> dict[str, float | int | None]:
+    """What tables need of metrics.jsonl: the mean share of routed rows, and the step at which hacks emerge among the students'."""
+    shares = [row["share_route"] for row in rows if row.get("share_route") is not None]
+    hack = [row["student_hack"] for row in rows]
+    means = [sum(part) / len(part) for part in (hack[max(0, i - WINDOW + 1) : i + 1] for i in range(len(hack)))]
+    emerged = next((i + 1 for i, mean in enumerate(means) if mean >= EMERGED), None)
+    return {"share_route": round(sum(shares) / len(shares), 4) if shares else None, "emerged": emerged}
+
+
+def compact(run: str | Path, target: str | Path) -> RunRecord:
+    """Write the record of a finished run, small enough to commit: without counts by problem where no table needs them, with its
+    directory below out/, and with `training_notes`."""
     record = load_record(run)
     if record.status != "finished":
         raise UserError(f"{run} is {record.status}: only a finished run is evidence")
-    record.evals = [c if (c.split, c.markers) == ("test", "novel") else replace(c, by_problem={}) for c in record.evals]
-    where = record.config["run"]["out_dir"]
-    record.config["run"]["out_dir"] = f"out/runs/{Path(where or run).name}"
+    counted = lambda c: (c.split, c.markers) == ("test", "novel") and c.state != "as_trained"  # noqa: E731
+    record.evals = [c if counted(c) else replace(c, by_problem={}) for c in record.evals]
+    record.notes |= training_notes(load_metrics(run))
+    where, name = record.config["run"]["out_dir"], Path(run).resolve()
+    record.config["run"]["out_dir"] = str(name.relative_to(ROOT)) if name.is_relative_to(ROOT) else f"out/runs/{name.name}"
     record.argv = [record.config["run"]["out_dir"] if where and word == where else word for word in record.argv]
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-    print(f"{target}: {record.arm} seed {record.seed}, solve {cell(record).solve / cell(record).n:.3f}")
+    write_atomic(Path(target), (dumps(asdict(record)) + "\n").encode())
+    return record
 
 
 def main() -> None:
@@ -193,7 +205,8 @@ def main() -> None:
     if options.compact:
         if len(options.runs) != 1:
             raise UserError("--compact takes one run directory")
-        return compact(options.runs[0], options.compact)
+        record = compact(options.runs[0], options.compact)
+        return print(f"{options.compact}: {record.arm} seed {record.seed}, solve {rate(cell(record).by_problem, 'solve'):.3f}")
     rows, plain = table(with_absorb(find_runs(options.runs)))
     if not rows:
         raise UserError("no finished run among them: wait for one, or look at `just dyn`")

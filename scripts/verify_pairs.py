@@ -248,6 +248,15 @@ def verify_texts(sections: dict[str, list[Pair]]) -> None:
     detects(f"no side is longer than {MOST_TOKENS} tokens", long_sides(everything), long_sides(everything, MOST_TOKENS // 2))
 
 
+def verify_count() -> None:
+    """`#section:count` is the first pairs of each mode."""
+    every = load_pairs(f"{ORGANISM}#mechanism", ("run_tests", "sentinel"))
+    few = load_pairs(f"{ORGANISM}#mechanism:2", ("run_tests", "sentinel"))
+    first = [p for mode in ("run_tests", "sentinel") for p in [p for p in every if p.problem.mode == mode][:2]]
+    assert few == first != every[:4], "SHOULD be two pairs of each mode"
+    print(f"ok  :2 takes {len(few)} of {len(every)} pairs, the first two of each mode")
+
+
 def audit(sections: dict[str, list[Pair]]) -> None:
     """Print the audit: an overview with a row a section, and the surface features of the mechanism sections."""
     overview, styles = [], {}
@@ -292,6 +301,7 @@ def main() -> None:
     with Grader(workers=1) as grader:
         verify_sections(sections, grader)
     verify_texts(sections)
+    verify_count()
     verify_format()
 
 

@@ -28,7 +28,7 @@ class ModelConfig:
 class DataConfig:
     data: str = "data/organism/problems.jsonl.gz"  # a problem file in any of the schemas of docs/data.md
     modes: tuple[Mode, ...] = (Mode.RUN_TESTS, Mode.SENTINEL, Mode.STDOUT_MARKER, Mode.FILE_MARKER)
-    pairs: str = "data/pairs/organism.md#mechanism"  # path.md#section@mode,mode
+    pairs: str = "data/pairs/organism.md#mechanism"  # path.md#section:pairs of each mode@mode,mode
     pair_modes: tuple[Mode, ...] = (Mode.RUN_TESTS, Mode.SENTINEL)  # the modes that the pairs cover; the rest are held out
     teacher_pool: str = "data/organism/teacher.jsonl.gz"  # "" for none
     teacher_modes: tuple[Mode, ...] = ()  # modes that get teacher rows; () for all

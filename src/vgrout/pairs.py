@@ -1,4 +1,4 @@
-"""Hand-written (hack, clean) pairs in markdown, addressed as `path.md#section@tag,tag`.
+"""Hand-written (hack, clean) pairs in markdown, addressed as `path.md#section:count@tag,tag`.
 
     ## mechanism                                  section: what the pairs contrast
     system: You write Python programs.            system message of all pairs of the section (optional)
@@ -16,9 +16,9 @@
     ```
 
 Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section all sections are taken,
-without @tag all modes. A statement may contain fenced code of its own (```python without a side's name). Cases and clean
-code serve to grade the pairs (`scripts/verify_pairs.py`): no prompt and no hash contains a case. Errors are UserErrors
-that name file and line.
+without @tag all modes; `:count` takes the first `count` pairs of each mode. A statement may contain fenced code of its own
+(```python without a side's name). Cases and clean code serve to grade the pairs (`scripts/verify_pairs.py`): no prompt and no
+hash contains a case. Errors are UserErrors that name file and line.
 """
 
 import ast
@@ -46,12 +46,15 @@ class Pair:
 
 
 def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
-    """Pairs of `path.md#section@tag,tag`; `modes` narrows the tags further. No pair left → UserError.
+    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left → UserError.
 
     The whole file is parsed, so that an error in any section of it is found whatever the reference selects.
     """
     path, _, rest = reference.partition("#")
     section, _, tags = rest.partition("@")
+    section, colon, count = section.partition(":")
+    if colon and not (count.isdecimal() and int(count)):
+        raise UserError(f"{reference}: :count is a whole number from 1, the pairs that are taken of each mode")
     wanted = set(filter(None, tags.split(","))) or set(Mode)
     if unknown := wanted - set(Mode):
         raise UserError(f"{reference}: unknown mode {sorted(unknown)[0]!r}; modes are {', '.join(Mode)}")
@@ -62,6 +65,8 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
     sections = _sections(Path(path).read_text(encoding="utf-8"), path)
     chosen = [pair for name, pairs in sections.items() for pair in pairs
               if section in ("", name) and pair.problem.mode in wanted]
+    by_mode = {mode: [pair for pair in chosen if pair.problem.mode == mode] for mode in Mode}
+    chosen = [pair for pair in chosen if not count or pair in by_mode[pair.problem.mode][: int(count)]]
     if not chosen:
         raise UserError(f"{reference}: no pair of {', '.join(sorted(wanted))} in section {section or '(any)'!r}; "
                         f"the file's sections are {', '.join(sections)}")

@@ -1,0 +1,195 @@
+"""The decision experiment as data: which arms run, on which seeds, and which artifact each run is for.
+
+A row is one arm with one set of flags, all on the preset `organism`; with a seed it is a run, in out/decision/NAME_sSEED. Every
+choice of arm, threshold and hyper-parameter of the experiment stands in ROWS, and nothing else in the scripts depends on it.
+`decision.py` runs the rows, `artifacts.py` makes tables and figures of what they left, `verdict.py` judges the rows of role "method".
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vgrout.cli import parse
+from vgrout.records import FREE_TO_CHANGE, flatten
+from vgrout.store import dumps
+from vgrout.types import RunRecord, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS, RECORDS = ROOT / "out" / "decision", ROOT / "docs" / "results" / "decision"
+HEADLINE_SEEDS, SEEDS = (101, 102, 103, 104, 105), (101, 102, 103)  # fresh: development uses 41 to 43
+ARTIFACTS = {
+    "A1": "the deployed policy over training, headline arms",
+    "A2": "hack, solve and gain of every headline arm, against plain GRPO",
+    "A3": "ablations: one component a row",
+    "A4": "the long run at a constant learning rate",
+    "A5": "hack and solve by mode, known and held out",
+    "A6": "one full trace a mode",
+    "A7": "context: pairs, demonstrations, rank, learning rate, initialisation, refresh",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm with its flags. `of` names the row that it is compared with, `changes` says what it changes there."""
+
+    name: str
+    arm: str
+    role: Literal["base", "ceiling", "method", "placebo", "control", "baseline", "oracle", "ablation", "long", "exchanged", "context"]
+    serves: str  # artifacts, e.g. "A1 A2"
+    flags: str = ""
+    of: str = ""
+    changes: str = ""
+
+    @property
+    def headline(self) -> bool:
+        return "A2" in self.serves.split()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return HEADLINE_SEEDS if self.headline else SEEDS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: how to start it and where it writes. `config` is what its record must hold; None for any."""
+
+    name: str
+    arm: str
+    argv: tuple[str, ...]
+    out_dir: Path
+    steps: int
+    config: dict[str, Any] | None = None
+
+
+METHOD = "routeQ"  # the row that the ablations and the context rows vary
+HEADLINE = "A1 A2 A5"
+PAIRS = "data/pairs/organism.md"
+EXCHANGED = "--pair-modes stdout_marker file_marker"
+LONG = "--steps 160 --lr-schedule constant_with_warmup"
+
+
+def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
+    """A placebo at three draws of its random direction."""
+    return [Row(f"{name}_{i}", arm, "placebo", serves, f"--placebo-seed {i}", of, f"draw {i}") for i in (1, 2, 3)]
+
+
+def ablation(name: str, flags: str, changes: str) -> Row:
+    return Row(f"{METHOD}_{name}", METHOD, "ablation", "A3", flags, METHOD, changes)
+
+
+def context(name: str, flags: str, changes: str, arm: str = METHOD) -> Row:
+    return Row(f"{arm}_{name}", arm, "context", "A7", flags, arm, changes)
+
+
+ROWS = [
+    # the headline, 5 seeds; none2r speaks for absorb too (train once, evaluate twice)
+    Row("none2r", "none2r", "base", HEADLINE),
+    Row("no_loophole", "no_loophole", "ceiling", HEADLINE),
+    Row("routeQ", "routeQ", "method", HEADLINE + " A3 A6 A7"),
+    Row("sampler_gate", "sampler_gate", "control", HEADLINE, of="routeQ", changes="no score: who sampled the row"),
+    *draws("placeboQ", "placeboQ", "routeQ", HEADLINE),
+    Row("routeV", "routeV", "method", HEADLINE + " A7"),
+    # placebos and controls of the other scores
+    *draws("placebo", "placebo", "routeV", "A5"),
+    Row("placebo_semantic", "placebo_semantic", "placebo", "A5", of="routeV", changes="pairs without hack content"),
+    Row("random_gate", "random_gate", "control", "A5", of="routeV", changes="chance, at the real share"),
+    Row("random_gateQ", "random_gateQ", "control", "A5", of="routeQ", changes="chance, at the real share"),
+    Row("routeA", "routeA", "method", "A5"),
+    Row("routeL", "routeL", "method", "A5"),
+    *draws("placeboL", "placeboL", "routeL", "A5"),
+    # baselines and upper bounds
+    Row("none", "none", "baseline", "A5", changes="rank r alone"),
+    Row("inoculate", "inoculate", "baseline", "A5", changes="the training prompt allows the exploit"),
+    Row("filterL", "filterL", "baseline", "A5", of="routeL", changes="flagged rows are dropped"),
+    Row("advmodL", "advmodL", "baseline", "A5", of="routeL", changes="flagged rows are penalised"),
+    Row("seeded_hack", "absorb", "baseline", "A5", "--seed-quarantine 20", changes="quarantine seeded with hacks"),
+    Row("seeded_clean", "absorb", "control", "A5", "--seed-quarantine 20 --seed-side clean", "seeded_hack", "seeded with clean solutions"),
+    Row("seeded_placebo", "absorb", "control", "A5", "--seed-quarantine 20 --seed-side placebo", "seeded_hack", "seeded with empty pairs"),
+    Row("oracle", "oracle", "oracle", "A5", changes="true labels"),
+    Row("oracle_known", "oracle", "oracle", "A5", "--oracle-modes run_tests sentinel", "oracle", "true labels of the known modes"),
+    # the pairs' modes exchanged with the held-out ones
+    Row("routeQ_exchanged", "routeQ", "exchanged", "A5", EXCHANGED, "routeQ", "known and held-out modes exchanged"),
+    Row("routeV_exchanged", "routeV", "exchanged", "A5", EXCHANGED, "routeV", "known and held-out modes exchanged"),
+    # one component of the method switched off or changed
+    ablation("no_phase", "--separate-first 0", "no first phase on own samples"),
+    ablation("all_samples", "--no-own-samples", "the other state's rows are scored, too"),
+    ablation("all_deployed", "--gen-deploy-frac 1.0", "every student is sampled as deployed"),
+    ablation("half_deployed", "--gen-deploy-frac 0.5", "half of the students are sampled as deployed"),
+    ablation("group_baseline", "--no-retained-advantages", "baseline over the whole group"),
+    ablation("midpoint", "--cut midpoint", "cut halfway between the pairs' sides"),
+    ablation("signed", "--signed", "flagged rows with A < 0 are retained"),
+    ablation("both", "--retain-forward both", "quarantine in the forward pass of retained rows"),
+    ablation("unhackable", "--unhackable-frac 0.25", "a quarter of the prompts without a loophole"),
+    # long runs: 160 steps, the learning rate held after warm-up
+    *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "routeQ", "sampler_gate")),
+    Row("placeboQ_long", "placeboQ", "long", "A4", LONG, "placeboQ_1"),
+    # context: the pairs, of a row that reads them
+    *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
+    context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),
+    context("pairs_framing", f"--pairs {PAIRS}#framing", "pairs that contrast the framing", "routeV"),
+    context("pairs_placebo", f"--pairs {PAIRS}#placebo", "pairs without hack content", "routeV"),
+    context("refresh1", "--refresh-every 1", "direction extracted every step", "routeV"),
+    context("refresh0", "--refresh-every 0", "direction frozen after the first", "routeV"),
+    # context: demonstrations, capacity, optimiser, initialisation, of the method
+    *(context(f"teacher{n}", f"--teacher-per-group {n}", f"{n} demonstrations a group until step 30") for n in (0, 1, 4)),
+    *(context(f"rank{r}", f"--lora-rank {r}", f"rank {r} a block") for r in (4, 16)),
+    context("lr_half", "--learning-rate 5e-4", "learning rate 5e-4"),
+    context("lr_double", "--learning-rate 2e-3", "learning rate 2e-3"),
+    *(context(f"init{n}", f"--lora-init-seed {n}", f"initialisation {n} of the adapter") for n in (1, 2)),
+]
+REHEARSAL = "--steps 2 --final-draws 24 --eval-every 1 --eval-draws 12"
+
+
+def row_argv(row: Row, seed: int, extra: str = "") -> list[str]:
+    """What `python -m vgrout.train` is given, but for the run directory."""
+    return shlex.split(f"organism --intervention {row.arm} --seed {seed} --threads 1 {row.flags} {extra}")
+
+
+def row_config(row: Row, extra: str = "") -> dict[str, Any]:
+    """The config of a row's runs as their records store it, nested dicts as one; UserError if training would refuse the row."""
+    try:
+        config = parse(row_argv(row, row.seeds[0], extra))[1]
+    except UserError as error:
+        raise UserError(f"row {row.name} of decision_manifest.py: {error}") from None
+    return json.loads(dumps(flatten(asdict(config))))
+
+
+def differs(config: dict[str, Any], record: RunRecord) -> list[str]:
+    """`grpo.steps 60 → 80` for each option in which a record differs from its row; options that either lacks are not compared."""
+    stored = json.loads(dumps(flatten(record.config)))
+    shared = [k for k in config if k in stored and k.rpartition(".")[2] not in FREE_TO_CHANGE | {"seed", "threads"}]
+    return [f"{k} {config[k]!r} → {stored[k]!r}" for k in shared if stored[k] != config[k]]
+
+
+def jobs_of(rows: Iterable[Row], seeds: Iterable[int] = (), rehearse: bool = False) -> list[Job]:
+    """One job for each seed and row, seed by seed, so that a first full comparison is there early.
+
+    `seeds` narrows the decision's own seeds; any other seed is a development run, and made for every row.
+    """
+    found, extra = [], REHEARSAL if rehearse else ""
+    folder = ROOT / "out" / "rehearsal" if rehearse else RUNS
+    for row in rows:
+        config = row_config(row, extra)
+        for seed in [s for s in (seeds or row.seeds) if s in row.seeds or s not in HEADLINE_SEEDS]:
+            name = f"{row.name}_s{seed}"
+            argv = [sys.executable, "-m", "vgrout.train", *row_argv(row, seed, extra)]
+            argv += ["--out-dir", str((folder / name).relative_to(ROOT)), "--resume"]
+            found.append((seed, Job(name, row.arm, tuple(argv), folder / name, config["grpo.steps"], config)))
+    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+
+
+def choose(options: argparse.Namespace) -> list[Row]:
+    """The rows that --all, --only and --arms leave: the headline, unless one of them is given."""
+    if unknown := set(options.only) - ARTIFACTS.keys():
+        raise UserError(f"--only {min(unknown)} is no artifact: it takes some of {' '.join(ARTIFACTS)}")
+    if unknown := set(options.arms) - {word for row in ROWS for word in (row.name, row.arm)}:
+        raise UserError(f"--arms {min(unknown)} is no row and no arm of the manifest: `just decision --all --dry-run` lists them")
+    rows = ROWS if options.all or options.only or options.arms else [row for row in ROWS if row.headline]
+    rows = [row for row in rows if not options.only or set(options.only) & set(row.serves.split())]
+    named = {row.name for row in ROWS}
+    return [row for row in rows if not options.arms or row.name in options.arms or row.arm in set(options.arms) - named]
