@@ -161,7 +161,7 @@ class Arm:
         return self.score not in ("pinned", "oracle", "judge", "probe")
 
 
-QUARANTINE_FIRST = dict(quarantine_first=40, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
+QUARANTINE_FIRST = dict(quarantine_first=20, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),
