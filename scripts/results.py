@@ -139,12 +139,17 @@ def with_absorb(runs: dict[str, RunRecord]) -> dict[str, RunRecord]:
     own = {key(r) for r in runs.values() if r.arm == "absorb"}
     added = {}
     for folder, record in runs.items():
-        if record.arm == "none2r" and key(record) not in own:
-            cells = [c if c.step == 0 else replace(c, state={"ablated": "deployed"}.get(c.state, c.state))
-                     for c in record.evals if c.step == 0 or c.state != "deployed"]  # fmt: skip
-            if any((c.split, c.state) == ("test", "deployed") and c.step for c in cells):
-                added[f"{folder} (ablated)"] = replace(record, arm="absorb", evals=cells)
+        if record.arm == "none2r" and key(record) not in own and (ablated := without_quarantine(record)):
+            added[f"{folder} (ablated)"] = ablated
     return runs | added
+
+
+def without_quarantine(record: RunRecord) -> RunRecord | None:
+    """A `none2r` record as that of `absorb`, its cells those of the ablated policy; None where these were not evaluated."""
+    cells = [c if c.step == 0 else replace(c, state={"ablated": "deployed"}.get(c.state, c.state))
+             for c in record.evals if c.step == 0 or c.state != "deployed"]  # fmt: skip
+    evaluated = any((c.split, c.state) == ("test", "deployed") and c.step for c in cells)
+    return replace(record, arm="absorb", evals=cells) if evaluated else None
 
 
 BLOCK = re.compile(r"(<!-- runs: (\S+)(?: arms: ([\w ]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -4,6 +4,7 @@ Every function is pure, takes counts or arrays, and reads no file. Counts per pr
 `EvalResult.by_problem`: problem id → [n, hack, solve]. An interval over problems says nothing about seeds.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -226,10 +227,23 @@ def mean_sem(x: Vector) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
 
 
-def paired_ttest(a: Vector, b: Vector) -> tuple[float, float]:
-    """Return (mean of a − b, two-sided p) of the t-test paired by seed. It needs at least two seeds."""
+def paired_ttest(a: Vector, b: Vector, alternative: Literal["two-sided", "less", "greater"] = "two-sided") -> tuple[float, float]:
+    """Return (mean of a − b, p) of the t-test paired by seed. It needs at least two seeds; p is NaN where all pairs are equal."""
     difference = _paired(a, b)
-    return float(difference.mean()), float(stats.ttest_rel(a, b).pvalue)
+    if not difference.any():
+        return 0.0, float("nan")
+    with warnings.catch_warnings():  # differences that are all alike leave no variance: p is 0, and says so
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(difference.mean()), float(stats.ttest_rel(a, b, alternative=alternative).pvalue)
+
+
+def holm(p: Vector) -> list[float]:
+    """Return p-values adjusted for their number (Holm 1979): the family-wise error rate of "p < α" is at most α. NaNs stay, uncounted."""
+    adjusted, order = [float("nan")] * len(p), sorted((x, i) for i, x in enumerate(p) if not np.isnan(x))
+    highest = 0.0
+    for rank, (x, i) in enumerate(order):
+        adjusted[i] = highest = max(highest, min(1.0, x * (len(order) - rank)))
+    return adjusted
 
 
 def noninferior(a: Vector, b: Vector, margin: float = -0.03, level: float = 0.90) -> tuple[bool, float]:
