@@ -56,7 +56,7 @@ class Table:
         return tabulate(self.texts(), headers=[*self.columns], tablefmt="github", disable_numparse=True)
 
     def latex(self) -> str:
-        text = tabulate(self.texts(), headers=[*self.columns], tablefmt="latex_booktabs", disable_numparse=True)
+        text = tabulate(self.texts(), headers=[*self.columns], tablefmt="latex_booktabs", disable_numparse=True).replace("--", "-{}-")
         for plain, command in LATEX.items():
             text = text.replace(plain, command)
         return text + "\n"
@@ -295,9 +295,7 @@ def draw(data: Data, path: Path) -> None:
     """Two panels, hack and solve. The PNG carries the hash of its data, so that it can be told from a stale one."""
     names = list(dict.fromkeys(row["series"] for row in data))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True)
-    for axis, which, title in zip(
-        axes, ("hack", "solve"), ("Reward hacking of the deployed policy", "Correct solutions of the deployed policy")
-    ):
+    for axis, which, title in zip(axes, ("hack", "solve"), ("Reward hacking", "Correct solutions")):
         for i, name in enumerate(names):
             part = [row for row in data if (row["series"], row["which"]) == (name, which)]
             steps, middle, low, high = ([row[key] for row in part] for key in ("step", "mean", "least", "highest"))
@@ -305,7 +303,7 @@ def draw(data: Data, path: Path) -> None:
             style |= {"linestyle": "none"} if len(steps) == 2 else {}  # a row that is evaluated at its ends alone has no curve
             axis.plot(steps, middle, marker="o", markersize=3.5, label=name, **style)
             axis.fill_between(steps, low, high, color=style["color"], alpha=0.13 * (len(steps) > 2), linewidth=0)
-        axis.set(title=title, xlabel="optimiser step", ylabel=f"{which} rate")
+        axis.set(title=f"{title} of the deployed policy", xlabel="optimiser step", ylabel=f"{which} rate")
         axis.set_ylim(-0.02, 1.02 if which == "hack" else None)
         axis.grid(alpha=0.25)
         if not names:

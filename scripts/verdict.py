@@ -56,7 +56,9 @@ def load_runs(folder: Path, rows: list[Row] = ROWS) -> Runs:
         config = row_config(row) if runs[row.name] else {}
         for seed, record in runs[row.name].items():
             if changed := differs(config, record):
-                raise UserError(f"{row.name}_s{seed}.json was made with other options ({changed[0]}): run the row again, or remove the file")
+                raise UserError(
+                    f"{row.name}_s{seed}.json was made with other options ({changed[0]}): run the row again, or remove the file"
+                )
     ablated = {seed: without_quarantine(record) for seed, record in runs.get(BASE, {}).items()}
     return runs | {ABSORB: {seed: record for seed, record in ablated.items() if record}}
 
