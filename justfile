@@ -26,7 +26,7 @@ verify-long:
     python scripts/chaos.py
     python scripts/soak_train.py
 
-# Re-evaluate the saved adapter of runs and compare with what their records say, e.g. `just verify-record out/runs/demo_routeV`.
+# Re-evaluate the saved adapter of runs and compare with what their records say, e.g. `just verify-record out/runs/demo_routeQ`.
 verify-record *RUNS:
     python scripts/verify_record.py "$@"
 
@@ -62,7 +62,7 @@ results *DIRS:
 dyn *DIRS:
     python scripts/dyn.py "$@"
 
-# Read a run's rollouts in the terminal, e.g. `just show out/runs/demo_routeV --zone ROUTE --outcome hack`.
+# Read a run's rollouts in the terminal, e.g. `just show out/runs/demo_routeQ --zone ROUTE --outcome hack`.
 show RUN *ARGS:
     python scripts/show.py "$@"
 
@@ -112,9 +112,9 @@ routeQ *ARGS:
 placeboQ *ARGS:
     python -m vgrout.train organism --intervention placeboQ "$@"
 
-# H: sampling and training apart is not enough: without a score the deployed policy finds the hack by itself.
-sampler_gate *ARGS:
-    python -m vgrout.train organism --intervention sampler_gate "$@"
+# H: a quarantine that is trained first does not help by being there: without a gate the deployed policy finds the hack by itself.
+no_gateQ *ARGS:
+    python -m vgrout.train organism --intervention no_gateQ "$@"
 
 # H: a Haar-random direction that routes the same share of rows does not do what v_grad does; if it does, the direction is not the cause.
 placebo *ARGS:
@@ -143,7 +143,7 @@ other-environment *ARGS:
     python -m vgrout.train organism --intervention none2r --data out/other/problems.jsonl.gz --teacher-pool out/other/teacher.jsonl.gz \
         --eval-every 0 --out-dir {{ runs }}/other_none2r "$@"
 
-# Write a run's deployed policy as a standard PEFT LoRA folder with a model card, e.g. `just export out/runs/demo_routeV --block both`.
+# Write a run's deployed policy as a standard PEFT LoRA folder with a model card, e.g. `just export out/runs/demo_routeQ --block both`.
 export RUN *ARGS:
     python scripts/export.py "$@"
 

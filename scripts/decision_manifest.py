@@ -70,8 +70,9 @@ METHOD = "routeQ"  # the row that the ablations and the context rows vary
 HEADLINE = "A1 A2 A5"
 PAIRS = "data/pairs/organism.md"
 EXCHANGED = "--pair-modes stdout_marker file_marker"
-LONG = "--steps 160 --lr-schedule constant_with_warmup"
-
+COMMON = "--steps 120 --teacher-until 20 --eval-every 20"  # of every row; demonstrations end with the first phase of routeQ
+LONG = "--steps 240"
+FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
 def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
     """A placebo at three draws of its random direction."""
@@ -91,7 +92,7 @@ ROWS = [
     Row("none2r", "none2r", "base", HEADLINE),
     Row("no_loophole", "no_loophole", "ceiling", HEADLINE),
     Row("routeQ", "routeQ", "method", HEADLINE + " A3 A6 A7"),
-    Row("sampler_gate", "sampler_gate", "control", HEADLINE, of="routeQ", changes="no score: who sampled the row"),
+    Row("no_gateQ", "no_gateQ", "control", HEADLINE, of="routeQ", changes="the same schedule, no gate"),
     *draws("placeboQ", "placeboQ", "routeQ", HEADLINE),
     Row("routeV", "routeV", "method", HEADLINE + " A7"),
     # placebos and controls of the other scores
@@ -115,19 +116,21 @@ ROWS = [
     # the pairs' modes exchanged with the held-out ones
     Row("routeQ_exchanged", "routeQ", "exchanged", "A5", EXCHANGED, "routeQ", "known and held-out modes exchanged"),
     Row("routeV_exchanged", "routeV", "exchanged", "A5", EXCHANGED, "routeV", "known and held-out modes exchanged"),
+    # other scores in the method's schedule, and their placebos
+    *(Row(f"{arm}_first", arm, "ablation", "A3", FIRST, METHOD, f"the score of {arm}") for arm in ("routeV", "routeL")),
+    *(Row(f"{arm}_first", arm, "placebo", "A3", FIRST, of, f"placebo of {of}") for arm, of in (("placebo", "routeV_first"), ("placeboL", "routeL_first"))),
+    Row("absorb_first", "absorb", "control", "A3", "--quarantine-first 20", "absorb", "the method's first phase, then no gate"),
     # one component of the method switched off or changed
-    ablation("no_phase", "--separate-first 0", "no first phase on own samples"),
-    ablation("all_samples", "--no-own-samples", "the other state's rows are scored, too"),
-    ablation("all_deployed", "--gen-deploy-frac 1.0", "every student is sampled as deployed"),
+    ablation("no_phase", "--quarantine-first 0", "no first phase"),
+    ablation("long_phase", "--quarantine-first 40", "a first phase of 40 steps"),
     ablation("half_deployed", "--gen-deploy-frac 0.5", "half of the students are sampled as deployed"),
     ablation("group_baseline", "--no-retained-advantages", "baseline over the whole group"),
     ablation("midpoint", "--cut midpoint", "cut halfway between the pairs' sides"),
     ablation("signed", "--signed", "flagged rows with A < 0 are retained"),
-    ablation("both", "--retain-forward both", "quarantine in the forward pass of retained rows"),
     ablation("unhackable", "--unhackable-frac 0.25", "a quarter of the prompts without a loophole"),
-    # long runs: 160 steps, the learning rate held after warm-up
-    *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "routeQ", "sampler_gate")),
-    Row("placeboQ_long", "placeboQ", "long", "A4", LONG, "placeboQ_1"),
+    ablation("no_teacher", "--teacher-pool '' --quarantine-first 100 --steps 220", "no demonstrations, a first phase of 100 steps"),
+    # long runs: twice the steps
+    *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "routeQ", "no_gateQ")),
     # context: the pairs, of a row that reads them
     *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
     context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),
@@ -136,7 +139,7 @@ ROWS = [
     context("refresh1", "--refresh-every 1", "direction extracted every step", "routeV"),
     context("refresh0", "--refresh-every 0", "direction frozen after the first", "routeV"),
     # context: demonstrations, capacity, optimiser, initialisation, of the method
-    *(context(f"teacher{n}", f"--teacher-per-group {n}", f"{n} demonstrations a group until step 30") for n in (0, 1, 4)),
+    *(context(f"teacher{n}", f"--teacher-per-group {n}", f"{n} demonstrations a group in the first 20 steps") for n in (0, 1, 4)),
     *(context(f"rank{r}", f"--lora-rank {r}", f"rank {r} a block") for r in (4, 16)),
     context("lr_half", "--learning-rate 5e-4", "learning rate 5e-4"),
     context("lr_double", "--learning-rate 2e-3", "learning rate 2e-3"),
@@ -147,7 +150,7 @@ REHEARSAL = "--steps 2 --final-draws 24 --eval-every 1 --eval-draws 12"
 
 def row_argv(row: Row, seed: int, extra: str = "") -> list[str]:
     """What `python -m vgrout.train` is given, but for the run directory."""
-    return shlex.split(f"organism --intervention {row.arm} --seed {seed} --threads 1 {row.flags} {extra}")
+    return shlex.split(f"organism --intervention {row.arm} --seed {seed} --threads 1 {COMMON} {row.flags} {extra}")
 
 
 def row_config(row: Row, extra: str = "") -> dict[str, Any]:

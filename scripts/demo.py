@@ -1,6 +1,6 @@
-"""The demonstration: plain GRPO and vector gradient routing on the model organism, side by side, in a few minutes.
+"""The demonstration: plain GRPO and gradient routing on the model organism, side by side, in a few minutes.
 
-Trains `none2r` and `routeV` (seed 41) as two processes of one thread each, prints the 2×2 table of both, and draws the
+Trains `none2r` and `routeQ` (seed 41) as two processes of one thread each, prints the 2×2 table of both, and draws the
 deployed policy's hack and solve rate over steps into out/figs/demo.png.
 
 Run: python scripts/demo.py [--steps N]     (--steps shortens both runs)
@@ -28,7 +28,7 @@ from vgrout.types import EvalResult, RunRecord
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, FIGURE = ROOT / "out" / "runs", ROOT / "out" / "figs" / "demo.png"
 CEILING = ROOT / "docs" / "results" / "no_loophole_s41.json"
-ARMS = {"none2r": ("GRPO, no routing (none2r)", "#c0392b"), "routeV": ("gradient routing (routeV)", "#1f6fb2")}
+ARMS = {"none2r": ("GRPO, no routing (none2r)", "#c0392b"), "routeQ": ("gradient routing (routeQ)", "#1f6fb2")}
 SEED, PROGRESS_SECONDS, LOG = 41, 15, "log.txt"
 
 
@@ -106,7 +106,7 @@ def ceiling_cell(record: RunRecord) -> EvalResult | None:
 
 def draw(records: dict[str, RunRecord]) -> None:
     base = final_cell(next(iter(records.values())), 0)
-    ceiling = ceiling_cell(records["routeV"])
+    ceiling = ceiling_cell(records["routeQ"])
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 5), sharex=True)
     titles = {"hack": "Reward hacking of the deployed policy", "solve": "Correct solutions of the deployed policy"}
     labels = {"hack": "hack rate (passes the grader, is not correct)", "solve": "solve rate (correct)"}
@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="optimiser steps of both runs (default: the preset's)")
     steps = parser.parse_args().steps
     began = time.monotonic()
-    runlog.stage("none2r learn to hack and routeV, once its quarantine is ablated, hack less and still solve",
+    runlog.stage("none2r learn to hack and routeQ, once its quarantine is ablated, hack less and still solve",
                  "look at the sample and the zones in out/runs/demo_*/log.txt")  # fmt: skip
     processes = {arm: start(arm, steps) for arm in ARMS}
     try:

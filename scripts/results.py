@@ -89,7 +89,7 @@ def variant(record: RunRecord) -> str:
     """Return the options that differ from the arm's usual ones, e.g. `signed=true`; runs of unlike options share no mean."""
     usual, used = (json.loads(dumps(flatten(config))) for config in (asdict(defaults(record.preset, record.arm)), record.config))
     return ", ".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in used.items()
-                     if not key.startswith(NOT_VARIANTS) and value != usual.get(key))  # fmt: skip
+                     if not key.startswith(NOT_VARIANTS) and value != usual.get(key, value))  # fmt: skip
 
 
 def remarks(record: RunRecord, bound: float | None) -> str:

@@ -107,18 +107,16 @@ def check_labels_of_every_arm(tmp: str) -> None:
     print(f"ok  and they do in those that are marked as oracles: {', '.join(oracles)}")
 
 
-def check_separate_first(tmp: str) -> None:
-    """In the first steps who sampled a row decides its zone; without them the score does, which knows nothing yet and routes nothing."""
-    flags = ["--gen-deploy-frac", "0.5", "--no-own-samples"]
+def check_quarantine_first(tmp: str) -> None:
+    """In the first steps every row is sampled as trained and trains the quarantine; without them the score decides from the start."""
     zones = {}
-    for name, first in (("separate", "2"), ("scored", "0")):
-        folder = run(f"{tmp}/{name}", "--separate-first", first, *flags, arm="routeQ")
-        rows = [r for r in load_rollouts(folder) if r["step"] < 2 and "zone" in r]
-        assert {r["step"] for r in rows if r["sampled_ablated"]} and any(r["teacher"] for r in rows), "too few kinds of rows"
-        zones[name] = {(r["sampled_ablated"], r["zone"]) for r in rows}
-    assert zones["separate"] == {(True, "RETAIN"), (False, "ROUTE")}, zones
-    assert (False, "RETAIN") in zones["scored"], zones
-    print("ok  --separate-first: who sampled a row decides its zone; at --separate-first 0 the score does")
+    for name, first in (("first", "2"), ("scored", "0")):
+        folder = run(f"{tmp}/{name}", "--quarantine-first", first, "--gen-deploy-frac", "0.5", arm="routeQ")
+        rows = [r for r in load_rollouts(folder) if "zone" in r]
+        zones[name] = [{(r["sampled_ablated"], r["zone"]) for r in rows if (r["step"] < 2) == early} for early in (True, False)]
+    assert zones["first"][0] == {(False, "ROUTE")} and any(ablated for ablated, _ in zones["first"][1]), zones
+    assert (True, "RETAIN") in zones["scored"][0], zones
+    print("ok  --quarantine-first: every row is sampled as trained and ROUTEd in these steps, and in no others")
 
 
 def check_evaluation(tmp: str, plain: Path) -> None:
@@ -221,6 +219,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
         plain = run(f"{tmp}/plain")
         check_labels(tmp, plain)
-        check_separate_first(tmp)
+        check_quarantine_first(tmp)
         check_evaluation(tmp, plain)
         check_resume(tmp, plain)

@@ -93,7 +93,7 @@ def _ranges(config: Config) -> Iterator[str]:
     not_negative = {
         "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
         "--refresh-every": score.refresh_every, "--eval-every": run.eval_every, "--save-every": run.save_every, "--threads": run.threads,
-        "--seed-quarantine": route.seed_quarantine, "--separate-first": route.separate_first,
+        "--seed-quarantine": route.seed_quarantine, "--quarantine-first": route.quarantine_first,
         "--penalty-alpha": route.penalty_alpha, "--lora-init-seed": model.lora_init_seed, "--teacher-per-group": data.teacher_per_group,
         "--teacher-until": data.teacher_until, "--judge-retries": monitor.judge_retries,
         "--snapshot-every": run.snapshot_every,

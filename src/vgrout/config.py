@@ -46,7 +46,7 @@ class GRPOConfig:
     temperature: float = 0.7
     top_p: float = 1.0
     learning_rate: float = 1e-3
-    lr_schedule: Literal["cosine", "constant_with_warmup"] = "cosine"
+    lr_schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
     warmup_steps: int = 2
     weight_decay: float = 0.0  # decay toward the initialisation
     max_grad_norm: float = 0.1  # for each block by itself; healthy organism steps have norms of 0.02 to 0.1
@@ -77,8 +77,7 @@ class ScoreConfig:
 @dataclass(frozen=True)
 class RouteConfig:
     cut: Literal["band", "midpoint", "zero"] = "band"  # of a score: the pairs' p75s, halfway between their sides' means, or 0
-    separate_first: int = 0  # first steps in which each block trains on its own samples (--gen-deploy-frac), whatever the score
-    own_samples: bool = False  # rows that the deployed state did not sample are ROUTEd, whatever their score
+    quarantine_first: int = 0  # first steps in which the quarantine alone trains, on every row: plain GRPO with the deployed block at rest
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
@@ -142,7 +141,7 @@ class Config:
 class Arm:
     """A score, the control that deals its zones if any, what is done with flagged rows, and the state that is deployed."""
 
-    score: Literal["pinned", "sampler", "v_grad", "v_act", "llr", "quarantine_ratio", "oracle", "judge", "probe"]
+    score: Literal["pinned", "v_grad", "v_act", "llr", "quarantine_ratio", "oracle", "judge", "probe"]
     control: Literal["", "haar", "semantic", "framing", "random", "confound"] = ""  # at the score's matched routed share
     action: Literal["route", "filter", "penalise", "deduct"] = "route"
     deployed: Literal["ablated", "as_trained"] = "ablated"
@@ -159,10 +158,10 @@ class Arm:
 
     @property
     def reads_pairs(self) -> bool:
-        return self.score not in ("pinned", "sampler", "oracle", "judge", "probe")
+        return self.score not in ("pinned", "oracle", "judge", "probe")
 
 
-SEPARATE = dict(separate_first=10, own_samples=True, gen_deploy_frac=0.83, retained_advantages=True, cut="zero")
+QUARANTINE_FIRST = dict(quarantine_first=20, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),
@@ -173,13 +172,13 @@ ARMS = {
     "routeV": Arm("v_grad"),
     "routeA": Arm("v_act"),
     "routeL": Arm("llr"),
-    "routeQ": Arm("quarantine_ratio", options=SEPARATE),
+    "routeQ": Arm("quarantine_ratio", options=QUARANTINE_FIRST),
     "placebo": Arm("v_grad", "haar"),
     "placeboA": Arm("v_act", "haar"),
     "placeboL": Arm("llr", "haar"),
-    "placeboQ": Arm("quarantine_ratio", "haar", options=SEPARATE),
-    "random_gateQ": Arm("quarantine_ratio", "random", options=SEPARATE),
-    "sampler_gate": Arm("sampler", options=SEPARATE),
+    "placeboQ": Arm("quarantine_ratio", "haar", options=QUARANTINE_FIRST),
+    "random_gateQ": Arm("quarantine_ratio", "random", options=QUARANTINE_FIRST),
+    "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),
     "random_gate": Arm("v_grad", "random"),
@@ -218,7 +217,7 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 Ã
     score=ScoreConfig(placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
     grpo=GRPOConfig(
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
-        warmup_steps=10, weight_decay=0.1, max_grad_norm=1.0, beta=1e-3, token_budget=16384,
+        lr_schedule="cosine", warmup_steps=10, weight_decay=0.1, max_grad_norm=1.0, beta=1e-3, token_budget=16384,
     ),  # fmt: skip
     run=RunConfig(eval_every=25, eval_draws=64, workers=8, cpu_seconds=8.0),
 )

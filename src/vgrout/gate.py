@@ -39,24 +39,11 @@ class PinnedGate:
         pass
 
 
-class SeparateGate(PinnedGate):
-    """Each block trains on what it sampled: rows sampled ablated are RETAINed, all others ROUTEd (--separate-first)."""
-
-    def __init__(self):
-        super().__init__(Zone.ROUTE)
-
-    def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
-        out = super().__call__(policy, batch, origin)
-        return replace(out, zones=torch.where(origin.ablated, int(Zone.RETAIN), out.zones))
-
-
 class Gate:
     """One score, its cut (the pairs' band or midpoint, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
 
-    def __init__(
-        self, score: Score, control: Score | None = None, *, signed: bool = False, own_samples: bool = False, cut: str = "band"
-    ):
-        self.score, self.control, self.signed, self.own_samples, self.cut = score, control, signed, own_samples, cut
+    def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band"):
+        self.score, self.control, self.signed, self.cut = score, control, signed, cut
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Refresh the score and its control; returns the direction's drift and the band."""
@@ -93,8 +80,6 @@ class Gate:
             zones = match_shares(zones, scores, origin.stratum)
         if self.signed:  # discouraging a hack is no hack-ward update: it may train the deployed block
             zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
-        if self.own_samples:  # what another state sampled never trains the deployed block
-            zones = torch.where(_column(origin.ablated, zones), zones, int(Zone.ROUTE))
         scores = torch.where(_column(weight == 0, scores), float("nan"), scores)
         mass = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
         return GateOutput(zones, scores, lower, upper, real.logps, real.stats | mass)

@@ -169,10 +169,10 @@ class Lora2r:
             keep, learn = keep[:, None], learn[:, None]
         return self._state(_keep=keep, _learn=learn)
 
-    def ablated(self):
-        """The deployed state: the quarantine's delta is zero."""
+    def ablated(self, block: str = "quarantine"):
+        """The block's delta is zero: without the quarantine, the deployed state; without the deployed block, the quarantine alone."""
         device = next(iter(self.linears.values())).weight.device
-        one = torch.tensor([[[1.0, 0.0]]], device=device)
+        one = torch.tensor([[[float(b != block) for b in BLOCKS]]], device=device)
         return self._state(_keep=one, _learn=one)
 
     @contextmanager

@@ -98,11 +98,12 @@ class LikelihoodRatio(Score):
 
 
 class QuarantineRatio(Score):
-    """log p(completion) as trained minus that of the deployed state: how much more likely the quarantine makes a completion.
+    """log p(completion) under the quarantine alone minus that under the base: how much more likely the quarantine makes it.
 
-    The quarantine is its own detector. Trained first (--separate-first) or seeded on the pairs' hack sides (--seed-quarantine),
-    it has learned what pays at once; what it would do more often is kept from the deployed block. Nothing is fitted at a refresh:
-    it scores the pairs, whose sides give the cut.
+    The quarantine is its own detector. Trained first (--quarantine-first) or seeded on the pairs' hack sides (--seed-quarantine),
+    it has learned what pays at once; what it would do more often is kept from the deployed block. Both states are without that
+    block, so that the score does not fade when the deployed policy begins to do the same. Nothing is fitted at a refresh: it
+    scores the pairs, whose sides may give the cut.
     """
 
     stored = ("pairs_hack", "pairs_clean")
@@ -110,24 +111,25 @@ class QuarantineRatio(Score):
     def __init__(self, pairs: Batch, *, temperature: float, token_budget: int):
         self.pairs, self.how = pairs, (temperature, token_budget)
 
-    def _score(self, policy: Policy, batch: Batch) -> tuple[Float[Tensor, " g"], Float[Tensor, "g t"]]:
-        live = batch_logps(policy, batch, *self.how)
-        with policy.adapter.ablated():
-            return (live - batch_logps(policy, batch, *self.how)).sum(1), live
+    def logps(self, policy: Policy, batch: Batch) -> Float[Tensor, " g"]:
+        return batch_logps(policy, batch, *self.how).sum(1)
+
+    def _score(self, policy: Policy, batch: Batch) -> Float[Tensor, " g"]:
+        with policy.adapter.ablated("deployed"):
+            alone = self.logps(policy, batch)
+        with policy.adapter.disabled():
+            return alone - self.logps(policy, batch)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
-        scores, _ = self._score(policy, self.pairs)
-        self.pairs_hack, self.pairs_clean = scores.chunk(2)
+        self.pairs_hack, self.pairs_clean = self._score(policy, self.pairs).chunk(2)
         return {}
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        scores, live = self._score(policy, batch)
-        return Scored(scores, logps=live)
+        return Scored(self._score(policy, batch))
 
 
 class RandomQuarantine(Score):
-    """Its placebo: a Gaussian delta with the norm of the quarantine's in every tensor, on the deployed state, drawn anew
-    at every refresh."""
+    """Its placebo: a Gaussian delta with the norm of the quarantine's in every tensor, on the base, drawn anew at every refresh."""
 
     stored = ("draws",)
 
@@ -139,8 +141,10 @@ class RandomQuarantine(Score):
         return {}
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        noise = random_deltas([p.detach() for p in policy.adapter.parameters("quarantine")], 1_000 * self.seed + int(self.draws))
-        with policy.adapter.ablated():
-            deployed = batch_logps(policy, batch, *self.real.how)
-            with policy.adapter.shifted(noise):
-                return Scored((batch_logps(policy, batch, *self.real.how) - deployed).sum(1))
+        adapter = policy.adapter
+        noise = random_deltas([p.detach() for p in adapter.parameters("quarantine")], 1_000 * self.seed + int(self.draws))
+        instead = [n - p.detach() for n, p in zip(noise, adapter.parameters("deployed"))]  # the deployed block's place is as good
+        with adapter.ablated(), adapter.shifted(instead):
+            alone = self.real.logps(policy, batch)
+        with adapter.disabled():
+            return Scored(alone - self.real.logps(policy, batch))

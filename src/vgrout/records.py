@@ -192,7 +192,7 @@ def load_record(run_dir: str | Path) -> RunRecord:
     try:
         return _record_from(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(f"no run record at {path}: name a run directory such as out/runs/demo_routeV") from None
+        raise UserError(f"no run record at {path}: name a run directory such as out/runs/demo_routeQ") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a run record ({type(error).__name__}: {error}): rerun the run") from None
 

@@ -34,7 +34,7 @@ from vgrout.advice import advice
 from vgrout.controls import build_control, build_score
 from vgrout.diagnose import gradient_norms
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
-from vgrout.gate import Gate, PinnedGate, SeparateGate
+from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
 from vgrout.likelihood import likelihood_steps
@@ -80,20 +80,20 @@ def main(preset: str, config: Config) -> None:
                     run.snapshot(step, *adapter_file(policy))
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
                     row |= gate.refresh(policy) | {"sec_refresh": time.perf_counter() - clock}
-                shown = config.data.unhackable_frac, arm.inoculate
+                quarantine_first, shown = step < config.route.quarantine_first, (config.data.unhackable_frac, arm.inoculate)
                 prompts = stream(splits["train"], step, cfg.num_prompts, config.run.seed, *shown)
                 groups, seconds = collect(
                     policy, prompts, grader, sampling,
                     num_generations=cfg.num_generations,
                     demonstrations=teacher.draw(prompts, step) if teacher else [[] for _ in prompts],
-                    deployed_share=config.route.gen_deploy_frac, step=step,
+                    deployed_share=0.0 if quarantine_first else config.route.gen_deploy_frac, step=step,
                     loophole_pays=arm.loophole_pays,
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
                 scored, out = time.perf_counter(), None
                 if batch:
-                    out = (SeparateGate() if step < config.route.separate_first else gate)(policy, batch, origin)
+                    out = (PinnedGate(Zone.ROUTE) if quarantine_first else gate)(policy, batch, origin)
                 updated = time.perf_counter()
                 if batch:
                     acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
@@ -216,8 +216,6 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
     if arm.score == "pinned":
         return PinnedGate(arm.zone), ""
-    if arm.score == "sampler":
-        return SeparateGate(), ""
     cfg, s, r = config.grpo, config.score, config.route
     if arm.monitor:
         how = dict(space=s.act_space, layer=s.act_layer, token_budget=cfg.token_budget, l2=config.monitor.probe_l2)
@@ -235,7 +233,7 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     )
     score = build(found)
     control = build_control(arm.control, score, build(pairs.load_pairs(other)) if other else None, s, seed)
-    gate = Gate(score, control, signed=r.signed, own_samples=r.own_samples, cut="flag" if arm.oracle else r.cut)
+    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else r.cut)
     return gate, pairs.content_hash(found) if found else ""
 
 
