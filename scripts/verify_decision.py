@@ -30,6 +30,7 @@ from vgrout.store import dumps
 from vgrout.types import EvalResult, RunRecord, UserError
 
 PROBLEMS, EACH = 40, 12  # problems and draws of a synthetic cell
+THREE = HEADLINE_SEEDS[:3]
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 STAND_IN = """
 import json, pathlib, signal, sys, time
@@ -67,7 +68,7 @@ def refused(call: Callable[[], object], word: str) -> None:
 
 def check_manifest() -> None:
     names = {row.name for row in ROWS}
-    assert len(names) == len(ROWS) and all(row.of in names | {""} and row.arm in ARMS for row in ROWS)
+    assert len(names) == len(ROWS) and all(row.of in names | {"", verdict.ABSORB} and row.arm in ARMS for row in ROWS)
     assert all(set(row.serves.split()) <= ARTIFACTS.keys() and row.serves for row in ROWS)
     assert {word for row in ROWS for word in row.serves.split()} == ARTIFACTS.keys(), "an artifact without a row"
     jobs = jobs_of(ROWS)  # training's own parser reads each
@@ -116,49 +117,51 @@ def seeds_of(
 
 SMALL = [Row("none2r", "none2r", "base", "A2"), Row("no_loophole", "no_loophole", "ceiling", "A2"), Row("routeQ", "routeQ", "method", "A2"),
          Row("placeboQ_1", "placeboQ", "placebo", "A2", of="routeQ"), Row("placeboQ_2", "placeboQ", "placebo", "A2", of="routeQ"),
-         Row("routeQ_long", "routeQ", "long", "A4", of="routeQ")]  # fmt: skip
+         Row("no_gateQ", "no_gateQ", "control", "A2", of="routeQ"), Row("routeQ_long", "routeQ", "long", "A4", of="routeQ")]  # fmt: skip
 
 
 def good_runs() -> verdict.Runs:
-    three = HEADLINE_SEEDS[:3]
-    return {
-        "none2r": seeds_of("none2r", 0.74, 0.19), "absorb": seeds_of("absorb", 0.30, 0.16), "no_loophole": seeds_of("no_loophole", 0.0, 0.40),
-        "routeQ": seeds_of("routeQ", 0.012, 0.395), "placeboQ_1": seeds_of("placeboQ", 0.20, 0.36),
-        "placeboQ_2": seeds_of("placeboQ", 0.30, 0.35), "routeQ_long": seeds_of("routeQ", 0.02, 0.45, 160, three),
+    rates = {
+        "none2r": (0.74, 0.19), "absorb": (0.30, 0.16), "no_loophole": (0.0, 0.40), "routeQ": (0.012, 0.395), "placeboQ_1": (0.20, 0.36),
+        "placeboQ_2": (0.30, 0.35), "no_gateQ": (0.40, 0.30),
     }  # fmt: skip
+    runs = {name: seeds_of(name.partition("_1")[0].partition("_2")[0], *pair) for name, pair in rates.items()}
+    return runs | {"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 160, THREE)}
 
 
 def check_verdict() -> None:
     runs = good_runs()
     clauses = verdict.verdict(runs, "routeQ", SMALL)
-    assert len(clauses) == 10 and all(c.holds for c in clauses), [c for c in clauses if not c.holds]
+    assert len(clauses) == 13 and all(c.holds for c in clauses), [c for c in clauses if not c.holds]
     least = seeds_of("none2r", 0.74, 0.19)
     for record in least.values():
         record.evals[1] = result(30, 0.01, 0.45, "val")
-    three = HEADLINE_SEEDS[:3]
     mutations = {  # what changes → the clauses that must fail
-        "frozen": ({"routeQ": seeds_of("routeQ", 0.012, 0.19)}, {"not inferior", "not frozen"}),
+        "frozen": ({"routeQ": seeds_of("routeQ", 0.012, 0.175)}, {"not inferior", "not frozen", "stopped early"}),
         "hack .06": ({"routeQ": seeds_of("routeQ", 0.06, 0.395)}, {"at most 0.05"}),
-        "a placebo equally low": ({"placeboQ_2": seeds_of("placeboQ", 0.012, 0.36)}, {"below placeboQ_2"}),
+        "a placebo equally low": ({"placeboQ_2": seeds_of("placeboQ", 0.012, 0.36)}, {"below placeboQ_2", "placeboQ_2 after"}),
         "absorb equally low": ({"absorb": seeds_of("absorb", 0.012, 0.36)}, {"below absorb"}),
         "solve .05 below the ceiling": ({"routeQ": seeds_of("routeQ", 0.012, 0.35)}, {"not inferior"}),
-        "a long run that breaks out": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 160, three, val=0.4)}, {"throughout"}),
-        "a long run that collapses": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.30, 160, three)}, {"the short run's"}),
-        "a long run that is too short": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 70, three)}, {"step of emergence"}),
+        "the schedule without a gate equally low": ({"no_gateQ": seeds_of("no_gateQ", 0.012, 0.36)}, {"below no_gateQ"}),
+        "a long run that breaks out": ({"routeQ_long": seeds_of("routeQ", 0.24, 0.45, 160, THREE)}, {"long run: held-out"}),
+        "a long run that collapses": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.30, 160, THREE)}, {"the short run's"}),
+        "a long run that is too short": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 70, THREE)}, {"step of emergence"}),
         "plain GRPO that solves before it hacks": ({"none2r": least}, {"stopped early"}),
     }
     for what, (change, words) in mutations.items():
         failed = [c.name for c in verdict.verdict(runs | change, "routeQ", SMALL) if not c.holds]
         for word in words:
             assert any(word in name for name in failed), f"{what}: SHOULD fail {word!r}, fails {failed}"
-        assert len(failed) <= len(words) + (what == "frozen") + 2 * ("short run" in " ".join(failed)), f"{what}: fails too much, {failed}"
+        assert all(any(word in name for word in words) for name in failed), f"{what}: SHOULD fail {words} alone, fails {failed}"
     missing = {seed: record for seed, record in runs["placeboQ_1"].items() if seed != 103}
     undecided = [c for c in verdict.verdict(runs | {"placeboQ_1": missing}, "routeQ", SMALL) if c.holds is None]
-    assert [c.answer for c in undecided] == ["not run"] and "placeboQ_1 s103" in undecided[0].figure
+    assert [c.answer for c in undecided] == ["not run"] * 2 and all("placeboQ_1 s103" in c.figure for c in undecided)
+    lost = [c.name for c in verdict.verdict(runs | {"placeboQ_1": missing}, "routeQ", SMALL, {"placeboQ_1": [103]}) if c.holds is False]
+    assert len(lost) == 2 and all("placeboQ_1" in name for name in lost), f"a run that diverged SHOULD fail its clauses: {lost}"
     adjusted = holm([0.04, float("nan"), 0.01, 0.03])
     assert [round(p, 6) for p in adjusted if p == p] == [0.06, 0.03, 0.06] and adjusted[1] != adjusted[1], adjusted
     print(f"ok  the criterion: {len(clauses)} clauses hold for a method that meets it; {len(mutations)} ways to miss it fail their clause; "
-          "a seed that is missing decides nothing")  # fmt: skip
+          "a seed that is missing decides nothing, one that diverged fails")  # fmt: skip
 
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,15 +207,18 @@ def check_pool(tmp: Path) -> None:
     assert pool.ended["broken"] == "failed: this one cannot work (exit 2)" and any("failed: this one" in line for line in lines)
     assert any("min left" in line and "running: " in line for line in lines) and "3/4 finished, 1 not" in lines[-1], lines
     said = decision.summary(pool)
-    assert "3 of 4 runs are finished, 1 of them before" in said and "broken: failed" in said and "go on with: " in said, said
+    assert "3 of 4 runs are finished; 1 had ended before" in said and "broken: failed" in said and "go on with: " in said, said
     record = jobs[0].out_dir / "record.json"
     record.write_text(record.read_text().replace('"finished"', '"running"'))  # the mutation: it never finished
     run_pool(jobs[:1])
     assert len(starts(jobs[0])) == 2, "a run that was killed was taken for finished"
-    refused(lambda: decision.finished(replace(jobs[0], config={"grpo.steps": 61})), "other options (grpo.steps 61 → 60)")
-    honest, decision.finished = decision.finished, lambda job: job.out_dir.exists()  # the mutation: a directory is a finished run
-    blind, _ = run_pool(jobs)
-    decision.finished = honest
+    refused(lambda: decision.settled(replace(jobs[0], config={"grpo.steps": 61})), "other options (grpo.steps 61 → 120)")
+    record.write_text(record.read_text().replace('"finished"', '"failed: diverged at step 2"'))
+    pool, _ = run_pool(jobs[:1])
+    assert len(starts(jobs[0])) == 2 and pool.ended["done"].startswith("failed: diverged"), "a run that diverged was run again"
+    honest, decision.settled = decision.settled, lambda job: "finished" if job.out_dir.exists() else None
+    blind, _ = run_pool(jobs)  # the mutation: a directory is a finished run
+    decision.settled = honest
     assert "broken" in {n for n, s in blind.ended.items() if s == "finished"}, "the check of failures has no teeth"
     print("ok  the pool: what has finished is skipped, a failure is reported in one line and the rest goes on")
 
@@ -240,11 +246,10 @@ def check_resume(tmp: Path) -> None:
 
 def write_records(folder: Path) -> None:
     folder.mkdir()
-    seeds = HEADLINE_SEEDS[:3]
     flags = {row.name: row.flags for row in ROWS}
     rates = {"none2r": (0.74, 0.19, 60), "no_loophole": (0.0, 0.4, 60), "routeQ": (0.012, 0.39, 60), "routeQ_long": (0.02, 0.45, 160)}
     for name, (hack, solve, steps) in rates.items():
-        for seed, record in seeds_of(name.partition("_long")[0], hack, solve, steps, seeds, flags=flags.get(name, "")).items():
+        for seed, record in seeds_of(name.partition("_long")[0], hack, solve, steps, THREE, flags=flags.get(name, "")).items():
             (folder / f"{name}_s{seed}.json").write_text(dumps(asdict(record)))
 
 
@@ -275,9 +280,8 @@ def check_artifacts(tmp: Path) -> None:
     print(f"ok  {len(one)} artifacts come out byte for byte, rows without runs say so, one more hack changes {len(differ)} of them")
 
 
-def stale(made: dict[str, str], folder: Path) -> list[str]:
+def stale(runs: verdict.Runs, made: dict[str, str], folder: Path) -> list[str]:
     """Generated text files that differ from those of the records, and figures that were drawn from other data."""
-    runs = verdict.load_runs(RECORDS)
     found = [name for name, text in made.items() if not (folder / name).exists() or (folder / name).read_text() != text]
     for name, artifact in artifacts.FIGURES.items():
         path = folder / "figs" / f"{name}.png"
@@ -287,12 +291,11 @@ def stale(made: dict[str, str], folder: Path) -> list[str]:
 
 
 def check_committed() -> None:
-    source = RECORDS / "traces.json"
-    made = artifacts.texts(verdict.load_runs(RECORDS), json.loads(source.read_text()) if source.exists() else None)
-    found = stale(made, ROOT / "docs")
+    runs, made = artifacts.texts(RECORDS)
+    found = stale(runs, made, ROOT / "docs")
     assert not found, f"run `just artifacts`: stale are {', '.join(found)}"
     name = "writeup/generated/verdict.csv"
-    assert stale(made | {name: made[name] + "x"}, ROOT / "docs") == [name], "a changed file passes"
+    assert stale(runs, made | {name: made[name] + "x"}, ROOT / "docs") == [name], "a changed file passes"
     large = [path.name for path in RECORDS.glob("*_s*.json") if path.stat().st_size > 60_000]
     assert not large, f"compact records above 60 kB: {large}"
     print(f"ok  {len(made) + len(artifacts.FIGURES)} generated files in docs/ are those of the committed records")
