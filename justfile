@@ -162,9 +162,9 @@ artifacts *ARGS:
 # The paper as out/paper/main.pdf, its tables and figures from `just artifacts`.
 paper:
     @command -v pdflatex > /dev/null || { echo "error: LaTeX is missing: apt-get install texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended" >&2; exit 2; }
-    mkdir -p out/paper
-    cd docs/writeup && for pass in 1 2; do pdflatex -interaction=nonstopmode -halt-on-error -output-directory=../../out/paper main.tex > ../../out/paper/build.txt || { tail -20 ../../out/paper/build.txt; exit 1; }; done
-    @grep -E "Overfull .hbox|undefined" out/paper/main.log || true
+    @mkdir -p out/paper
+    @cd docs/writeup && for pass in 1 2; do pdflatex -interaction=nonstopmode -halt-on-error -output-directory=../../out/paper main.tex > ../../out/paper/build.txt 2>&1 || { tail -20 ../../out/paper/build.txt; exit 1; }; done
+    @grep -E "Overfull .hbox|undefined" out/paper/main.log || echo "out/paper/main.pdf"
 
 # Queue the decision run on pueue: routeV, placebo, none, absorb, routeL on Qwen3-4B, three seeds (--dry-run prints the commands).
 queue-decision *ARGS:

@@ -30,7 +30,7 @@ import traces
 import verdict
 from decision_manifest import METHOD, RECORDS, ROOT, ROWS, Row
 from results import cell, gain_text, remarks, triple
-from verdict import ABSORB, BASE, CEILING, Runs, Seeds, paired
+from verdict import ABSORB, BASE, CEILING, Diverged, Runs, Seeds, paired
 from vgrout.entry import run_main
 from vgrout.metrics import gain, holm, mean_sem, paired_ttest, rate
 from vgrout.types import RunRecord
@@ -56,7 +56,7 @@ class Table:
         return tabulate(self.texts(), headers=[*self.columns], tablefmt="github", disable_numparse=True)
 
     def latex(self) -> str:
-        text = tabulate(self.texts(), headers=[*self.columns], tablefmt="latex_booktabs", disable_numparse=True)
+        text = tabulate(self.texts(), headers=[*self.columns], tablefmt="latex_booktabs", disable_numparse=True).replace("--", "-{}-")
         for plain, command in LATEX.items():
             text = text.replace(plain, command)
         return text + "\n"
@@ -193,13 +193,12 @@ def keynote(runs: Runs) -> Table:
 
 def comparison(runs: Runs, artifact: str) -> Table:
     """A3 and A7: rows that change one thing, each against the row that it changes."""
-    keys, data, rows = ("hack_held", "solve"), [], serving(artifact)
-    named = {row.name: row for row in ROWS}
-    for row in rows:
-        if row.of and row.of not in [r["name"] for r in data]:
-            data.append(numbers(named[row.of], runs, row.of, keys))
-        if row.role in ("ablation", "context"):
-            data.append(numbers(row, runs, row.of, keys))
+    keys, data = ("hack_held", "solve"), []
+    named = {row.name: row for row in ROWS} | {ABSORB: next(row for row in ROWS if row.name == BASE)}
+    for row in sorted((row for row in serving(artifact) if row.of), key=lambda row: list(named).index(row.of)):
+        if row.of not in [r["name"] for r in data]:
+            data.append(numbers(named[row.of], runs, row.of, keys, name=row.of) | {"changes": ""})
+        data.append(numbers(row, runs, row.of, keys))
     return Table(adjusted(data, keys), {
         "row": lambda r: r["name"], "change": lambda r: r["changes"] or DASH, "seeds": seeds, "held-out hack": mean("hack_held"),
         "known hack": mean("hack_known"), "solve": mean("solve"), "gain": gain_cell, "Δ held-out hack": difference("hack_held"),
@@ -228,12 +227,13 @@ def modes(runs: Runs) -> Table:
     return Table(data, {"row": lambda r: r["name"], "seeds": seeds, **{mode: of(mode) for mode in every}})
 
 
-def judged(runs: Runs) -> Table:
+def judged(runs: Runs, diverged: Diverged) -> Table:
     """The criterion for every row of role "method", clause by clause."""
     data = []
     for row in ROWS:
         if row.role == "method":
-            clauses = verdict.verdict(runs, row.name) if runs[row.name] else []
+            started = runs[row.name] or row.name in diverged
+            clauses = verdict.verdict(runs, row.name, diverged=diverged) if started else []
             data += [{"row": row.name, "clause": c.name, "figure": c.figure, "holds": c.answer} for c in clauses]
             every = [c.holds for c in clauses]
             success = "no" if False in every else NOT_RUN if None in every or not every else "yes"
@@ -241,27 +241,30 @@ def judged(runs: Runs) -> Table:
     return Table(data, {key: lambda r, key=key: r[key] for key in ("row", "clause", "figure", "holds")})
 
 
-def coverage(runs: Runs) -> Table:
+def coverage(runs: Runs, diverged: Diverged) -> Table:
     """What ran and what did not, with the commits at which the records were made."""
     data = []
     for row in ROWS:
         records = runs[row.name]
-        missing = [str(seed) for seed in row.seeds if seed not in records]
-        data.append({"name": row.name, "arm": row.arm, "flags": row.flags, "serves": row.serves, "seeds": len(records), "planned": len(row.seeds),
+        lost = diverged.get(row.name, [])
+        missing = [f"{seed} diverged" if seed in lost else str(seed) for seed in row.seeds if seed not in records]
+        data.append({"name": row.name, "arm": row.arm, "flags": row.flags, "serves": row.serves,
+                     "seeds": len(records), "planned": len(row.seeds),
                      "missing": " ".join(missing), "commits": " ".join(sorted({r.commit[:7] for r in records.values()}))})  # fmt: skip
     return Table(data, {"row": lambda r: r["name"], "arm": lambda r: r["arm"], "flags": lambda r: r["flags"] or DASH,
                         "for": lambda r: r["serves"], "seeds": seeds, "missing": lambda r: r["missing"] or DASH,
                         "commits": lambda r: r["commits"] or DASH})  # fmt: skip
 
 
-TABLES = {
-    "a2_keynote": keynote,
-    "a3_ablations": lambda runs: comparison(runs, "A3"),
-    "a5_modes": modes,
-    "a7_context": lambda runs: comparison(runs, "A7"),
-    "verdict": judged,
-    "coverage": coverage,
-}
+def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
+    return {
+        "a2_keynote": keynote(runs),
+        "a3_ablations": comparison(runs, "A3"),
+        "a5_modes": modes(runs),
+        "a7_context": comparison(runs, "A7"),
+        "verdict": judged(runs, diverged),
+        "coverage": coverage(runs, diverged),
+    }
 
 
 # ── the figures ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -295,9 +298,7 @@ def draw(data: Data, path: Path) -> None:
     """Two panels, hack and solve. The PNG carries the hash of its data, so that it can be told from a stale one."""
     names = list(dict.fromkeys(row["series"] for row in data))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True)
-    for axis, which, title in zip(
-        axes, ("hack", "solve"), ("Reward hacking of the deployed policy", "Correct solutions of the deployed policy")
-    ):
+    for axis, which, title in zip(axes, ("hack", "solve"), ("Reward hacking", "Correct solutions")):
         for i, name in enumerate(names):
             part = [row for row in data if (row["series"], row["which"]) == (name, which)]
             steps, middle, low, high = ([row[key] for row in part] for key in ("step", "mean", "least", "highest"))
@@ -305,7 +306,7 @@ def draw(data: Data, path: Path) -> None:
             style |= {"linestyle": "none"} if len(steps) == 2 else {}  # a row that is evaluated at its ends alone has no curve
             axis.plot(steps, middle, marker="o", markersize=3.5, label=name, **style)
             axis.fill_between(steps, low, high, color=style["color"], alpha=0.13 * (len(steps) > 2), linewidth=0)
-        axis.set(title=title, xlabel="optimiser step", ylabel=f"{which} rate")
+        axis.set(title=f"{title} of the deployed policy", xlabel="optimiser step", ylabel=f"{which} rate")
         axis.set_ylim(-0.02, 1.02 if which == "hack" else None)
         axis.grid(alpha=0.25)
         if not names:
@@ -331,30 +332,32 @@ def with_artifacts(text: str, tables: dict[str, Table]) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]].markdown()}\n{match[3]}", text)
 
 
-def texts(runs: Runs, chosen: dict | None) -> dict[str, str]:
-    """Every generated text file: its name below docs/ → its content."""
-    tables = {name: make(runs) for name, make in TABLES.items()}
-    found = {}
-    for name, table in tables.items():
+def texts(records: Path) -> tuple[Runs, dict[str, str]]:
+    """The runs of a folder of compact records, and every generated text file: its name below docs/ → its content."""
+    runs, diverged = verdict.load_runs(records)
+    made, found = tables(runs, diverged), {}
+    for name, table in made.items():
         found |= {f"writeup/generated/{name}.tex": table.latex(), f"writeup/generated/{name}.csv": table.csv()}
     for name, artifact in FIGURES.items():
         found[f"writeup/generated/{name}.csv"] = as_csv(curves(runs, artifact))
-    found["writeup/generated/traces.tex"] = traces.latex(chosen)
-    found["results.md"] = with_artifacts(PAGE.read_text(), tables)
-    return found
-
-
-def make(records: Path, out: Path) -> Runs:
-    """Write every artifact of a folder of compact records below `out`, which is laid out like docs/."""
-    runs = verdict.load_runs(records)
     source = records / "traces.json"
-    for name, text in texts(runs, json.loads(source.read_text()) if source.exists() else None).items():
+    found["writeup/generated/traces.tex"] = traces.latex(json.loads(source.read_text()) if source.exists() else None)
+    found["results.md"] = with_artifacts(PAGE.read_text(), made)
+    return runs, found
+
+
+def make(records: Path, out: Path) -> str:
+    """Write every artifact of a folder of compact records below `out`, which is laid out like docs/; returns what ran, in a line."""
+    runs, found = texts(records)
+    for name, text in found.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(text)
     for name, artifact in FIGURES.items():
         (out / "figs").mkdir(exist_ok=True)
         draw(curves(runs, artifact), out / "figs" / f"{name}.png")
-    return runs
+    absent = [row.name for row in ROWS if not runs[row.name]]
+    done = f"{sum(len(runs[row.name]) for row in ROWS)} of {sum(len(row.seeds) for row in ROWS)} runs; "
+    return done + (f"no run of: {' '.join(absent)}" if absent else "every row has runs")
 
 
 def main() -> None:
@@ -365,14 +368,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.traces:
         traces.choose(options.traces, options.records / "traces.json")
-    runs = make(options.records, options.out)
-    done = {row.name: len(runs[row.name]) for row in ROWS}
-    print(judged(runs).markdown())
-    absent = [row.name for row in ROWS if not done[row.name]]
-    print(
-        f"\n{sum(done.values())} of {sum(len(row.seeds) for row in ROWS)} runs; "
-        + (f"not run: {' '.join(absent)}" if absent else "every row has run")
-    )
+    print(make(options.records, options.out))
+    print((options.out / "writeup" / "generated" / "verdict.csv").read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Run the decision experiment: every row of decision_manifest.py on its seeds, a few processes at a time, resumably.
 
-A run that has finished is not run again, one that was killed or interrupted continues from its newest checkpoint, and one that fails
-is reported while the others go on. Ctrl-C or SIGTERM lets every running process write a checkpoint at the end of its step; a second
-one kills them. (kill -9 of this program alone leaves its processes to finish their runs.) When nothing is left to do, the records of
-finished runs are compacted into docs/results/decision/; not before, because a changed tree would mark the later runs as dirty.
+A run that has finished or diverged is not run again, one that was killed or interrupted continues from its newest checkpoint, and
+one that fails otherwise is reported while the others go on. Ctrl-C or SIGTERM lets every running process write a checkpoint at the
+end of its step; a second one kills them. (kill -9 of this program alone leaves its processes to finish their runs.) When nothing is
+left to do, the records of runs that have ended are compacted into docs/results/decision/; not before, because a changed tree would
+mark the later runs as dirty.
 
 Run: python scripts/decision.py [--all] [--only A3 A7] [--arms routeQ …] [--seeds 101 …] [--workers 2] [--dry-run]
      python scripts/decision.py --compact                 (compact what has finished, and run nothing)
@@ -31,7 +32,7 @@ from vgrout.records import load_metrics, load_record
 from vgrout.types import UserError
 
 PROGRESS_SECONDS = 60
-FINISHED, STOPPED = "finished", "interrupted"
+FINISHED, STOPPED, DIVERGED = "finished", "interrupted", "failed: diverged"
 
 
 class Pool:
@@ -40,7 +41,7 @@ class Pool:
     def __init__(self, jobs: list[Job], workers: int):
         self.jobs, self.workers, self.signals = jobs, workers, 0
         self.live: dict[str, subprocess.Popen] = {}
-        self.ended: dict[str, str] = {job.name: FINISHED for job in jobs if finished(job)}
+        self.ended: dict[str, str] = {job.name: status for job in jobs if (status := settled(job))}
         self.before = len(self.ended)
 
     def stop(self, *_: object) -> None:
@@ -62,7 +63,7 @@ class Pool:
                 process.terminate()
             code = process.wait()
         del self.live[job.name]
-        self.ended[job.name] = FINISHED if finished(job) else STOPPED if self.signals else f"failed: {reason(job, code)}"
+        self.ended[job.name] = settled(job) or (STOPPED if self.signals else f"failed: {reason(job, code)}")
 
     def __call__(self, every: float = PROGRESS_SECONDS, say: Callable[[str], object] = lambda line: print(line, flush=True)) -> None:
         """Run what has not finished, and say how far it is, now and then and whenever a run ends."""
@@ -90,14 +91,15 @@ class Pool:
         return f"{time.strftime('%H:%M:%S')}  " + " · ".join(parts)
 
 
-def finished(job: Job) -> bool:
-    """The run is there and finished; UserError if it was made with other options than its row has now."""
+def settled(job: Job) -> str | None:
+    """How a run that is not to be run again has ended: finished, or diverged. UserError if its row has other options now."""
     path = job.out_dir / "record.json"
-    if not path.exists() or json.loads(path.read_text())["status"] != "finished":
-        return False
+    status = json.loads(path.read_text())["status"] if path.exists() else ""
+    if status != FINISHED and not status.startswith(DIVERGED):
+        return None
     if job.config and (changed := differs(job.config, load_record(path))):
         raise UserError(f"{job.out_dir} was made with other options ({'; '.join(changed)}): move it away, or give its row another name")
-    return True
+    return status
 
 
 def reason(job: Job, code: int) -> str:
@@ -127,8 +129,8 @@ def seconds_left(jobs: list[Job], ended: dict[str, str], workers: int) -> float 
 
 
 def compact_all(jobs: list[Job]) -> int:
-    """Write the compact record of each finished run of the decision's own seeds; returns their number."""
-    own = [job for job in jobs if finished(job) and load_record(job.out_dir).seed in HEADLINE_SEEDS]
+    """Write the compact record of each run of the decision's own seeds that has ended; returns their number."""
+    own = [job for job in jobs if settled(job) and load_record(job.out_dir).seed in HEADLINE_SEEDS]
     for job in own:
         compact(job.out_dir, RECORDS / f"{job.name}.json")
     return len(own)
@@ -137,7 +139,7 @@ def compact_all(jobs: list[Job]) -> int:
 def summary(pool: Pool) -> str:
     """What ran and what did not."""
     names = lambda wanted: [job.name for job in pool.jobs if wanted(pool.ended.get(job.name, "not started"))]  # noqa: E731
-    lines = [f"{len(names(lambda s: s == FINISHED))} of {len(pool.jobs)} runs are finished, {pool.before} of them before"]
+    lines = [f"{len(names(lambda s: s == FINISHED))} of {len(pool.jobs)} runs are finished; {pool.before} had ended before"]
     lines += [f"{name}: {pool.ended[name]}" for name in names(lambda s: s.startswith("failed"))]
     for status in (STOPPED, "not started"):
         if listed := names(lambda s, status=status: s == status):
@@ -188,7 +190,7 @@ def main() -> int:
     if not jobs:
         raise UserError("no row is left: --all, --only and --arms choose rows, --seeds some of their seeds")
     if options.dry_run:
-        print(*(f"{'finished' if finished(job) else 'to run  '}  {shlex.join(job.argv)}" for job in jobs), sep="\n")
+        print(*(f"{'ended ' if settled(job) else 'to run'}  {shlex.join(job.argv)}" for job in jobs), sep="\n")
         return 0
     if not options.compact:
         pool = Pool(jobs, options.workers)

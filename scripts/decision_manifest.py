@@ -118,7 +118,8 @@ ROWS = [
     Row("routeV_exchanged", "routeV", "exchanged", "A5", EXCHANGED, "routeV", "known and held-out modes exchanged"),
     # other scores in the method's schedule, and their placebos
     *(Row(f"{arm}_first", arm, "ablation", "A3", FIRST, METHOD, f"the score of {arm}") for arm in ("routeV", "routeL")),
-    *(Row(f"{arm}_first", arm, "placebo", "A3", FIRST, of, f"placebo of {of}") for arm, of in (("placebo", "routeV_first"), ("placeboL", "routeL_first"))),
+    *(Row(f"{arm}_first", arm, "placebo", "A3", FIRST, of, f"placebo of {of}")
+      for arm, of in (("placebo", "routeV_first"), ("placeboL", "routeL_first"))),
     Row("absorb_first", "absorb", "control", "A3", "--quarantine-first 20", "absorb", "the method's first phase, then no gate"),
     # one component of the method switched off or changed
     ablation("no_phase", "--quarantine-first 0", "no first phase"),

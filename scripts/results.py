@@ -181,11 +181,11 @@ def training_notes(rows: list[dict]) -> dict[str, float | int | None]:
 
 
 def compact(run: str | Path, target: str | Path) -> RunRecord:
-    """Write the record of a finished run, small enough to commit: without counts by problem where no table needs them, with its
+    """Write the record of a run that has ended, small enough to commit: without counts by problem where no table needs them, with its
     directory below out/, and with `training_notes`."""
     record = load_record(run)
-    if record.status != "finished":
-        raise UserError(f"{run} is {record.status}: only a finished run is evidence")
+    if record.status != "finished" and not record.status.startswith("failed: diverged"):
+        raise UserError(f"{run} is {record.status}: only a run that finished, or diverged, is evidence")
     counted = lambda c: (c.split, c.markers) == ("test", "novel") and c.state != "as_trained"  # noqa: E731
     record.evals = [c if counted(c) else replace(c, by_problem={}) for c in record.evals]
     record.notes |= training_notes(load_metrics(run))

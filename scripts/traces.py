@@ -68,11 +68,11 @@ def latex(chosen: dict | None) -> str:
                 continue
             row = entry[side]
             if row["prompt"] != shown:
-                lines += [r"\paragraph{Prompt}", *listing(shown := row["prompt"])]
+                lines += [r"\medskip\noindent\textbf{Prompt.}", *listing(shown := row["prompt"])]
             score = "none" if row["score"] is None else f"${row['score']:.3f}$"
             state = "deployed" if row["sampled_ablated"] else "as trained"
-            lines += [f"\\paragraph{{{title}}} step {row['step']}, sampled {state}, $A = {row['advantage']:.2f}$, score {score}, "
-                      f"zone \\textsc{{{row['zone'].lower()}}}.", *listing(row["completion"])]  # fmt: skip
+            lines += [f"\\medskip\\noindent\\textbf{{{title}.}} Step {row['step']}, sampled {state}, $A = {row['advantage']:.2f}$, "
+                      f"score {score}, zone \\textsc{{{row['zone'].lower()}}}.", *listing(row["completion"])]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
