@@ -275,7 +275,7 @@ def check_artifacts(tmp: Path) -> None:
     assert {"figs/a1_training.png", "writeup/generated/a1_training.csv", "writeup/generated/a2_keynote.csv"} <= differ, differ
     changed["config"]["grpo"]["learning_rate"] = 0.5
     path.write_text(json.dumps(changed))
-    refused(lambda: verdict.load_runs(records), "routeQ_s101.json was made with other options (grpo.learning_rate")
+    refused(lambda: verdict.load_runs(records), "routeQ_s101.json has other options (grpo.learning_rate")
     assert all(len(data) < 300_000 for name, data in one.items() if name.endswith(".png"))
     print(f"ok  {len(one)} artifacts come out byte for byte, rows without runs say so, one more hack changes {len(differ)} of them")
 
