@@ -2,7 +2,7 @@
 
 Reads docs/results/decision/*.json, which `just decision` writes, and the rows of decision_manifest.py. Writes each table as CSV and as
 LaTeX (booktabs) into docs/writeup/generated/, into the blocks `<!-- artifact: NAME --> … <!-- end -->` of docs/results.md, and the figures
-with their data into docs/figs/. A row that has not run is listed as not run, and a row of which some seeds have run says how many.
+with their data into docs/figs/. A row of which some seeds have run says how many; the table of coverage lists what has not run.
 
 Every mean is over seeds, ± its standard error; p is of the two-sided t-test paired by seed, adjusted by Holm's method over the column.
 
@@ -191,6 +191,11 @@ def keynote(runs: Runs) -> Table:
     })  # fmt: skip
 
 
+def ran(data: Data) -> Data:
+    """Rows of which some seed has run; `coverage` lists the others."""
+    return [row for row in data if row["seeds"]]
+
+
 def comparison(runs: Runs, artifact: str) -> Table:
     """A3 and A7: rows that change one thing, each against the row that it changes."""
     keys, data = ("hack_held", "solve"), []
@@ -199,7 +204,7 @@ def comparison(runs: Runs, artifact: str) -> Table:
         if row.of not in [r["name"] for r in data]:
             data.append(numbers(named[row.of], runs, row.of, keys, name=row.of) | {"changes": ""})
         data.append(numbers(row, runs, row.of, keys))
-    return Table(adjusted(data, keys), {
+    return Table(adjusted(ran(data), keys), {
         "row": lambda r: r["name"], "change": lambda r: r["changes"] or DASH, "seeds": seeds, "held-out hack": mean("hack_held"),
         "known hack": mean("hack_known"), "solve": mean("solve"), "gain": gain_cell, "Δ held-out hack": difference("hack_held"),
         "Δ solve": difference("solve"), "routed": value("routed"),
@@ -224,7 +229,7 @@ def modes(runs: Runs) -> Table:
         text = lambda r: f"{r[f'{mode}_hack']:.2f} / {r[f'{mode}_solve']:.2f}" + "*" * r[f"{mode}_held"]  # noqa: E731
         return lambda r: text(r) if r["seeds"] else DASH
 
-    return Table(data, {"row": lambda r: r["name"], "seeds": seeds, **{mode: of(mode) for mode in every}})
+    return Table(ran(data), {"row": lambda r: r["name"], "seeds": seeds, **{mode: of(mode) for mode in every}})
 
 
 def judged(runs: Runs, diverged: Diverged) -> Table:

@@ -205,7 +205,9 @@ def check_pool(tmp: Path) -> None:
     assert starts(jobs[0]) == ["0"] and pool.before == 1, "a finished run was run again"
     assert {n: s for n, s in pool.ended.items() if s == "finished"}.keys() == {"done", "a", "b"}, pool.ended
     assert pool.ended["broken"] == "failed: this one cannot work (exit 2)" and any("failed: this one" in line for line in lines)
-    assert any("min left" in line and "running: " in line for line in lines) and "3/4 finished, 1 not" in lines[-1], lines
+    assert "3/4 finished, 1 not" in lines[-1] and "min left" in lines[-1] and "running" not in lines[-1], lines
+    pool.live["b"] = None
+    assert "running: b (" in pool.progress(), pool.progress()
     said = decision.summary(pool)
     assert "3 of 4 runs are finished; 1 had ended before" in said and "broken: failed" in said and "go on with: " in said, said
     record = jobs[0].out_dir / "record.json"
