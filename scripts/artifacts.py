@@ -1,7 +1,7 @@
 """The decision experiment's tables and figures (A1 to A7), from its compact records alone.
 
 Reads docs/results/decision/*.json, which `just decision` writes, and the rows of decision_manifest.py. Writes each table as CSV and as
-LaTeX (booktabs) into docs/writeup/generated/, into the blocks `<!-- artifact: NAME --> … <!-- end -->` of docs/results.md, and the figures
+LaTeX (booktabs) into docs/writeup/generated/, into the blocks `<!-- artifact: NAME --> … <!-- end -->` of PAGES, and the figures
 with their data into docs/figs/. A row of which some seeds have run says how many; the table of coverage lists what has not run.
 
 Every mean is over seeds, ± its standard error; p is of the two-sided t-test paired by seed, adjusted by Holm's method over the column.
@@ -35,7 +35,7 @@ from vgrout.entry import run_main
 from vgrout.metrics import gain, holm, mean_sem, paired_ttest, rate
 from vgrout.types import RunRecord
 
-PAGE = ROOT / "docs" / "results.md"
+PAGES = ("results.md", "blog/quarantine_first.md")  # below docs/
 FIGURES = {"a1_training": "A1", "a4_long": "A4"}
 NOT_RUN, DASH = "not run", "–"
 LATEX = {"±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$"}
@@ -347,7 +347,7 @@ def texts(records: Path) -> tuple[Runs, dict[str, str]]:
         found[f"writeup/generated/{name}.csv"] = as_csv(curves(runs, artifact))
     source = records / "traces.json"
     found["writeup/generated/traces.tex"] = traces.latex(json.loads(source.read_text()) if source.exists() else None)
-    found["results.md"] = with_artifacts(PAGE.read_text(), made)
+    found |= {page: with_artifacts((ROOT / "docs" / page).read_text(), made) for page in PAGES}
     return runs, found
 
 

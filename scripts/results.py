@@ -1,7 +1,7 @@
 """One table over runs, grouped by arm: hack, solve and gain of the deployed policy on the test split, novel markers.
 
 A line per run with 95 % bootstrap intervals over problems, then, for an arm with several seeds, mean ± SEM over them.
-The gain's ceiling is the `no_loophole` run of the same seed and data among the runs given, else the committed one in
+The gain's ceiling is the `no_loophole` run of the same seed, steps and data among the runs given, else the committed one in
 docs/results/. An arm whose lower 90 % bound of the gain is not above 0.5 is marked `frozen`. Unfinished runs are left out.
 
 A `none2r` run speaks for `absorb` too (train once, evaluate twice), where no such run of its seed is given.
@@ -56,9 +56,10 @@ def find_runs(arguments: list[str]) -> dict[str, RunRecord]:
 
 
 def same_task(a: RunRecord, b: RunRecord) -> bool:
-    """Both were evaluated on the same problems, and every input file that both name is the same."""
+    """Both trained for as many steps, were evaluated on the same problems, and every input file that both name is the same."""
     shared = a.data_hashes.keys() & b.data_hashes.keys()
-    return cell(a).by_problem.keys() == cell(b).by_problem.keys() and all(a.data_hashes[f] == b.data_hashes[f] for f in shared)
+    same = a.steps_done == b.steps_done and cell(a).by_problem.keys() == cell(b).by_problem.keys()
+    return same and all(a.data_hashes[f] == b.data_hashes[f] for f in shared)
 
 
 def find_ceiling(record: RunRecord, runs: list[RunRecord]) -> Counts | None:

@@ -1,9 +1,12 @@
-"""A tiny random Qwen3 policy and random batches, for the gates that need a model but no tokenizer."""
+"""A tiny random Qwen3 policy and random batches, for the gates that need a model but no tokenizer; models read once, for those that need both."""
+
+import copy
 
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from vgrout import policy as policies
 from vgrout.lora2r import Lora2r
 from vgrout.policy import Policy
 from vgrout.tensors import Batch
@@ -40,3 +43,18 @@ def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
     prompts = [draw(2, 9) for _ in range(group[-1] + 1)]
     rewards, A = torch.rand(rows, generator=g).tolist(), torch.randn(rows, generator=g).tolist()
     return collate([prompts[i] for i in group], [draw(1, 8) for _ in group], rewards, group, A, PAD, "cpu")
+
+
+def read_models_once() -> None:
+    """From now on in this process and its forks, a model that was loaded before is copied instead of read again."""
+    real, read = policies.AutoModelForCausalLM, {}
+
+    class Once:
+        @staticmethod
+        def from_pretrained(path: str, **options):
+            key = path, options["dtype"]
+            if key not in read:
+                read[key] = real.from_pretrained(path, **options)
+            return copy.deepcopy(read[key])
+
+    policies.AutoModelForCausalLM = Once

@@ -18,7 +18,7 @@ import after
 import audit
 import diag_pinning
 from reopen import Stored, reopen
-from tiny import perturb, random_batch, tiny_policy
+from tiny import perturb, random_batch, read_models_once, tiny_policy
 from verify_scores import PROBE, origin_of, styled_batch
 from vgrout import train
 from vgrout.cli import argv_of, parse
@@ -285,6 +285,7 @@ if __name__ == "__main__":
     check_planted()
     check_scaled()
     check_gradient_norms()
+    read_models_once()
     with tempfile.TemporaryDirectory() as tmp:
         routed = run(f"{tmp}/routed", "--steps", "3", "--refresh-every", "2", "--warmup-steps", "0", "--learning-rate", "2e-3")
         plain = run(f"{tmp}/plain", "--steps", "2", "--intervention", "none2r", "--snapshot-every", "1")

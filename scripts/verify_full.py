@@ -8,13 +8,12 @@ import contextlib
 import gzip
 import io
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+import make_standin
 from vgrout import pairs, problems, train
 from vgrout.cli import parse
 from vgrout.exploits import canonical_hack
@@ -57,7 +56,7 @@ def check_run(folder: Path, standin: Path, data: Path) -> None:
     argv = ["full", "--intervention", "routeV", "--model", str(standin), "--data", str(data), "--teacher-pool", str(pool),
             "--steps", "3", "--max-completion-length", "64", "--num-prompts", "6", "--num-generations", "5",
             "--final-draws", "6", "--pair-modes", "run_tests", "--modes", *MODES, "--threads", "1",
-            "--workers", "1", "--out-dir", str(folder / "run"), "--max-prompt-length", "4096"]  # fmt: skip
+            "--workers", "1", "--out-dir", str(folder / "run"), "--max-prompt-length", "4096", "--token-budget", "4096"]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(*parse(argv))
     rows, record = load_metrics(folder / "run"), load_record(folder / "run")
@@ -116,7 +115,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tmp:
         standin = Path(tmp) / "standin"
-        subprocess.run([sys.executable, "scripts/make_standin.py", str(standin), "--hidden-size", "128", "--num-layers", "2"], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            make_standin.main(make_standin.Args(standin, hidden_size=128, num_layers=2))
         check_reference(standin)
         check_run(Path(tmp), standin, problem_file(Path(tmp)))

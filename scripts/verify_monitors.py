@@ -31,7 +31,7 @@ import torch
 from other_problems import other_problems
 from report import facts
 from results import remarks
-from tiny import perturb, random_batch, tiny_policy
+from tiny import perturb, random_batch, read_models_once, tiny_policy
 from verify_budget import ROOT, defined, key_differences
 from verify_scores import origin_of, styled_batch
 from verify_train import patched, run
@@ -484,6 +484,7 @@ if __name__ == "__main__":
         else:
             for check in (check_forgery, check_client, check_refusals, check_flags, check_probe):
                 check()
+            read_models_once()
             others = other_environment(folder)
             probed, judged = check_probe_run(folder, others), check_run(folder)
             check_probe_data(folder, others, judged)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tiny import read_models_once
 from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
@@ -21,6 +22,7 @@ from vgrout.records import load_adapter, load_metrics, load_record, load_rollout
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
+OFTEN = ["--save-every", "1", "--eval-every", "1", "--eval-draws", "6"]
 TIMES = {"sec_refresh", "sec_sample", "sec_grade", "sec_score", "sec_update", "sec_step", "tokens_per_second"}
 
 
@@ -41,6 +43,18 @@ def patched(name: str, value):
         yield
     finally:
         setattr(train, name, before)
+
+
+@contextlib.contextmanager
+def unevaluated():
+    """Runs that are compared by what they train: their evaluations draw one token. That none of them matters, `check_evaluation` shows."""
+    evaluate = train.evaluate
+
+    def short(policy, problems, grader, sampling, **options):
+        return evaluate(policy, problems, grader, replace(sampling, max_completion_length=1), **options | {"draws": 1})
+
+    with patched("evaluate", short):
+        yield
 
 
 def same_adapter(a: Path, b: Path) -> bool:
@@ -83,9 +97,9 @@ def check_labels(tmp: str, plain: Path) -> None:
         return kept, batch, origin
 
     compose = train.compose
-    with patched("compose", scrambled(0)):
+    with patched("compose", scrambled(0)), unevaluated():
         assert same_adapter(plain, run(f"{tmp}/scrambled")), "a label, a mode or a teacher flag reached the update"
-    with patched("compose", leaky):
+    with patched("compose", leaky), unevaluated():
         assert not same_adapter(plain, run(f"{tmp}/leaky")), "the label gate cannot see a leak"
     moved = [m["param_delta"] or 0 for m in load_metrics(plain)]
     assert sum(d > 0 for d in moved) >= 2, f"too few steps trained for this gate to mean something: {moved}"
@@ -111,7 +125,8 @@ def check_quarantine_first(tmp: str) -> None:
     """In the first steps every row is sampled as trained and trains the quarantine; without them the score decides from the start."""
     zones = {}
     for name, first in (("first", "2"), ("scored", "0")):
-        folder = run(f"{tmp}/{name}", "--quarantine-first", first, "--gen-deploy-frac", "0.5", arm="routeQ")
+        with unevaluated():
+            folder = run(f"{tmp}/{name}", "--quarantine-first", first, "--gen-deploy-frac", "0.5", arm="routeQ")
         rows = [r for r in load_rollouts(folder) if "zone" in r]
         zones[name] = [{(r["sampled_ablated"], r["zone"]) for r in rows if (r["step"] < 2) == early} for early in (True, False)]
     assert zones["first"][0] == {(False, "ROUTE")} and any(ablated for ablated, _ in zones["first"][1]), zones
@@ -119,7 +134,8 @@ def check_quarantine_first(tmp: str) -> None:
     print("ok  --quarantine-first: every row is sampled as trained and ROUTEd in these steps, and in no others")
 
 
-def check_evaluation(tmp: str, plain: Path) -> None:
+def check_evaluation(tmp: str, plain: Path, more: Path) -> None:
+    """`more` is `plain` with evaluations and checkpoints during training."""
     record = load_record(plain)
     parts = {name: {p.problem_id for p in part} for name, part in split(load_problems(record.config["data"]["data"])).items()}
     for cell in record.evals:
@@ -129,7 +145,6 @@ def check_evaluation(tmp: str, plain: Path) -> None:
     assert (first.step, first.split, first.markers) == (0, "test", "novel")
     cells = {(c.markers, c.state) for c in record.evals if c.step == record.steps_done}
     assert cells >= {(m, s) for m in ("iid", "novel") for s in ("as_trained", "deployed")}
-    more = run(f"{tmp}/evaluated", "--eval-every", "1", "--eval-draws", "6")
     assert same_adapter(plain, more), "evaluating during training changed the parameters"
     assert len(load_record(more).evals) == len(record.evals) + 2
 
@@ -141,7 +156,8 @@ def check_evaluation(tmp: str, plain: Path) -> None:
     evaluate = train.evaluate
     with patched("evaluate", intrusive):
         assert not same_adapter(plain, run(f"{tmp}/intrusive", "--eval-every", "1", "--eval-draws", "6"))
-    assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measurement changed the parameters"
+    with unevaluated():
+        assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measurement changed the parameters"
 
     def intrusive_norms(policy, *args):
         """Mutation: a measurement that leaves a gradient behind."""
@@ -149,14 +165,14 @@ def check_evaluation(tmp: str, plain: Path) -> None:
         return gradient_norms(policy, *args)
 
     gradient_norms = train.gradient_norms
-    with patched("gradient_norms", intrusive_norms):
+    with patched("gradient_norms", intrusive_norms), unevaluated():
         assert not same_adapter(plain, run(f"{tmp}/measured")), "a measurement that leaves a trace goes unnoticed"
     names = [set(pool) for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for pool in pools.values()]
     assert not set.union(*names[: len(names) // 2]) & set.union(*names[len(names) // 2 :])
     print("ok  evaluation uses held-out ids; it and the snapshots' measurements leave parameters and draws untouched; a trace is noticed")
 
 
-def check_resume(tmp: str, plain: Path) -> None:
+def check_resume(tmp: str, whole: Path) -> None:
     class Killed(BaseException):
         pass
 
@@ -168,24 +184,23 @@ def check_resume(tmp: str, plain: Path) -> None:
             raise Killed
         return update(*args)
 
-    flags = ["--save-every", "1", "--eval-every", "1", "--eval-draws", "6"]
-    whole = run(f"{tmp}/whole", *flags)
     try:
         with patched("update", dies):
-            run(f"{tmp}/killed", *flags)
+            run(f"{tmp}/killed", *OFTEN)
     except Killed:
         pass
-    resumed = run(f"{tmp}/killed", *flags, "--resume")
+    resumed = run(f"{tmp}/killed", *OFTEN, "--resume")
     strip = lambda rows: [{k: v for k, v in r.items() if k not in TIMES} for r in rows]  # noqa: E731
     assert same_adapter(whole, resumed) and strip(load_metrics(whole)) == strip(load_metrics(resumed))
     assert load_record(whole).evals == load_record(resumed).evals
-    other = run(f"{tmp}/other", *flags, "--seed", "42")
+    with unevaluated():
+        other = run(f"{tmp}/other", *OFTEN, "--seed", "42")
     assert not same_adapter(whole, other), "another seed gives the same run"
     bytes_of = lambda path: [f.read_bytes() for f in load_snapshots(path).values()]  # noqa: E731
     assert len(bytes_of(whole)) == 2 and bytes_of(whole) == bytes_of(resumed) != bytes_of(other), "snapshots do not survive a resume"
     for flags, words in ((["--resume"], "finished"), ([], "finished")):
         try:
-            run(f"{tmp}/whole", *flags)
+            run(str(whole), *flags)
             raise AssertionError("a finished run was overwritten")
         except UserError as error:
             assert words in str(error)
@@ -216,9 +231,10 @@ if __name__ == "__main__":
             check_labels_of_every_arm(tmp)
         sys.exit()
     check_bad_input()
+    read_models_once()
     with tempfile.TemporaryDirectory() as tmp:
-        plain = run(f"{tmp}/plain")
+        plain, whole = run(f"{tmp}/plain"), run(f"{tmp}/whole", *OFTEN)
         check_labels(tmp, plain)
         check_quarantine_first(tmp)
-        check_evaluation(tmp, plain)
-        check_resume(tmp, plain)
+        check_evaluation(tmp, plain, whole)
+        check_resume(tmp, whole)

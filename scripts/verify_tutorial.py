@@ -7,13 +7,18 @@ Every section adds fewer than 30 lines in at most two files; with one of its blo
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch  # noqa: F401  # for the forks; vgrout itself is imported by them alone: beartype knows a type by its name, and keeps the first
+from transformers import AutoModelForCausalLM, get_scheduler  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES, FILES = 30, 2
@@ -60,13 +65,40 @@ def apply(block: Block, root: Path) -> None:
 
 
 def check(block: Block, root: Path) -> str:
-    """Run a check in the copy; "" if it passes, else the last line of what it said."""
-    command = [sys.executable, "-c", block.text]
-    if block.language == "sh":
-        command = [sys.executable if word == "python" else word for word in shlex.split(block.text) if word.strip()]
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "BEARTYPE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    return (done.stderr or done.stdout or f"exit status {done.returncode}").strip().splitlines()[-1] if done.returncode else ""
+    """Run a check in the copy, in a fork that has torch already; "" if it passes, else the last line of what it said."""
+    with tempfile.TemporaryFile("w+") as said:
+        sys.stdout.flush()
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+                run_in(block, root)
+                status = 0
+            except SystemExit as stop:
+                status = int(bool(stop.code))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.seek(0)
+        return (said.read().strip() or f"exit status {status}").splitlines()[-1] if status else ""
+
+
+def run_in(block: Block, root: Path) -> None:
+    """The block, with the copy's package."""
+    os.chdir(root)
+    os.environ |= {"PYTHONPATH": str(root / "src"), "BEARTYPE": "1", "OMP_NUM_THREADS": "1"}
+    assert "vgrout" not in sys.modules
+    sys.path.insert(0, str(root / "src"))
+    if block.language == "python":
+        exec(compile(block.text, "check", "exec"), {"__name__": "__main__"})
+        return
+    words = [word for word in shlex.split(block.text) if word.strip()]
+    assert words[:2] == ["python", "-m"], words
+    sys.argv = words[2:]
+    runpy.run_module(words[2], run_name="__main__", alter_sys=True)
 
 
 def copy(folder: Path) -> Path:
