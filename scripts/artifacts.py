@@ -118,7 +118,7 @@ def numbers(row: Row, runs: Runs, against: str, keys: tuple[str, ...], bounded: 
         if len(pairs[0]) > 1:
             out[f"d_{key}"], out[f"p_{key}"] = paired_ttest(*pairs)
     first = next(iter(records.values()), None)
-    return out | {"remarks": remarks(first, out.get("gain_lower")) if first else ""}
+    return out | {"remarks": remarks(first, out.get("gain_lower"), options=False) if first else ""}
 
 
 def adjusted(data: Data, keys: tuple[str, ...]) -> Data:

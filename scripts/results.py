@@ -93,11 +93,12 @@ def variant(record: RunRecord) -> str:
                      if not key.startswith(NOT_VARIANTS) and value != usual.get(key, value))  # fmt: skip
 
 
-def remarks(record: RunRecord, bound: float | None) -> str:
+def remarks(record: RunRecord, bound: float | None, options: bool = True) -> str:
+    """What a reader of a row must know; with `options`, the flags too."""
     words = ["uses labels: NOT oracle-free"] if record.notes.get("oracle") else []
     words += [f"needs a live monitor: {record.notes['monitor']}"] if record.notes.get("monitor") else []
     words += ["frozen"] if bound is not None and not bound > FROZEN else []
-    return ", ".join([*words, *filter(None, [variant(record), "dirty tree" if record.dirty else ""])])
+    return ", ".join([*words, *filter(None, [variant(record) if options else "", "dirty tree" if record.dirty else ""])])
 
 
 def mean_text(values: list[float]) -> str:

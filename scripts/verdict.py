@@ -167,9 +167,13 @@ def at_most(own: Seeds, of: Rate, limit: float) -> tuple[str, bool]:
     return f"{mean:.3f} ± {sem:.3f}", mean <= limit
 
 
+def one_sided(p: float) -> str:
+    return "one-sided p < 0.001" if p < 0.001 else f"one-sided p = {p:.3f}"
+
+
 def below(own: Seeds, other: Seeds, of: Rate) -> tuple[str, bool]:
     difference, p = paired_ttest(*paired(own, other, of), alternative="less")
-    return f"{difference:+.3f}, one-sided p = {p:.4f}", difference < 0 and p < ALPHA
+    return f"{difference:+.3f}, {one_sided(p)}", difference < 0 and p < ALPHA
 
 
 def not_inferior(own: Seeds, ceiling: Seeds) -> tuple[str, bool]:
@@ -187,7 +191,7 @@ def not_frozen(own: Seeds, ceiling: Seeds) -> tuple[str, bool]:
 def above_null(own: Seeds, plain: Seeds) -> tuple[str, bool]:
     distance = [above_plain(own[s], plain[s]) for s in sorted(own.keys() & plain.keys())]
     p = float(stats.ttest_1samp(distance, 0.0, alternative="greater").pvalue) if np.ptp(distance) else float(not distance[0] > 0)
-    return f"{np.mean(distance):+.3f} in solve, one-sided p = {p:.4f}", bool(np.mean(distance) > 0 and p < ALPHA)
+    return f"{np.mean(distance):+.3f} in solve, {one_sided(p)}", bool(np.mean(distance) > 0 and p < ALPHA)
 
 
 def long_hack(own: Seeds) -> tuple[str, bool]:

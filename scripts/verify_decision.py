@@ -30,7 +30,7 @@ from vgrout.metrics import holm
 from vgrout.store import dumps
 from vgrout.types import EvalResult, RunRecord, UserError
 
-PROBLEMS, EACH = 40, 12  # problems and draws of a synthetic cell
+PROBLEMS, EACH = 20, 24  # problems and draws of a synthetic cell
 THREE = HEADLINE_SEEDS[:3]
 MODES = ("run_tests", "sentinel", "stdout_marker", "file_marker")
 STAND_IN = """
