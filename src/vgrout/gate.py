@@ -5,8 +5,6 @@ exactly as many ROUTE and ABSORB rows as the real gate would have, to the rows t
 differs from the real arm in nothing but its score: same batch, same cadence, same shares, same code path.
 """
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
