@@ -1,4 +1,4 @@
-"""A tiny random Qwen3 policy and random batches, for the gates that need a model but no tokenizer; models read once, for those that need both."""
+"""A tiny random Qwen3 policy and random batches, for the gates that need a model but no tokenizer."""
 
 import copy
 

@@ -160,7 +160,7 @@ def check_verdict() -> None:
     lost = [c.name for c in verdict.verdict(runs | {"placeboQ_1": missing}, "routeQ", SMALL, {"placeboQ_1": [103]}) if c.holds is False]
     assert len(lost) == 2 and all("placeboQ_1" in name for name in lost), f"a run that diverged SHOULD fail its clauses: {lost}"
     record, ceilings = runs["routeQ"][101], [*runs["no_loophole"].values()]
-    assert triple(record, ceilings) and not triple(replace(record, steps_done=record.steps_done + 1), ceilings), "a gain needs a ceiling of as many steps"
+    assert triple(record, ceilings) and not triple(replace(record, steps_done=record.steps_done + 1), ceilings), "ceiling of other steps"
     adjusted = holm([0.04, float("nan"), 0.01, 0.03])
     assert [round(p, 6) for p in adjusted if p == p] == [0.06, 0.03, 0.06] and adjusted[1] != adjusted[1], adjusted
     print(f"ok  the criterion: {len(clauses)} clauses hold for a method that meets it; {len(mutations)} ways to miss it fail their clause; "

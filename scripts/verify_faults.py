@@ -40,8 +40,8 @@ from vgrout.tensors import GateOutput
 from vgrout.types import EvalResult, UserError
 
 STEPS = 3
-SHORT = (f"--steps {STEPS} --num-prompts 3 --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 96 --save-every 1 "
-         "--eval-every 0 --refresh-every 0 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
+SHORT = (f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 96 "
+         "--save-every 1 --eval-every 0 --refresh-every 0 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
 TOKEN = "hf_" + "plantedsecret" * 2
 SPY = """import os
 print(dict(os.environ))
@@ -102,7 +102,7 @@ def check_chain(root: Path, reference: Path) -> None:
     rows[-1]["reward_mean"] += 1e-6
     (root / "mutant" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert trainers.differences(reference, root / "mutant"), "another reward goes unnoticed"
-    print("ok  killed in an update and between the files of its last save too, it resumes to the bits of the uninterrupted run; no process stays")
+    print("ok  killed in an update and between the files of its last save too, it resumes to the bits of the whole run; no process stays")
 
 
 def die_in_last_save() -> None:

@@ -157,7 +157,7 @@ def check_evaluation(tmp: str, plain: Path, more: Path) -> None:
     with patched("evaluate", intrusive):
         assert not same_adapter(plain, run(f"{tmp}/intrusive", "--eval-every", "1", "--eval-draws", "6"))
     with unevaluated():
-        assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measurement changed the parameters"
+        assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), "a snapshot or its measure changed parameters"
 
     def intrusive_norms(policy, *args):
         """Mutation: a measurement that leaves a gradient behind."""
