@@ -1,4 +1,4 @@
-"""The decision experiment's tables and figures (A1 to A7), from its compact records alone.
+"""The decision experiment's tables and figures (A1 to A7, and the maps M), from its compact records alone.
 
 Reads docs/results/decision/*.json, which `just decision` writes, and the rows of decision_manifest.py. Writes each table as CSV and as
 LaTeX (booktabs) into docs/writeup/generated/, into the blocks `<!-- artifact: NAME --> … <!-- end -->` of PAGES, and the figures
@@ -232,6 +232,26 @@ def modes(runs: Runs) -> Table:
     return Table(ran(data), {"row": lambda r: r["name"], "seeds": seeds, **{mode: of(mode) for mode in every}})
 
 
+def maps(runs: Runs) -> Table:
+    """M: each row against the committed ceiling of its seed and length, and what it routed or dropped."""
+    data = []
+    for row in serving("M"):
+        records = runs[row.name]
+        out = {"name": row.name.removeprefix("map_"), "changes": row.changes, "seeds": len(records), "planned": len(row.seeds)}
+        out |= figures(records)
+        triples = [triple(record, []) for record in records.values()]
+        if triples and None not in triples:
+            out |= dict(zip(("gain", "gain_lower"), gain_text(triples)))
+            ceiling, solve = ([rate(parts[i], "solve") for parts in triples] for i in (2, 0))
+            out["d_ceiling"], out["d_ceiling_sem"] = mean_sem([a - b for a, b in zip(solve, ceiling)])
+        data.append(out)
+    return Table(ran(data), {
+        "row": lambda r: r["name"], "change": lambda r: r["changes"], "seeds": seeds, "hack": mean("hack"),
+        "held-out hack": mean("hack_held"), "solve": mean("solve"), "Δ solve to no_loophole": mean("d_ceiling"),
+        "gain [lower 90 %]": gain_cell, "routed": value("routed"),
+    })  # fmt: skip
+
+
 def judged(runs: Runs, diverged: Diverged) -> Table:
     """The criterion for every row of role "method", clause by clause."""
     data = []
@@ -267,6 +287,7 @@ def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
         "a3_ablations": comparison(runs, "A3"),
         "a5_modes": modes(runs),
         "a7_context": comparison(runs, "A7"),
+        "m_maps": maps(runs),
         "verdict": judged(runs, diverged),
         "coverage": coverage(runs, diverged),
     }

@@ -6,7 +6,7 @@ end of its step; a second one kills them. (kill -9 of this program alone leaves 
 left to do, the records of runs that have ended are compacted into docs/results/decision/; not before, because a changed tree would
 mark the later runs as dirty.
 
-Run: python scripts/decision.py [--all] [--only A3 A7] [--arms routeQ …] [--seeds 101 …] [--workers 2] [--dry-run]
+Run: python scripts/decision.py [--all] [--only A3 M] [--arms routeQ …] [--seeds 101 …] [--workers 2] [--dry-run]
      python scripts/decision.py --compact                 (compact what has finished, and run nothing)
      python scripts/decision.py --rehearse --all          (two steps of every row, into out/rehearsal: does each command run?)
 """
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
-from decision_manifest import ARTIFACTS, HEADLINE_SEEDS, RECORDS, ROOT, Job, choose, differs, jobs_of
+from decision_manifest import ARTIFACTS, RECORDS, ROOT, Job, choose, differs, jobs_of
 from results import compact
 from vgrout.entry import run_main
 from vgrout.records import load_metrics, load_record
@@ -129,8 +129,8 @@ def seconds_left(jobs: list[Job], ended: dict[str, str], workers: int) -> float 
 
 
 def compact_all(jobs: list[Job]) -> int:
-    """Write the compact record of each run of the decision's own seeds that has ended; returns their number."""
-    own = [job for job in jobs if settled(job) and load_record(job.out_dir).seed in HEADLINE_SEEDS]
+    """Write the compact record of each run of its row's own seeds that has ended; returns their number."""
+    own = [job for job in jobs if job.own and settled(job)]
     for job in own:
         compact(job.out_dir, RECORDS / f"{job.name}.json")
     return len(own)
@@ -174,7 +174,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every row (default: the headline's)")
     parser.add_argument("--only", nargs="+", default=[], metavar="A", help=f"rows that serve an artifact: {' '.join(ARTIFACTS)}")
     parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="rows of these names or arms")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="some of a row's seeds; others than 101 to 105 are development")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="some of a row's seeds; others than a row's are development")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and what is finished; start nothing")
     parser.add_argument("--rehearse", action="store_true", help="two steps of each run, into out/rehearsal")

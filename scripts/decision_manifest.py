@@ -21,7 +21,7 @@ from vgrout.types import RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, RECORDS = ROOT / "out" / "decision", ROOT / "docs" / "results" / "decision"
-HEADLINE_SEEDS, SEEDS = (101, 102, 103, 104, 105), (101, 102, 103)  # fresh: development uses 41 to 43
+HEADLINE_SEEDS, SEEDS, DEVELOPMENT_SEEDS = (101, 102, 103, 104, 105), (101, 102, 103), (41, 42, 43)
 ARTIFACTS = {
     "A1": "the deployed policy over training, headline arms",
     "A2": "hack, solve and gain of every headline arm, against plain GRPO",
@@ -30,6 +30,7 @@ ARTIFACTS = {
     "A5": "hack and solve by mode, known and held out",
     "A6": "one full trace a mode",
     "A7": "context: pairs, demonstrations, rank, learning rate, initialisation, refresh",
+    "M": "maps with true labels, on development seeds: what protects, what solves, and what imperfect labels cost",
 }
 
 
@@ -39,7 +40,9 @@ class Row:
 
     name: str
     arm: str
-    role: Literal["base", "ceiling", "method", "placebo", "control", "baseline", "oracle", "ablation", "long", "exchanged", "context"]
+    role: Literal[
+        "base", "ceiling", "method", "placebo", "control", "baseline", "oracle", "ablation", "long", "exchanged", "context", "map"
+    ]
     serves: str  # artifacts, e.g. "A1 A2"
     flags: str = ""
     of: str = ""
@@ -51,12 +54,16 @@ class Row:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return HEADLINE_SEEDS if self.headline else SEEDS
+        return DEVELOPMENT_SEEDS if self.role == "map" else HEADLINE_SEEDS if self.headline else SEEDS
+
+    @property
+    def schedule(self) -> str:
+        return MAP_SCHEDULE if self.role == "map" else COMMON
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: how to start it and where it writes. `config` is what its record must hold; None for any."""
+    """One run: how to start it and where it writes. `config` is what its record must hold; None for any. `own`: a seed of its row."""
 
     name: str
     arm: str
@@ -64,13 +71,16 @@ class Job:
     out_dir: Path
     steps: int
     config: dict[str, Any] | None = None
+    own: bool = True
 
 
 METHOD = "routeQ"  # the row that the ablations and the context rows vary
 HEADLINE = "A1 A2 A5"
 PAIRS = "data/pairs/organism.md"
 EXCHANGED = "--pair-modes stdout_marker file_marker"
-COMMON = "--steps 120 --teacher-until 20 --eval-every 20"  # of every row; demonstrations end with the first phase of routeQ
+COMMON = "--steps 120 --teacher-until 20 --eval-every 20"  # of every row but the maps'; demonstrations end with routeQ's first phase
+MAP_SCHEDULE = "--steps 60 --eval-every 20"  # the preset's own; its ceiling is docs/results/no_loophole_s*.json
+OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --gen-deploy-frac 1.0"
 LONG = "--steps 240"
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
@@ -85,6 +95,17 @@ def ablation(name: str, flags: str, changes: str) -> Row:
 
 def context(name: str, flags: str, changes: str, arm: str = METHOD) -> Row:
     return Row(f"{arm}_{name}", arm, "context", "A7", flags, arm, changes)
+
+
+def mapped(name: str, flags: str, changes: str, of: str = "map_oracle", arm: str = "oracle") -> Row:
+    return Row(f"map_{name}", arm, "map", "M", flags, of if f"map_{name}" != of else "", changes)
+
+
+def imperfect(kind: str, flag: str, shares: Iterable[float], word: str) -> list[Row]:
+    """Labels with an error, as routing (sampled as deployed, own baseline) and as filtering."""
+    arms = [("dep", "oracle", AS_DEPLOYED, "map_deployed"), ("filter", "filter_oracle", "", "map_filter")]
+    return [mapped(f"{kind}{100 * share:.0f}_{name}", f"{flags} {flag} {share}", f"{word} {share:g}", of, arm)
+            for name, arm, flags, of in arms for share in shares]  # fmt: skip
 
 
 ROWS = [
@@ -145,13 +166,29 @@ ROWS = [
     context("lr_half", "--learning-rate 5e-4", "learning rate 5e-4"),
     context("lr_double", "--learning-rate 2e-3", "learning rate 2e-3"),
     *(context(f"init{n}", f"--lora-init-seed {n}", f"initialisation {n} of the adapter") for n in (1, 2)),
+    # maps: the mechanism with true labels, then with labels that err, as routing and as filtering
+    mapped("oracle", "", "sampled as trained, baseline over the whole group"),
+    mapped("own_baseline", OWN_BASELINE, "baseline among retained rows"),
+    mapped("both", f"{OWN_BASELINE} --retain-forward both", "… and RETAIN keeps the quarantine in its forward", "map_own_baseline"),
+    mapped("unhackable", f"{OWN_BASELINE} --unhackable-frac 0.25", "… and a quarter of the prompts without a loophole", "map_own_baseline"),
+    mapped("deployed25", f"{OWN_BASELINE} --gen-deploy-frac 0.25", "… and a quarter sampled as deployed", "map_own_baseline"),
+    mapped("deployed", AS_DEPLOYED, "… and all sampled as deployed", "map_own_baseline"),
+    mapped("deployed_group", "--gen-deploy-frac 1.0", "all sampled as deployed, baseline over the whole group"),
+    mapped("filter", "", "flagged rows are dropped, nothing is routed", arm="filter_oracle"),
+    *imperfect("recall", "--oracle-recall", (0.8, 0.5, 0.2), "recall"),
+    mapped("recall50_trained", f"{OWN_BASELINE} --oracle-recall 0.5", "recall 0.5, sampled as trained", "map_own_baseline"),
+    *imperfect("fpr", "--oracle-fpr", (0.02, 0.05, 0.1), "false-positive rate"),
+    mapped("known_dep", f"{AS_DEPLOYED} --oracle-modes run_tests sentinel", "labels of two modes alone", "map_deployed"),
+    mapped("known_filter", "--oracle-modes run_tests sentinel", "labels of two modes alone", "map_filter", "filter_oracle"),
+    *(mapped(f"seeded_{side}", f"--seed-quarantine 20 --seed-side {side}", f"no labels; quarantine seeded with {what}", "", "absorb")
+      for side, what in (("hack", "hacks"), ("clean", "clean solutions"), ("placebo", "empty pairs"))),
 ]
 REHEARSAL = "--steps 2 --final-draws 24 --eval-every 1 --eval-draws 12"
 
 
 def row_argv(row: Row, seed: int, extra: str = "") -> list[str]:
     """What `python -m vgrout.train` is given, but for the run directory."""
-    return shlex.split(f"organism --intervention {row.arm} --seed {seed} --threads 1 {COMMON} {row.flags} {extra}")
+    return shlex.split(f"organism --intervention {row.arm} --seed {seed} --threads 1 {row.schedule} {row.flags} {extra}")
 
 
 def row_config(row: Row, extra: str = "") -> dict[str, Any]:
@@ -171,9 +208,9 @@ def differs(config: dict[str, Any], record: RunRecord) -> list[str]:
 
 
 def jobs_of(rows: Iterable[Row], seeds: Iterable[int] = (), rehearse: bool = False) -> list[Job]:
-    """One job for each seed and row, seed by seed, so that a first full comparison is there early.
+    """One job for each seed and row, seed by seed, so that a first full comparison is there early; maps come last.
 
-    `seeds` narrows the decision's own seeds; any other seed is a development run, and made for every row.
+    `seeds` narrows a row's own seeds; one that is no row's headline seed is a development run, and made for every row.
     """
     found, extra = [], REHEARSAL if rehearse else ""
     folder = ROOT / "out" / "rehearsal" if rehearse else RUNS
@@ -183,8 +220,9 @@ def jobs_of(rows: Iterable[Row], seeds: Iterable[int] = (), rehearse: bool = Fal
             name = f"{row.name}_s{seed}"
             argv = [sys.executable, "-m", "vgrout.train", *row_argv(row, seed, extra)]
             argv += ["--out-dir", str((folder / name).relative_to(ROOT)), "--resume"]
-            found.append((seed, Job(name, row.arm, tuple(argv), folder / name, config["grpo.steps"], config)))
-    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+            job = Job(name, row.arm, tuple(argv), folder / name, config["grpo.steps"], config, seed in row.seeds)
+            found.append((row.role == "map", seed, job))
+    return [job for *_, job in sorted(found, key=lambda item: item[:2])]
 
 
 def choose(options: argparse.Namespace) -> list[Row]:
