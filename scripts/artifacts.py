@@ -1,4 +1,4 @@
-"""The decision experiment's tables and figures (A1 to A7, and the maps M), from its compact records alone.
+"""The decision experiment's tables and figures (A1 to A7, the second wave R, the maps M), from its compact records alone.
 
 Reads docs/results/decision/*.json, which `just decision` writes, and the rows of decision_manifest.py. Writes each table as CSV and as
 LaTeX (booktabs) into docs/writeup/generated/, into the blocks `<!-- artifact: NAME --> … <!-- end -->` of PAGES, and the figures
@@ -28,7 +28,7 @@ from tabulate import tabulate
 
 import traces
 import verdict
-from decision_manifest import METHOD, RECORDS, ROOT, ROWS, Row
+from decision_manifest import HEADLINE_SEEDS, METHOD, RECORDS, ROOT, ROWS, SECOND_SEEDS, Row
 from results import cell, gain_text, remarks, triple
 from verdict import ABSORB, BASE, CEILING, Diverged, Runs, Seeds, paired
 from vgrout.entry import run_main
@@ -252,6 +252,26 @@ def maps(runs: Runs) -> Table:
     })  # fmt: skip
 
 
+def second_wave(runs: Runs) -> Table:
+    """R: the ceiling and the method on the second wave's seeds, alone and with the first wave's."""
+    data = []
+    for wave, suffixes in {"second": ["_again"], "both": ["", "_again"]}.items() if runs[f"{METHOD}_again"] else ():
+        ceiling, method = ({k: v for suffix in suffixes for k, v in runs[name + suffix].items()} for name in (CEILING, METHOD))
+        shared = ceiling.keys() & method.keys()
+        row = {"wave": wave, "seeds": len(shared), "planned": len(SECOND_SEEDS) + len(HEADLINE_SEEDS) * (wave == "both")}
+        for name, records in ((CEILING, ceiling), (METHOD, method)):
+            row |= {f"{name}_{k}": v for k, v in figures({s: records[s] for s in sorted(shared)}).items()}
+        if len(shared) > 1:
+            row["figure"], row["holds"] = verdict.not_inferior(method, ceiling)
+        data.append(row)
+    return Table(ran(data), {
+        "wave": lambda r: r["wave"], "seeds": seeds, "solve of no_loophole": mean(f"{CEILING}_solve"),
+        f"solve of {METHOD}": mean(f"{METHOD}_solve"), f"hack of {METHOD}": mean(f"{METHOD}_hack"),
+        "difference in solve": lambda r: r.get("figure", DASH),
+        "not inferior": lambda r: {True: "yes", False: "no"}.get(r.get("holds"), DASH),
+    })  # fmt: skip
+
+
 def judged(runs: Runs, diverged: Diverged) -> Table:
     """The criterion for every row of role "method", clause by clause."""
     data = []
@@ -287,6 +307,7 @@ def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
         "a3_ablations": comparison(runs, "A3"),
         "a5_modes": modes(runs),
         "a7_context": comparison(runs, "A7"),
+        "r_second": second_wave(runs),
         "m_maps": maps(runs),
         "verdict": judged(runs, diverged),
         "coverage": coverage(runs, diverged),

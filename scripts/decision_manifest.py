@@ -22,6 +22,7 @@ from vgrout.types import RunRecord, UserError
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, RECORDS = ROOT / "out" / "decision", ROOT / "docs" / "results" / "decision"
 HEADLINE_SEEDS, SEEDS, DEVELOPMENT_SEEDS = (101, 102, 103, 104, 105), (101, 102, 103), (41, 42, 43)
+SECOND_SEEDS = (106, 107, 108, 109, 110, 111, 112, 113, 114, 115)  # of the second wave: added once the first was known
 ARTIFACTS = {
     "A1": "the deployed policy over training, headline arms",
     "A2": "hack, solve and gain of every headline arm, against plain GRPO",
@@ -30,6 +31,7 @@ ARTIFACTS = {
     "A5": "hack and solve by mode, known and held out",
     "A6": "one full trace a mode",
     "A7": "context: pairs, demonstrations, rank, learning rate, initialisation, refresh",
+    "R": "the second wave: solve against the ceiling on ten more seeds",
     "M": "maps with true labels, on development seeds: what protects, what solves, and what imperfect labels cost",
 }
 
@@ -41,7 +43,7 @@ class Row:
     name: str
     arm: str
     role: Literal[
-        "base", "ceiling", "method", "placebo", "control", "baseline", "oracle", "ablation", "long", "exchanged", "context", "map"
+        "base", "ceiling", "method", "placebo", "control", "baseline", "oracle", "ablation", "long", "exchanged", "context", "again", "map"
     ]
     serves: str  # artifacts, e.g. "A1 A2"
     flags: str = ""
@@ -54,7 +56,8 @@ class Row:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return DEVELOPMENT_SEEDS if self.role == "map" else HEADLINE_SEEDS if self.headline else SEEDS
+        every = HEADLINE_SEEDS if self.headline or self.name in FIVE_SEEDS else SEEDS
+        return {"map": DEVELOPMENT_SEEDS, "again": SECOND_SEEDS}.get(self.role, every)
 
     @property
     def schedule(self) -> str:
@@ -82,6 +85,7 @@ COMMON = "--steps 120 --teacher-until 20 --eval-every 20"  # of every row but th
 MAP_SCHEDULE = "--steps 60 --eval-every 20"  # the preset's own; its ceiling is docs/results/no_loophole_s*.json
 OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --gen-deploy-frac 1.0"
 LONG = "--steps 240"
+FIVE_SEEDS = ("routeQ_long",)  # three were planned
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
 def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
@@ -153,6 +157,8 @@ ROWS = [
     ablation("no_teacher", "--teacher-pool '' --quarantine-first 100 --steps 220", "no demonstrations, a first phase of 100 steps"),
     # long runs: twice the steps
     *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "routeQ", "no_gateQ")),
+    # the second wave
+    *(Row(f"{arm}_again", arm, "again", "R", of=arm, changes="ten more seeds") for arm in ("no_loophole", "routeQ")),
     # context: the pairs, of a row that reads them
     *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
     context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),
