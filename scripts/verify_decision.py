@@ -127,7 +127,7 @@ def good_runs() -> verdict.Runs:
         "placeboQ_2": (0.30, 0.35), "no_gateQ": (0.40, 0.30),
     }  # fmt: skip
     runs = {name: seeds_of(name.partition("_1")[0].partition("_2")[0], *pair) for name, pair in rates.items()}
-    return runs | {"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 160, THREE)}
+    return runs | {"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 160)}
 
 
 def check_verdict() -> None:
@@ -144,9 +144,9 @@ def check_verdict() -> None:
         "absorb equally low": ({"absorb": seeds_of("absorb", 0.012, 0.36)}, {"below absorb"}),
         "solve .05 below the ceiling": ({"routeQ": seeds_of("routeQ", 0.012, 0.35)}, {"not inferior"}),
         "the schedule without a gate equally low": ({"no_gateQ": seeds_of("no_gateQ", 0.012, 0.36)}, {"below no_gateQ"}),
-        "a long run that breaks out": ({"routeQ_long": seeds_of("routeQ", 0.24, 0.45, 160, THREE)}, {"long run: held-out"}),
-        "a long run that collapses": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.30, 160, THREE)}, {"the short run's"}),
-        "a long run that is too short": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 70, THREE)}, {"step of emergence"}),
+        "a long run that breaks out": ({"routeQ_long": seeds_of("routeQ", 0.24, 0.45, 160)}, {"long run: held-out"}),
+        "a long run that collapses": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.30, 160)}, {"the short run's"}),
+        "a long run that is too short": ({"routeQ_long": seeds_of("routeQ", 0.02, 0.45, 70)}, {"step of emergence"}),
         "plain GRPO that solves before it hacks": ({"none2r": least}, {"stopped early"}),
     }
     for what, (change, words) in mutations.items():
