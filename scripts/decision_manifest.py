@@ -86,6 +86,7 @@ MAP_SCHEDULE = "--steps 60 --eval-every 20"  # the preset's own; its ceiling is 
 OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --gen-deploy-frac 1.0"
 LONG = "--steps 240"
 FIVE_SEEDS = ("routeQ_long",)  # three were planned
+DEMOS_KNOWN = "--teacher-modes run_tests sentinel"
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
 def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
@@ -155,6 +156,9 @@ ROWS = [
     ablation("signed", "--signed", "flagged rows with A < 0 are retained"),
     ablation("unhackable", "--unhackable-frac 0.25", "a quarter of the prompts without a loophole"),
     ablation("no_teacher", "--teacher-pool '' --quarantine-first 100 --steps 220", "no demonstrations, a first phase of 100 steps"),
+    ablation("demos_known", DEMOS_KNOWN, "demonstrations of two modes alone"),
+    Row("placeboQ_demos_known", "placeboQ", "placebo", "A3", f"--placebo-seed 1 {DEMOS_KNOWN}", "routeQ_demos_known", "draw 1"),
+    Row("none2r_demos_known", "none2r", "baseline", "A3", DEMOS_KNOWN, "none2r", "demonstrations of two modes alone"),
     # long runs: twice the steps
     *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "routeQ", "no_gateQ")),
     # the second wave
