@@ -14,10 +14,12 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -36,7 +38,6 @@ from vgrout.metrics import gain, holm, mean_sem, paired_ttest, rate
 from vgrout.types import RunRecord
 
 PAGES = ("results.md", "blog/quarantine_first.md")  # below docs/
-FIGURES = {"a1_training": "A1", "a4_long": "A4"}
 NOT_RUN, DASH = "not run", "–"
 LATEX = {"±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$"}
 Data = list[dict]
@@ -365,6 +366,44 @@ def draw(data: Data, path: Path) -> None:
     plt.close(figure)
 
 
+def map_points(runs: Runs) -> Data:
+    """Mean hack and solve rate of the deployed policy against the labels' recall and false-positive rate, routed and filtered."""
+    data = []
+    for kind, action in itertools.product(("recall", "fpr"), ("route", "filter")):
+        perfect, suffix = ("map_deployed", "_dep") if action == "route" else ("map_filter", "_filter")
+        imperfect = [row.name for row in serving("M") if row.name.startswith(f"map_{kind}") and row.name.endswith(suffix)]
+        for records in filter(None, (runs[name] for name in [perfect, *imperfect])):
+            at = next(iter(records.values())).config["route"][f"oracle_{kind}"]
+            data += [{"labels": kind, "at": at, "action": action, "which": which, "runs": len(records), "mean": found[which],
+                      "sem": found[f"{which}_sem"]} for found in [figures(records)] for which in ("hack", "solve")]  # fmt: skip
+    return sorted(data, key=lambda row: (row["labels"], row["action"], row["which"], row["at"]))
+
+
+def draw_maps(data: Data, path: Path) -> None:
+    """Two panels, recall and false-positive rate."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for axis, kind, title in zip(axes, ("recall", "fpr"), ("recall of the labels", "false-positive rate of the labels")):
+        for (i, action), which in itertools.product(enumerate(("route", "filter")), ("hack", "solve")):
+            part = [row for row in data if (row["labels"], row["action"], row["which"]) == (kind, action, which)]
+            x, y, error = ([row[key] for row in part] for key in ("at", "mean", "sem"))
+            axis.errorbar(x, y, [0.0 if e != e else e for e in error], label=f"{action}: {which}", color=plt.get_cmap("tab10")(i),
+                          linestyle="-" if which == "hack" else "--", marker="o", markersize=3.5, capsize=2)  # fmt: skip
+        axis.set(xlabel=title, ylabel="rate of the deployed policy" if kind == "recall" else "", ylim=(-0.02, None))
+        axis.grid(alpha=0.25)
+    axes[0].invert_xaxis()
+    axes[0].legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Software": None, "Description": data_hash(data)})
+    plt.close(figure)
+
+
+FIGURES: dict[str, tuple[Callable[[Runs], Data], Callable[[Data, Path], None]]] = {
+    "a1_training": (partial(curves, artifact="A1"), draw),
+    "a4_long": (partial(curves, artifact="A4"), draw),
+    "m_maps": (map_points, draw_maps),
+}
+
+
 def data_hash(data: Data) -> str:
     return "data " + hashlib.sha256(as_csv(data).encode()).hexdigest()
 
@@ -385,8 +424,7 @@ def texts(records: Path) -> tuple[Runs, dict[str, str]]:
     made, found = tables(runs, diverged), {}
     for name, table in made.items():
         found |= {f"writeup/generated/{name}.tex": table.latex(), f"writeup/generated/{name}.csv": table.csv()}
-    for name, artifact in FIGURES.items():
-        found[f"writeup/generated/{name}.csv"] = as_csv(curves(runs, artifact))
+    found |= {f"writeup/generated/{name}_figure.csv": as_csv(points(runs)) for name, (points, _) in FIGURES.items()}
     source = records / "traces.json"
     found["writeup/generated/traces.tex"] = traces.latex(json.loads(source.read_text()) if source.exists() else None)
     found |= {page: with_artifacts((ROOT / "docs" / page).read_text(), made) for page in PAGES}
@@ -399,9 +437,9 @@ def make(records: Path, out: Path) -> str:
     for name, text in found.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(text)
-    for name, artifact in FIGURES.items():
-        (out / "figs").mkdir(exist_ok=True)
-        draw(curves(runs, artifact), out / "figs" / f"{name}.png")
+    (out / "figs").mkdir(exist_ok=True)
+    for name, (points, draw_points) in FIGURES.items():
+        draw_points(points(runs), out / "figs" / f"{name}.png")
     absent = [row.name for row in ROWS if not runs[row.name]]
     done = f"{sum(len(runs[row.name]) for row in ROWS)} of {sum(len(row.seeds) for row in ROWS)} runs; "
     return done + (f"no run of: {' '.join(absent)}" if absent else "every row has runs")

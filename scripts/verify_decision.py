@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -22,7 +23,7 @@ from PIL import Image
 import artifacts
 import decision
 import verdict
-from decision_manifest import ARTIFACTS, HEADLINE_SEEDS, RECORDS, ROOT, ROWS, Job, Row, jobs_of, row_argv
+from decision_manifest import ARTIFACTS, HEADLINE_SEEDS, RECORDS, ROOT, ROWS, SECOND_SEEDS, Job, Row, jobs_of, row_argv
 from results import triple
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
@@ -161,6 +162,12 @@ def check_verdict() -> None:
     assert len(lost) == 2 and all("placeboQ_1" in name for name in lost), f"a run that diverged SHOULD fail its clauses: {lost}"
     record, ceilings = runs["routeQ"][101], [*runs["no_loophole"].values()]
     assert triple(record, ceilings) and not triple(replace(record, steps_done=record.steps_done + 1), ceilings), "ceiling of other steps"
+    waves = {f"{name}_again": seeds_of(name, 0.0, solve, 120, SECOND_SEEDS) for name, solve in (("no_loophole", 0.40), ("routeQ", 0.395))}
+    both = lambda change: artifacts.second_wave(defaultdict(dict, runs | waves | change)).data  # noqa: E731
+    assert [(row["seeds"], row["holds"]) for row in both({})] == [(10, True), (15, True)], both({})
+    worse = {"routeQ_again": seeds_of("routeQ", 0.0, 0.30, 120, SECOND_SEEDS)}
+    assert [row["holds"] for row in both(worse)] == [False, False], "a second wave that solves less SHOULD fail"
+    assert not artifacts.second_wave(defaultdict(dict, runs)).data, "a wave that has not run has no row"
     adjusted = holm([0.04, float("nan"), 0.01, 0.03])
     assert [round(p, 6) for p in adjusted if p == p] == [0.06, 0.03, 0.06] and adjusted[1] != adjusted[1], adjusted
     print(f"ok  the criterion: {len(clauses)} clauses hold for a method that meets it; {len(mutations)} ways to miss it fail their clause; "
@@ -277,7 +284,7 @@ def check_artifacts(tmp: Path) -> None:
     path.write_text(json.dumps(changed))
     artifacts.make(records, tmp / "two")
     differ = {name for name, data in contents(tmp / "two").items() if data != one[name]}
-    assert {"figs/a1_training.png", "writeup/generated/a1_training.csv", "writeup/generated/a2_keynote.csv"} <= differ, differ
+    assert {"figs/a1_training.png", "writeup/generated/a1_training_figure.csv", "writeup/generated/a2_keynote.csv"} <= differ, differ
     changed["config"]["grpo"]["learning_rate"] = 0.5
     path.write_text(json.dumps(changed))
     refused(lambda: verdict.load_runs(records), "routeQ_s101.json has other options (grpo.learning_rate")
@@ -288,10 +295,10 @@ def check_artifacts(tmp: Path) -> None:
 def stale(runs: verdict.Runs, made: dict[str, str], folder: Path) -> list[str]:
     """Generated text files that differ from those of the records, and figures that were drawn from other data."""
     found = [name for name, text in made.items() if not (folder / name).exists() or (folder / name).read_text() != text]
-    for name, artifact in artifacts.FIGURES.items():
+    for name, (points, _) in artifacts.FIGURES.items():
         path = folder / "figs" / f"{name}.png"
         drawn = Image.open(path).text.get("Description") if path.exists() else ""
-        found += [str(path)] if drawn != artifacts.data_hash(artifacts.curves(runs, artifact)) else []
+        found += [str(path)] if drawn != artifacts.data_hash(points(runs)) else []
     return found
 
 
