@@ -37,6 +37,7 @@ from vgrout import pairs
 from vgrout.cli import argv_of, config_of
 from vgrout.config import PRESETS, Config
 from vgrout.diagnose import scaled
+from vgrout.entry import run_main
 from vgrout.grader import Grader
 from vgrout.likelihood import likelihood_steps
 from vgrout.metrics import above_frontier, bootstrap_interval, frontier_solve, leakage
@@ -293,8 +294,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, sys.argv[1:])

@@ -31,6 +31,7 @@ from audit import FAMILY, PAIR_CUTS, SHARES, Audited, family, join, rebuild, row
 from reopen import reopen
 from vgrout import runlog
 from vgrout.cli import config_of
+from vgrout.entry import run_main
 from vgrout.metrics import auroc, auroc_interval, precision_recall_at, stratified_auroc
 from vgrout.records import load_metrics, load_record, load_rollouts, load_snapshots
 from vgrout.store import load_tensors
@@ -259,8 +260,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, sys.argv[1:])
