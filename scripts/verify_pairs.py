@@ -1,6 +1,6 @@
 """Checks of the authored pairs: both sides do what they claim under the real grader, and differ in the mechanism alone.
 
-Run: python scripts/verify_pairs.py [--audit]      (--audit prints the tables of docs/personas/pairs.md instead)
+Run: python scripts/verify_pairs.py [--audit]      (--audit prints the tables of docs/personas/pairset_audit.md instead)
 """
 
 import ast
