@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Sources = dict[str, str]  # module name → text
 
 TRAIN_LINES, FILE_LINES, FUNCTION_LINES, CONFIG_FIELDS, STREAMED = 350, 300, 60, 15, 14
-LABEL_FREE = ("gate", "direction", "lora2r", "grpo", "tokens", "tensors", "policy")
+LABEL_FREE = ("gate", "direction", "lora2r", "products", "packing", "grpo", "tokens", "tensors", "policy")
 LABELS = {"correct", "reward_hack", "mechanism", "teacher", "grade", "own_tests_pass"}
 SEPARATOR = "\n        "
 COMPUTED = {"eta_minutes"}  # streamed, but not stored

@@ -6,9 +6,11 @@ from torch import nn
 from tiny import perturb, random_batch, tiny_policy
 from vgrout.direction import activations, probe_gradients
 from vgrout.grpo import scored_loss
-from vgrout.lora2r import BLOCKS, Lora2r, LoraLinear, MaskedUp
+from vgrout.lora2r import BLOCKS, ZONE_TABLE, Lora2r, LoraLinear
 from vgrout.optimizer import BlockOptimizer, trained_blocks
+from vgrout.packing import Packing
 from vgrout.policy import logps, sample
+from vgrout.products import MaskedUp, Merged
 from vgrout.tokens import select
 from vgrout.types import Zone
 
@@ -65,6 +67,45 @@ def check_definition() -> None:
     swapped = grads(reference(layer, linear.weight, x, [Zone.ABSORB, Zone.RETAIN, Zone.ROUTE]))
     assert any(differs(a, b, 1e-3) for a, b in zip(mine, swapped)), "the comparison cannot tell zones apart"
     print("ok  forward and all gradients (x included) equal the written-out definition; swapped zones do not")
+
+
+def check_merged_product() -> None:
+    """Rows that share their masks go through W + U D: the values and gradients of the masked form, the probe's included."""
+    policy = tiny_policy()
+    perturb(policy)
+    adapter = policy.adapter
+    name, linear = next(iter(adapter.linears.items()))
+    x = torch.randn(3, 5, linear.in_features, requires_grad=True)
+    weight = torch.randn(3, 5, linear.out_features)
+    used, apply = [], Merged.apply
+
+    def everything(state) -> list[torch.Tensor]:
+        with state:
+            y = linear(x)
+            grads = torch.autograd.grad((y * weight).sum(), [x, *adapter.layers[name].parameters()])
+            with adapter.probing(3) as c:
+                return [y, *grads, *torch.autograd.grad((linear(x) * weight).sum(), [x, c[name]])]
+
+    def masked(zone: Zone):  # the same masks, a row each: the general form
+        keep = torch.tensor(ZONE_TABLE[zone][0]).expand(3, 1, 2)
+        return adapter._state(_keep=keep, _learn=keep.clone())
+
+    def bare(ctx, grad):  # mutation: the gradient of x forgets the deltas
+        x, W, D, U, *_ = ctx.saved_tensors
+        return grad @ (W - U @ D), None, None, (grad @ U).flatten(0, 1).T @ x.flatten(0, 1), *[None] * 3
+
+    Merged.apply = staticmethod(lambda *args: used.append(len(args[3])) or apply(*args))
+    for zone, rank in ((Zone.ABSORB, 4 * adapter.rank), (Zone.RETAIN, 2 * adapter.rank)):
+        want, before = everything(masked(zone)), len(used)
+        got = everything(adapter.route(torch.full((3,), int(zone))))
+        assert len(used) == before + 2 and used[-1] == rank, "not the merged form, or not the smaller one"
+        assert not any(differs(a, b, 1e-4) for a, b in zip(got, want, strict=True)), zone
+    right, Merged.backward = Merged.backward, staticmethod(bare)
+    with adapter.route(torch.full((3,), int(Zone.ABSORB))):
+        (wrong,) = torch.autograd.grad((linear(x) * weight).sum(), [x])
+    Merged.backward, Merged.apply = right, apply
+    assert differs(wrong, everything(masked(Zone.ABSORB))[1], 1e-2)
+    print("ok  rows masked alike: one product with W + U D = the masked form; without U D in x's gradient it is not")
 
 
 def block_gradients(policy, batch, zones, retain_forward="ablated") -> dict[str, float]:
@@ -178,7 +219,12 @@ def check_shared_prompts() -> None:
     wrong = everything()
     Lora2r.distinct = distinct
     assert any(differs(a, b) for a, b in zip(wrong, full)), "a prompt of another zone goes unnoticed"
-    print("ok  rows that share a prompt = rows in full (log-probs, gradients, probe, activations); shared across zones they differ")
+    mask = Packing.mask  # mutation: padding is seen as if it were a token
+    Packing.mask = lambda self, *args: torch.zeros_like(mask(self, *args)) if self.prompts is None else mask(self, *args)
+    wrong = everything()
+    Packing.mask = mask
+    assert any(differs(a, b) for a, b in zip(wrong, full)), "a prompt that sees beyond itself goes unnoticed"
+    print("ok  packed rows that share a prompt = rows in full, gradients and probe too; shared across zones, or unmasked, they differ")
 
 
 def check_probe_meaning() -> None:
@@ -264,7 +310,7 @@ def check_bf16() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_zero_delta, check_definition, check_zone_table, check_optimizer_isolation, check_mixed_batch_and_probe,
-                  check_shared_prompts, check_probe_meaning, check_ablation_and_sampler, check_merged_equals_hooked,
-                  check_bf16):  # fmt: skip
+    for check in (check_zero_delta, check_definition, check_merged_product, check_zone_table, check_optimizer_isolation,
+                  check_mixed_batch_and_probe, check_shared_prompts, check_probe_meaning, check_ablation_and_sampler,
+                  check_merged_equals_hooked, check_bf16):  # fmt: skip
         check()

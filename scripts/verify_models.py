@@ -1,8 +1,8 @@
 """Any causal LM that transformers loads: small random Qwen2, Qwen3, Llama, Gemma 2 and Gemma 3 models run the whole path.
 
-For each: which Linears are adapted, the sampler's log-probs are the learner's, merged weights are the hooks, one routed update
-moves the zones' blocks and no other, every EOS id of the generation config ends a completion. A model without a Linear to adapt
-is refused.
+For each: which Linears are adapted, the sampler's log-probs are the learner's, packed rows are rows in full (a sliding window
+included), merged weights are the adapter, one routed update moves the zones' blocks and no other, every EOS id of the generation
+config ends a completion. A model without a Linear to adapt is refused.
 
     uv run python scripts/verify_models.py
 """
@@ -28,6 +28,7 @@ from tiny import perturb
 from vgrout.grpo import grpo_loss
 from vgrout.lora2r import BLOCKS
 from vgrout.optimizer import BlockOptimizer, trained_blocks
+from vgrout.packing import Packing
 from vgrout.policy import Policy, load_policy, logps, sample
 from vgrout.tensors import Batch
 from vgrout.tokens import collate, encode_prompt
@@ -103,6 +104,17 @@ def check_log_probs(name: str, policy: Policy) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def check_window(name: str, policy: Policy) -> None:
+    """Packed rows see as far as the window, behind their prompt too; without it the log-probs are others."""
+    batch, _ = draw(policy)
+    full, mask = logps(policy, batch, 0.7, share=False), Packing.mask
+    Packing.mask = lambda self, window, like: mask(self, None, like)
+    wrong = logps(policy, batch, 0.7)
+    Packing.mask = mask
+    assert float((wrong - full).abs().max()) > 1e-2, f"{name}: a window that packed rows ignore goes unnoticed"
+
+
+@torch.no_grad()
 def mean_logps_ablated(policy: Policy, batch: Batch) -> torch.Tensor:
     with policy.adapter.ablated():
         return mean_logps(policy, batch)
@@ -171,6 +183,8 @@ def main() -> None:
             assert linears == LINEARS and len(policy.adapter.linears) == 14, f"{kind} adapts {sorted(policy.adapter.linears)}"
             perturb(policy, 0.1)
             gap, merged = check_log_probs(kind, policy)
+            if getattr(config, "sliding_window", None):
+                check_window(kind, policy)
             check_update(kind, policy)
             print(f"ok  {kind}: 7 Linears a layer, sampler = learner to {gap:.0e}, merged = hooked to {merged:.0e}, zones hold")
         check_eos(tmp)

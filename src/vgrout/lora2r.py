@@ -17,12 +17,15 @@ What this file does not do: it never sees a score, a reward or a label.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vgrout.packing import Packing
+from vgrout.products import MaskedUp, Merged
 from vgrout.types import UserError, Zone
 
 BLOCKS = ("deployed", "quarantine")
@@ -34,36 +37,6 @@ ZONE_TABLE = {
     Zone.ROUTE: ((1.0, 1.0), (0.0, 1.0)),
 }
 RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine is kept, and is a constant
-
-
-class MaskedUp(torch.autograd.Function):
-    """y = (h ⊙ keep) Uᵀ, with the gradient of (h ⊙ learn) Uᵀ: columns that are kept but do not learn are constants.
-
-    h [g, s, k], U [d_out, k], keep and learn [g, 1 or s, k], or None for all ones. A probe c [g, 1 or s, r], equal to 1, is read as
-    multiplying the live bottleneck A x = h[:r] + h[r:2r] in front of B = U[:, :r]: it changes no value and has a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, h, U, keep, learn, c, where):
-        ctx.save_for_backward(h, U, learn, c, where)
-        return (h if keep is None else h * keep) @ U.T
-
-    @staticmethod
-    def backward(ctx, grad):
-        h, U, learn, c, where = ctx.saved_tensors
-        grad_h = grad_U = grad_c = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-            through = grad @ U
-            grad_h = through if learn is None else through * learn
-        if ctx.needs_input_grad[1]:
-            grad_U = torch.einsum("gso,gsk->ok", grad, h if learn is None else h * learn)
-        if ctx.needs_input_grad[4]:
-            r = c.shape[-1]
-            grad_c = (through[..., :r] * (h[..., :r] + h[..., r : 2 * r])).to(c.dtype)
-            if where is not None and where.shape[1] == h.shape[1]:
-                grad_c = grad_c * where[..., None]
-            grad_c = grad_c.sum(1, keepdim=True) if c.shape[1] == 1 else grad_c
-        return grad_h, grad_U, None, None, grad_c, None
 
 
 class Block(nn.Module):
@@ -91,7 +64,7 @@ class Block(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """Both blocks of one Linear; `delta(x)` is added to the Linear's output by a forward hook."""
+    """Both blocks of one Linear."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
@@ -121,33 +94,45 @@ class Lora2r:
         self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
         self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
+        self._packing: Packing | None = None  # None: rows are rows
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
-        self._handles: list = []
         self._attach()
 
     # ── forward ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _attach(self) -> None:
         for name, linear in self.linears.items():
-            hook = lambda _, args, out, name=name: out + self._delta(name, args[0]).to(out.dtype)  # noqa: E731
-            self._handles.append(linear.register_forward_hook(hook))
+            linear.forward = partial(self._forward, name)
 
     def _detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        for linear in self.linears.values():
+            vars(linear).pop("forward", None)
 
-    def _delta(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
-        layer, r = self.layers[name], self.rank
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._c is None):  # a probe asks for no parameter's gradient
-            down = torch.cat([layer.deployed.down(), layer.quarantine.down()]).to(x.dtype)
-            up = torch.cat([layer.deployed.up(), layer.quarantine.up()], dim=1).to(x.dtype)
+    def _forward(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
+        """W x and both deltas: in one product where all rows are masked alike and the weights are fp32, else by block and mask."""
+        linear, packing, r = self.linears[name], self._packing, self.rank
+        alike = self._keep is None or self._keep is self._learn and self._keep.shape[:2] == (1, 1)
+        down, up = self._factors(name, x.dtype)
+        c, where = self._c and self._c[name], self._where if packing is None else packing.row
+        if alike and linear.weight.dtype == x.dtype == torch.float32 and self._seen is None:
+            if self._keep is not None:  # a block that is not kept has no part in the products
+                up = up * self._keep[0].repeat_interleave(2 * r, -1)
+                down, up = (down, up) if self._keep[0, 0, 1] else (down[: 2 * r], up[:, : 2 * r])
+            return Merged.apply(x, linear.weight, linear.bias, down, up, c, where)
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
         if self._seen is not None:
-            self._seen[name] = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
-        if self._keep is None and self._c is None:
-            return F.linear(h, up)
-        wide = lambda m: None if m is None else m.to(x.dtype).repeat_interleave(2 * r, -1)  # noqa: E731
-        return MaskedUp.apply(h, up, wide(self._keep), wide(self._learn), self._c and self._c[name], self._where)
+            seen = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
+            self._seen[name] = seen if packing is None else seen[0, packing.spread]
+        rows = lambda m: m if packing is None or len(m) == 1 else m[packing.row, 0][None]  # noqa: E731
+        wide = lambda m: None if m is None else rows(m).to(x.dtype).repeat_interleave(2 * r, -1)  # noqa: E731
+        return type(linear).forward(linear, x) + MaskedUp.apply(h, up, wide(self._keep), wide(self._learn), c, where)
+
+    def _factors(self, name: str, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+        """(D, U) of both blocks; constants where c is probed, and in bf16 training copies that autograd leads back."""
+        layer = self.layers[name]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._c is None):
+            down = torch.cat([layer.deployed.down(), layer.quarantine.down()]).to(dtype)
+            return down, torch.cat([layer.deployed.up(), layer.quarantine.up()], dim=1).to(dtype)
 
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -163,6 +148,8 @@ class Lora2r:
     def route(self, zones: Int[Tensor, "*rows"], retain_forward: str = "ablated"):
         """Mask every row (zones [g]) or token (zones [g, s]) by its zone."""
         table = dict(ZONE_TABLE) | ({Zone.RETAIN: RETAIN_BOTH} if retain_forward == "both" else {})
+        if (zones == zones.flatten()[0]).all() and table[zone := Zone(int(zones.flatten()[0]))][0] == table[zone][1]:
+            return self._alike(*table[zone][0])
         masks = torch.tensor([table[z] for z in Zone], device=zones.device)  # [zone, forward | learn, block]
         keep, learn = masks[zones].unbind(-2)
         if zones.ndim == 1:
@@ -171,14 +158,17 @@ class Lora2r:
 
     def ablated(self, block: str = "quarantine"):
         """The block's delta is zero: without the quarantine, the deployed state; without the deployed block, the quarantine alone."""
-        device = next(iter(self.linears.values())).weight.device
-        one = torch.tensor([[[float(b != block) for b in BLOCKS]]], device=device)
+        return self._alike(*(float(b != block) for b in BLOCKS))
+
+    def _alike(self, deployed: float, quarantine: float):
+        """One mask for all rows, in which what is kept learns."""
+        one = torch.tensor([[[deployed, quarantine]]], device=next(iter(self.linears.values())).weight.device)
         return self._state(_keep=one, _learn=one)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model: no hook at all."""
-        attached = bool(self._handles)
+        """The base model, untouched."""
+        attached = any("forward" in vars(linear) for linear in self.linears.values())
         self._detach()
         try:
             yield
@@ -202,10 +192,9 @@ class Lora2r:
         first = torch.full((int(number.max()) + 1,), len(key), device=key.device)
         return first.scatter_reduce(0, number, torch.arange(len(key), device=key.device), "amin"), number
 
-    def rows(self, index: Int[Tensor, " n"]):
-        """For a forward pass of these rows' prompts alone: their masks, and neither probe nor recording."""
-        pick = lambda m: m if m is None or len(m) == 1 else m[index]  # noqa: E731
-        return self._state(_keep=pick(self._keep), _learn=pick(self._learn), _c=None, _seen=None)
+    def packed(self, packing: Packing):
+        """For a forward pass over packed rows: every token has its row's masks and probe; a prompt has neither probe nor recording."""
+        return self._state(_packing=packing, **({"_c": None, "_seen": None} if packing.prompts is None else {}))
 
     @contextmanager
     def probing(self, rows: int, tokens: int = 1, where: Bool[Tensor, "g s"] | None = None) -> Iterator[dict[str, Tensor]]:

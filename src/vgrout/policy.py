@@ -3,6 +3,7 @@
 Log-probs are temperature-scaled and untruncated everywhere; top-p shapes what is drawn and never what is scored.
 """
 
+import ctypes
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.utils import logging as transformers_logging
 
 from vgrout.lora2r import Lora2r
+from vgrout.packing import can_pack, pack, packed_model
 from vgrout.tensors import Batch
 from vgrout.types import UserError
 
@@ -35,7 +37,7 @@ class Policy:
     adapter: Lora2r
     eos_ids: frozenset[int]
     pad_id: int
-    share_prompts: bool = True  # run each distinct prompt once; False: every row in full
+    share_prompts: bool = True  # pack rows, each distinct prompt once; False: every row in full
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +45,7 @@ class Policy:
 
     @property
     def checkpointing(self) -> bool:
-        """Gradient checkpointing is at work: transformers then drops the cache without an error."""
+        """Gradient checkpointing is at work: layers run again in the backward pass."""
         return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
     @contextmanager
@@ -72,6 +74,7 @@ def load_policy(
     Raises UserError where the model cannot be read, has no chat template, or has no Linear that `targets` matches.
     """
     transformers_logging.disable_progress_bar()
+    keep_freed_memory()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -90,7 +93,16 @@ def load_policy(
     eos = {tokenizer.eos_token_id} | set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     adapter = Lora2r(model, rank, lora_init_seed, targets)
-    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad, share_prompts)
+    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad, share_prompts and can_pack(model))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, by mallopt(3). An update's activations would else go back to the kernel, which hands them out
+    again page by page. Another C library is left alone."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes; the largest that it takes
 
 
 def logps(policy: Policy, batch: Batch, temperature: float, *, share: bool = True, prompt_grad: bool = True) -> Float[Tensor, "g t"]:
@@ -116,29 +128,27 @@ def completion_states(
 ) -> list[Float[Tensor, "g t d"]]:
     """The states that predict each completion token (position start + j − 1 for token j): the last, or with `layers` of each layer.
 
-    Rows of one prompt in one zone share its keys and values: the prompt up to its last token runs once, its cache is handed to
-    the rows, and each row runs from the prompt's last token on. The same function of the parameters as running every row in full
-    (`share` False, a policy that does not share, masks by token, or gradient checkpointing, which has no cache), up to rounding.
+    Rows of one prompt in one zone share it, and all are packed without padding (`packing.py`). The same function of the parameters as
+    running every row in full (`share` False, a policy that does not share, masks by token, or gradient checkpointing, which runs
+    layers again outside of this function), up to rounding.
     Without `prompt_grad` a shared prompt is a constant of the backward pass; a row in full knows no such constant.
     """
-    call = partial(policy.model.base_model, output_hidden_states=layers)
+    call = partial(policy.model.base_model, output_hidden_states=layers, use_cache=False)
     pick = lambda out: list(out.hidden_states[1:]) if layers else [out.last_hidden_state]  # noqa: E731
     before = batch.completion_start - 1
     if not (share and policy.share_prompts) or policy.checkpointing or policy.adapter.by_token or int(before.min()) < 1:
-        out = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        out = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         return [predicting(batch, x) for x in pick(out)]
     column = torch.arange(int(before.max()), device=before.device)
     first, prompt = policy.adapter.distinct(batch.input_ids[:, : len(column)].where(column < before[:, None], -1))
-    place = column - (before.max() - before[first])[:, None]  # left-padded: negative where there is nothing
-    cache = DynamicCache(config=policy.model.config)
-    with policy.adapter.rows(first), torch.set_grad_enabled(prompt_grad and torch.is_grad_enabled()):
-        ids = batch.input_ids[first].gather(1, place.clamp(min=0))
-        call(input_ids=ids, attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0), past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(prompt)
-    position = _predicting_positions(batch)
-    mask = torch.cat([(place >= 0)[prompt], batch.completion_mask], dim=1).long()
-    ids = batch.input_ids.gather(1, position)
-    return pick(call(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True))
+    prompts = pack(batch, first, torch.zeros_like(first), before[first])
+    rows = pack(batch, torch.arange(len(before), device=before.device), before, batch.completion_mask.sum(1), prompts, prompt)
+    with packed_model(policy.model) as inner:
+        with policy.adapter.packed(prompts), torch.set_grad_enabled(prompt_grad and torch.is_grad_enabled()):
+            call(input_ids=prompts.ids, position_ids=prompts.position, packing=prompts, inner=inner)
+        with policy.adapter.packed(rows):
+            out = call(input_ids=rows.ids, position_ids=rows.position, packing=rows, inner=inner)
+    return [x[0, rows.spread] for x in pick(out)]
 
 
 def predicting(batch: Batch, x: Float[Tensor, "g s k"]) -> Float[Tensor, "g t k"]:
