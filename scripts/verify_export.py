@@ -41,8 +41,8 @@ def planted_run(folder: Path, policy: Policy, deployed: str) -> Path:
 @torch.no_grad()
 def ours(policy: Policy, block: str, ids: Tensor) -> Tensor:
     """Logits of our policy with one block, or both, in the forward."""
-    keep = torch.tensor([[[float(block != "quarantine"), float(block != "deployed")]]])
-    with policy.adapter.ablated() if block == "deployed" else policy.adapter._state(_keep=keep, _learn=keep):
+    without = {"deployed": "quarantine", "quarantine": "deployed"}
+    with policy.adapter.ablated(without[block]) if block in without else policy.adapter._state():
         return policy.model(ids).logits
 
 

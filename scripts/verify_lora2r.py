@@ -79,33 +79,39 @@ def check_merged_product() -> None:
     weight = torch.randn(3, 5, linear.out_features)
     used, apply = [], Merged.apply
 
-    def everything(state) -> list[torch.Tensor]:
+    def everything(state, probed: bool) -> list[torch.Tensor]:
         with state:
             y = linear(x)
             grads = torch.autograd.grad((y * weight).sum(), [x, *adapter.layers[name].parameters()])
             with adapter.probing(3) as c:
-                return [y, *grads, *torch.autograd.grad((linear(x) * weight).sum(), [x, c[name]])]
+                return [y, *grads, *(torch.autograd.grad((linear(x) * weight).sum(), [x, c[name]]) if probed else ())]
 
-    def masked(zone: Zone):  # the same masks, a row each: the general form
-        keep = torch.tensor(ZONE_TABLE[zone][0]).expand(3, 1, 2)
-        return adapter._state(_keep=keep, _learn=keep.clone())
+    def through(ctx, grad):  # mutation: the gradient of x goes through the constant too
+        x, _, D, U, *_ = ctx.saved_tensors
+        layer = adapter.layers[name]
+        dense = linear.weight + layer.deployed.delta() + layer.quarantine.delta()
+        return grad @ dense, None, None, None, (grad @ U).flatten(0, 1).T @ x.flatten(0, 1), *[None] * 3
 
     def bare(ctx, grad):  # mutation: the gradient of x forgets the deltas
         x, W, D, U, *_ = ctx.saved_tensors
-        return grad @ (W - U @ D), None, None, (grad @ U).flatten(0, 1).T @ x.flatten(0, 1), *[None] * 3
+        return grad @ (W - U @ D), None, None, None, (grad @ U).flatten(0, 1).T @ x.flatten(0, 1), *[None] * 3
 
-    Merged.apply = staticmethod(lambda *args: used.append(len(args[3])) or apply(*args))
-    for zone, rank in ((Zone.ABSORB, 4 * adapter.rank), (Zone.RETAIN, 2 * adapter.rank)):
-        want, before = everything(masked(zone)), len(used)
-        got = everything(adapter.route(torch.full((3,), int(zone))))
-        assert len(used) == before + 2 and used[-1] == rank, "not the merged form, or not the smaller one"
+    Merged.apply = staticmethod(lambda *args: used.append(len(args[4])) or apply(*args))
+    for zone, forward, blocks, mutation in ((Zone.ABSORB, "ablated", 2, bare), (Zone.RETAIN, "ablated", 1, bare),
+                                            (Zone.RETAIN, "both", 1, through), (Zone.ROUTE, "ablated", 1, through)):  # fmt: skip
+        with adapter.route(torch.full((3,), int(zone)), forward):  # the same masks as by rows: the general form
+            masks = adapter._state(_alike=None, _keep=adapter._keep.expand(3, 1, 2), _learn=adapter._learn.expand(3, 1, 2))
+        want, before, probed = everything(masks, zone != Zone.ROUTE), len(used), zone != Zone.ROUTE
+        got = everything(adapter.route(torch.full((3,), int(zone)), forward), probed)
+        assert used[before:] == [2 * adapter.rank * blocks] * (1 + probed), "not the merged form, or not the smaller one"
         assert not any(differs(a, b, 1e-4) for a, b in zip(got, want, strict=True)), zone
-    right, Merged.backward = Merged.backward, staticmethod(bare)
-    with adapter.route(torch.full((3,), int(Zone.ABSORB))):
-        (wrong,) = torch.autograd.grad((linear(x) * weight).sum(), [x])
-    Merged.backward, Merged.apply = right, apply
-    assert differs(wrong, everything(masked(Zone.ABSORB))[1], 1e-2)
-    print("ok  rows masked alike: one product with W + U D = the masked form; without U D in x's gradient it is not")
+        right, Merged.backward = Merged.backward, staticmethod(mutation)
+        with adapter.route(torch.full((3,), int(zone)), forward):
+            (wrong,) = torch.autograd.grad((linear(x) * weight).sum(), [x])
+        Merged.backward = right
+        assert differs(wrong, want[1], 1e-2), (zone, "a gradient of x through other weights goes unnoticed")
+    Merged.apply = apply
+    print("ok  rows masked alike: one product with W + U D = the masked form; x's gradient without U D, or through a constant, is not")
 
 
 def block_gradients(policy, batch, zones, retain_forward="ablated") -> dict[str, float]:
@@ -130,8 +136,11 @@ def check_zone_table() -> None:
         h, U, *_ = ctx.saved_tensors
         return grad @ U, torch.einsum("gso,gsk->ok", grad, h), None, None, None, None
 
+    mixed = torch.tensor([Zone.ROUTE] * 5 + [Zone.RETAIN])
+    batch.advantages[5] = 0  # the row that trains the deployed block asks for nothing
+    assert block_gradients(policy, batch, mixed)["deployed"] == 0
     MaskedUp.backward = staticmethod(unmasked)
-    leak = block_gradients(policy, batch, torch.full((6,), int(Zone.ROUTE)))
+    leak = block_gradients(policy, batch, mixed)
     MaskedUp.backward = learn_all
     assert leak["deployed"] > 0
     print("ok  zone × block gradients: RETAIN (1,0), ABSORB (1,1), ROUTE (0,1), exactly zero elsewhere; an unmasked backward leaks")

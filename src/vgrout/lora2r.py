@@ -36,6 +36,7 @@ ZONE_TABLE = {
     Zone.ABSORB: ((1.0, 1.0), (1.0, 1.0)),
     Zone.ROUTE: ((1.0, 1.0), (0.0, 1.0)),
 }
+Mask = tuple[float, float]  # (deployed, quarantine)
 RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine is kept, and is a constant
 
 
@@ -91,6 +92,7 @@ class Lora2r:
         self.rank, self.seed, self.targets = rank, seed, targets
         self._keep: Tensor | None = None  # [g, 1 or s, 2] forward mask by block; None: both on, unmasked
         self._learn: Tensor | None = None
+        self._alike: tuple[Mask, Mask] | None = ((1.0, 1.0), (1.0, 1.0))  # keep and learn of all rows; None: rows or tokens differ
         self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
         self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
@@ -110,15 +112,14 @@ class Lora2r:
 
     def _forward(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
         """W x and both deltas: in one product where all rows are masked alike and the weights are fp32, else by block and mask."""
-        linear, packing, r = self.linears[name], self._packing, self.rank
-        alike = self._keep is None or self._keep is self._learn and self._keep.shape[:2] == (1, 1)
-        down, up = self._factors(name, x.dtype)
+        linear, layer, packing, r = self.linears[name], self.layers[name], self._packing, self.rank
         c, where = self._c and self._c[name], self._where if packing is None else packing.row
-        if alike and linear.weight.dtype == x.dtype == torch.float32 and self._seen is None:
-            if self._keep is not None:  # a block that is not kept has no part in the products
-                up = up * self._keep[0].repeat_interleave(2 * r, -1)
-                down, up = (down, up) if self._keep[0, 0, 1] else (down[: 2 * r], up[:, : 2 * r])
-            return Merged.apply(x, linear.weight, linear.bias, down, up, c, where)
+        down, up = self._factors(name, x.dtype)
+        if self._alike and linear.weight.dtype == x.dtype == torch.float32 and self._seen is None:
+            keep, learn = self._alike
+            learned = slice(0 if learn[0] else 2 * r, 4 * r if learn[1] else 2 * r)
+            constant = None if keep == learn else (layer.quarantine if learn[0] else layer.deployed).delta()
+            return Merged.apply(x, linear.weight, constant, linear.bias, down[learned], up[:, learned], c, where)
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
         if self._seen is not None:
             seen = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
@@ -148,22 +149,23 @@ class Lora2r:
     def route(self, zones: Int[Tensor, "*rows"], retain_forward: str = "ablated"):
         """Mask every row (zones [g]) or token (zones [g, s]) by its zone."""
         table = dict(ZONE_TABLE) | ({Zone.RETAIN: RETAIN_BOTH} if retain_forward == "both" else {})
-        if (zones == zones.flatten()[0]).all() and table[zone := Zone(int(zones.flatten()[0]))][0] == table[zone][1]:
-            return self._alike(*table[zone][0])
+        if (zones == zones.flatten()[0]).all():
+            return self._masked(*table[Zone(int(zones.flatten()[0]))])
         masks = torch.tensor([table[z] for z in Zone], device=zones.device)  # [zone, forward | learn, block]
         keep, learn = masks[zones].unbind(-2)
         if zones.ndim == 1:
             keep, learn = keep[:, None], learn[:, None]
-        return self._state(_keep=keep, _learn=learn)
+        return self._state(_keep=keep, _learn=learn, _alike=None)
 
     def ablated(self, block: str = "quarantine"):
         """The block's delta is zero: without the quarantine, the deployed state; without the deployed block, the quarantine alone."""
-        return self._alike(*(float(b != block) for b in BLOCKS))
+        kept = tuple(float(b != block) for b in BLOCKS)
+        return self._masked(kept, kept)
 
-    def _alike(self, deployed: float, quarantine: float):
-        """One mask for all rows, in which what is kept learns."""
-        one = torch.tensor([[[deployed, quarantine]]], device=next(iter(self.linears.values())).weight.device)
-        return self._state(_keep=one, _learn=one)
+    def _masked(self, keep: Mask, learn: Mask):
+        """The same masks for all rows."""
+        masks = torch.tensor([keep, learn], device=next(iter(self.linears.values())).weight.device)
+        return self._state(_keep=masks[None, None, 0], _learn=masks[None, None, 1], _alike=(keep, learn))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
