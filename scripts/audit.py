@@ -18,7 +18,7 @@ from reopen import Stored
 from vgrout import train
 from vgrout.config import Arm, Config
 from vgrout.gate import Gate, match_shares, zones_from_band, zones_from_edge
-from vgrout.likelihood import mean_logps, random_deltas
+from vgrout.likelihood import batch_logps, mean_logps, random_deltas
 from vgrout.policy import Policy
 from vgrout.problems import disclose
 from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine
@@ -85,7 +85,7 @@ def rebuild(run: Stored, rows: list[dict]) -> tuple[list[Rollout], Batch | None,
     """(kept rollouts, batch, origin, completions that tokenise to another length) of the stored rows of one step.
 
     Only text is stored: a sampled completion that is no tokenisation of its own text is scored in its usual one. The batch comes
-    from `compose`; its advantages must be the stored ones. `sampler_logp` is not stored, and NaN here.
+    from `compose`; its advantages must be the stored ones. `sampler_logps` are not stored, and NaN here.
     """
     by_id = {p.problem_id: p for part in run.splits.values() for p in part}
     size, tokenizer, odd, groups = run.config.grpo.num_generations, run.policy.tokenizer, 0, []
@@ -158,9 +158,10 @@ class Memo:
 
 def score_step(policy: Policy, scores: dict[str, Score], batch: Batch, origin: Origin, draws: int, seed: int, config: Config) -> Audited:
     """Refresh a copy of every score at the present parameters and score the batch; `draws` random directions for each real one."""
-    out, memo, forward = Audited(), Memo(), lambda: mean_logps(policy, batch, config.grpo.temperature, config.grpo.token_budget)
-    origin, clock = replace(origin, sampler_logp=forward()), seconds(policy)
-    forward()  # timed when warm
+    out, memo, how = Audited(), Memo(), (policy, batch, config.grpo.temperature, config.grpo.token_budget)
+    origin, forward = replace(origin, sampler_logps=batch_logps(*how)), lambda: mean_logps(*how)
+    clock = seconds(policy)
+    live = forward()  # timed when warm
     forward_seconds, nudged = seconds(policy) - clock, None
     unscored = batch.advantages == 0
     ranked = origin.student & ~unscored
@@ -179,7 +180,7 @@ def score_step(policy: Policy, scores: dict[str, Score], batch: Batch, origin: O
         for cut, share in SHARES.items():
             out.zones[name, cut] = top(values, ranked, share).cpu().numpy()
         if isinstance(score, LikelihoodRatio):  # one space, finite step or first order
-            null = nudged = random_nudges(policy, score, origin, forward, draws, seed) if nudged is None else nudged
+            null = nudged = random_nudges(policy, score, live, forward, draws, seed) if nudged is None else nudged
         else:
             null = random_directions(policy, score, found, batch, origin, draws, seed)
         if null is not None:
@@ -202,13 +203,13 @@ def random_directions(
 
 
 def random_nudges(
-    policy: Policy, score: LikelihoodRatio, origin: Origin, forward: Callable[[], Tensor], draws: int, seed: int
+    policy: Policy, score: LikelihoodRatio, live: Float[Tensor, " g"], forward: Callable[[], Tensor], draws: int, seed: int
 ) -> Float[Tensor, "g draws"] | None:
-    """Mean log-prob after a Gaussian nudge minus that before; the nudge has in every tensor the norm of the fitted hack − clean delta."""
+    """Mean log-prob after a Gaussian nudge minus `live`, that before; in every tensor it has the norm of the fitted hack − clean delta."""
     fitted, columns = [h - c for h, c in zip(*score.deltas)], []
     for i in range(draws):
         with policy.adapter.shifted(random_deltas(fitted, seed * draws + i)):
-            columns.append(forward() - origin.sampler_logp)
+            columns.append(forward() - live)
     return torch.stack(columns, 1) if columns else None
 
 

@@ -81,7 +81,8 @@ def random_batch(policy: Policy, lengths: Sequence[tuple[int, int]], group: Sequ
     batch = tokens.collate([prompts[g] for g in group], completions, A, group, A, policy.pad_id, policy.device)
     no = torch.zeros(len(lengths), dtype=torch.bool, device=policy.device)
     stratum = 2 * batch.advantages.sign().long() + 1
-    return batch, Origin(student=~no, ablated=no, sampler_logp=torch.zeros_like(batch.rewards), stratum=stratum)
+    uniform = torch.full(batch.completion_ids.shape, -math.log(vocabulary), device=policy.device)
+    return batch, Origin(student=~no, ablated=no, sampler_logps=uniform, stratum=stratum)
 
 
 class Work:

@@ -224,7 +224,7 @@ def check_gradient_norms() -> None:
         norms = gradient_norms(policy, batch, origin, pinned, kept, options, "ablated")
         assert {k for k, v in norms.items() if v == 0} == {f"gradnorm_{untouched}_{label}" for label in ("hack", "clean")}, norms
     few = torch.tensor([1, 3, 5])  # what a filter may leave: the labels follow the rows
-    fewer = Origin(origin.student[few], origin.ablated[few], origin.sampler_logp[few], origin.stratum[few])
+    fewer = Origin(origin.student[few], origin.ablated[few], origin.sampler_logps[few], origin.stratum[few])
     rest = select(batch, few), fewer, replace(out, zones=out.zones[few], scores=out.scores[few])
     left = gradient_norms(policy, *rest, kept, options, "ablated")
     assert left["gradnorm_deployed_hack"] == 0 and abs(left["gradnorm_deployed_clean"] - found["gradnorm_deployed_clean"]) < 1e-6

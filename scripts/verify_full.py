@@ -19,7 +19,7 @@ from vgrout.cli import parse
 from vgrout.exploits import canonical_hack
 from vgrout.lora2r import BLOCKS
 from vgrout.optimizer import BlockOptimizer
-from vgrout.policy import load_policy
+from vgrout.policy import load_policy, logps
 from vgrout.records import load_metrics, load_record, load_rollouts
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tokens import collate, encode_completion, encode_prompt
@@ -89,7 +89,9 @@ def gradients(standin: Path, dtype: str, checkpointing: bool, temperature: float
     batch: Batch = collate(prompts, [encode_completion(policy.tokenizer, t)[:64] for t in texts], A, [0] * 6, A, policy.pad_id, "cpu")
     zones = torch.tensor([Zone.RETAIN, Zone.ABSORB, Zone.ROUTE] * 2)
     no = torch.zeros(6, dtype=torch.bool)
-    origin = Origin(student=~no, ablated=no, sampler_logp=torch.zeros(6), stratum=torch.zeros(6, dtype=torch.long))
+    with torch.no_grad():
+        scored = logps(policy, batch, temperature)
+    origin = Origin(student=~no, ablated=no, sampler_logps=scored, stratum=torch.zeros(6, dtype=torch.long))
     optimizer, seen = BlockOptimizer(policy.adapter, 1e-3, 0.0, 1e9), {}
 
     def capture(trained: dict[str, bool]) -> dict[str, float]:

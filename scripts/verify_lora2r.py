@@ -170,7 +170,7 @@ def check_mixed_batch_and_probe() -> None:
     zones = torch.tensor([0, 1, 2, 0, 1, 2])
     with policy.adapter.route(zones):
         together = logps(policy, batch, 1.0)
-    mixed, scored = probe_gradients(policy, batch, **PROBE)
+    mixed, whole = probe_gradients(policy, batch, **PROBE), logps(policy, batch, 1.0)
     for i in range(6):
         one = select(batch, torch.tensor([i]))
         t = one.completion_ids.shape[1]
@@ -179,16 +179,17 @@ def check_mixed_batch_and_probe() -> None:
         with policy.adapter.route((zones[i : i + 1] + 1) % 3):
             wrong = logps(policy, one, 1.0)[0]
         assert not differs(together[i, :t], alone) and (zones[i] > 0 or differs(together[i, :t], wrong))
-        solo, _ = probe_gradients(policy, one, **PROBE)
+        solo = probe_gradients(policy, one, **PROBE)
         assert not differs(mixed[i], solo[0]), "batched probe is not the solo probe"
-    shifted, _ = probe_gradients(policy, select(batch, torch.arange(6).roll(1)), **PROBE)
+    shifted = probe_gradients(policy, select(batch, torch.arange(6).roll(1)), **PROBE)
     assert differs(mixed, shifted) and not differs(mixed.roll(1, 0), shifted)
-    assert not differs(scored, logps(policy, batch, 1.0)), "probing changed the value"
+    with policy.adapter.probing(6):
+        assert not differs(logps(policy, batch, 1.0), whole), "probing changed the value"
     assert all(p.grad is None for b in BLOCKS for p in policy.adapter.parameters(b)), "the probe touched .grad"
-    split, _ = probe_gradients(policy, batch, **(PROBE | {"token_budget": 16}))
+    split = probe_gradients(policy, batch, **(PROBE | {"token_budget": 16}))
     assert not differs(mixed, split)
-    by_token, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
-    everywhere, _ = probe_gradients(policy, batch, positions="all", **PROBE)
+    by_token = probe_gradients(policy, batch, by_token=True, **PROBE)
+    everywhere = probe_gradients(policy, batch, positions="all", **PROBE)
     assert not differs(by_token.sum(1), everywhere[:, 0]), "a rollout's gradient is the sum of its tokens'"
     first = batch.completion_start[:, None, None, None] - 1
     column = torch.arange(by_token.shape[1])[None, :, None, None]
@@ -209,7 +210,7 @@ def check_shared_prompts() -> None:
             scored = logps(policy, batch, 1.0)
             grads = torch.autograd.grad((scored * batch.advantages[:, None]).sum(), params)
         acts = [activations(policy, batch, space=space, token_budget=1000) for space in ("bottleneck", "residual")]
-        return [scored.detach(), *grads, *probe_gradients(policy, batch, **PROBE), *acts]
+        return [scored.detach(), *grads, probe_gradients(policy, batch, **PROBE), *acts]
 
     shared = everything()
     policy.share_prompts = False
@@ -239,7 +240,7 @@ def check_shared_prompts() -> None:
 def check_probe_meaning() -> None:
     policy, batch = tiny_policy(), random_batch(1)
     perturb(policy)
-    got = probe_gradients(policy, batch, **PROBE)[0][0, 0, 0]
+    got = probe_gradients(policy, batch, **PROBE)[0, 0, 0]
     layer, want, eps = next(iter(policy.adapter.layers.values())).deployed, [], 1e-2
 
     def loss_at(k: int, factor: float) -> float:  # scale row k of the live A: A ← factor · A, through dA
@@ -297,8 +298,9 @@ def check_merged_equals_hooked() -> None:
 
     flat = [(p, ids, lp) for p, g in zip([[5, 6, 7], [8, 9, 10, 11]], rows) for ids, lp in g]
     b = collate([p for p, *_ in flat], [i for _, i, _ in flat], [0.0] * 6, [0] * 6, [1.0] * 6, 0, "cpu")
-    learner = logps(policy, b, 0.7).sum(1) / b.completion_mask.sum(1)
-    assert torch.allclose(learner, torch.tensor([lp for *_, lp in flat]), atol=1e-4), "sampler and learner disagree"
+    learner, sampler = logps(policy, b, 0.7)[b.completion_mask], torch.tensor([x for *_, lp in flat for x in lp])
+    assert not differs(learner, sampler, 1e-4), "sampler and learner disagree"
+    assert differs(learner, sampler.roll(1), 1e-2), "log-probs of other tokens go unnoticed"
     print("ok  merged weights = hooks, in both states; the sampler's log-probs are the learner's")
 
 

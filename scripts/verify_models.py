@@ -76,7 +76,7 @@ def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch
     rows = [(p, ids, lp) for p, group in zip(prompts, groups) for ids, lp in group]
     A = [(-1.0) ** i for i in range(len(rows))]
     batch = collate([r[0] for r in rows], [r[1] for r in rows], A, [i // 3 for i in range(9)], A, policy.pad_id, "cpu")
-    return batch, torch.tensor([r[2] for r in rows])
+    return batch, torch.tensor([sum(r[2]) / len(r[2]) for r in rows])
 
 
 def mean_logps(policy: Policy, batch: Batch) -> torch.Tensor:

@@ -14,9 +14,10 @@ from vgrout.policy import Policy, decoding_batches, sample
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17, 18, 19], [20]]
 NEW = 12  # tokens
+Drawn = list[list[tuple[list[int], list[float]]]]  # by prompt: (ids, log-probs)
 
 
-def draw(policy: Policy, budget: int, temperature: float = 0.7, rows: list[int] | None = None) -> list[list[tuple[list[int], float]]]:
+def draw(policy: Policy, budget: int, temperature: float = 0.7, rows: list[int] | None = None) -> Drawn:
     return sample(policy, PROMPTS, rows or [3] * len(PROMPTS), max_completion_length=NEW, temperature=temperature, top_p=1.0,
                   token_budget=budget, generator=torch.Generator().manual_seed(3))  # fmt: skip
 
@@ -37,7 +38,7 @@ def reference(policy: Policy, temperature: float, rows: int = 3) -> list[list[li
     return [parts[i : i + rows] for i in range(0, len(parts), rows)]
 
 
-def ids(groups: list[list[tuple[list[int], float]]]) -> list[list[list[int]]]:
+def ids(groups: Drawn) -> list[list[list[int]]]:
     return [[row for row, _ in group] for group in groups]
 
 

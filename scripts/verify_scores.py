@@ -41,9 +41,9 @@ def styled_batch(rows: int, seed: int) -> tuple[Batch, torch.Tensor]:
 
 
 def origin_of(batch: Batch, label: torch.Tensor | None = None) -> Origin:
-    n = len(batch.advantages)
-    none = torch.zeros(n, dtype=torch.bool)
-    return Origin(~none, none, torch.randn(n, generator=torch.Generator().manual_seed(0)), 2 * batch.advantages.sign().long() + 1, label)
+    none = torch.zeros(len(batch.advantages), dtype=torch.bool)
+    scored = torch.randn(batch.completion_ids.shape, generator=torch.Generator().manual_seed(0))
+    return Origin(~none, none, scored, 2 * batch.advantages.sign().long() + 1, label)
 
 
 def check_scores_find_a_style() -> None:
@@ -161,8 +161,8 @@ def check_tokens() -> None:
     assert out.zones.shape == batch.input_ids.shape == out.scores.shape
     real = Gate(score)(policy, batch, origin_of(batch))
     assert all(int((out.zones == z).sum()) == int((real.zones == z).sum()) for z in Zone)
-    whole, _ = probe_gradients(policy, batch, positions="all", **PROBE)
-    tokens, _ = probe_gradients(policy, batch, by_token=True, **PROBE)
+    whole = probe_gradients(policy, batch, positions="all", **PROBE)
+    tokens = probe_gradients(policy, batch, by_token=True, **PROBE)
     assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5) and not torch.allclose(tokens[:, :1], whole, atol=1e-3)
     acts = activations(policy, batch, space="residual", token_budget=20, layer=1)
     assert torch.allclose(acts, activations(policy, batch, space="residual", token_budget=4000, layer=1), atol=1e-5)
@@ -194,7 +194,7 @@ def check_actions() -> None:
     rewards, group = torch.tensor([3.5, 0.5, 0.5, 3.5, 0.5, 3.5]), torch.tensor([0, 0, 0, 1, 1, 1])
     batch = replace(random_batch(6), rewards=rewards, group=group, advantages=grpo.advantages(rewards, group))
     zones = torch.tensor([2, 0, 0, 2, 0, 0])
-    out = GateOutput(zones, torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]), 0.0, 1.0, torch.zeros_like(batch.completion_mask).float())
+    out = GateOutput(zones, torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]), 0.0, 1.0)
     origin = origin_of(batch)
     same, _, routed = route(batch, origin, out)
     assert torch.equal(same.advantages, batch.advantages) and torch.equal(routed.zones, zones)

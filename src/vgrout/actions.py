@@ -85,9 +85,8 @@ def _only(batch: Batch, origin: Origin, out: GateOutput, keep: Bool[Tensor, " g"
     if not len(rows):
         rows = torch.zeros(1, dtype=torch.long, device=keep.device)
     origin = Origin(*(None if (x := getattr(origin, f.name)) is None else x[rows] for f in fields(origin)))
-    logps = None if out.logps is None else out.logps[rows]
     absorb = torch.full_like(rows, int(Zone.ABSORB))
-    return select(batch, rows), origin, replace(out, zones=absorb, scores=out.scores[rows], logps=logps)
+    return select(batch, rows), origin, replace(out, zones=absorb, scores=out.scores[rows])
 
 
 def _absorbed(out: GateOutput) -> GateOutput:

@@ -17,7 +17,8 @@ class Confound(Score):
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
         length = batch.completion_mask.sum(1)
         if self.kind == "logp":
-            return Scored(origin.sampler_logp.nan_to_num(nan=float(origin.sampler_logp.nanmean())))
+            mean = origin.sampler_logps.sum(1) / length
+            return Scored(mean.nan_to_num(nan=float(mean.nanmean())))
         return Scored({"advantage": batch.advantages, "reward": batch.rewards, "length": length.float()}[self.kind])
 
 

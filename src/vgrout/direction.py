@@ -25,8 +25,8 @@ def probe_gradients(
     state: str = "as_trained",
     positions: str = "completion",
     by_token: bool = False,
-) -> tuple[Float[Tensor, "g s m r"], Float[Tensor, "g t"]]:
-    """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length, and the log-probs of that pass.
+) -> Float[Tensor, "g s m r"]:
+    """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length.
 
     The gradient at another advantage is A times this one. c multiplies the bottleneck at the positions that predict the
     completion, so that rows of one prompt share its keys and values, or with `positions` "all" the prompt's too. s is 1, or with
@@ -36,7 +36,6 @@ def probe_gradients(
     adapter, length = policy.adapter, batch.input_ids.shape[1] if by_token else 1
     everywhere = by_token or positions == "all"
     gradients: Tensor | None = None
-    scored = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
     for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
         s = part.input_ids.shape[1] if by_token else 1
@@ -51,8 +50,7 @@ def probe_gradients(
         if gradients is None:
             gradients = stacked.new_zeros(len(batch.advantages), length, *stacked.shape[2:])
         gradients[rows, :s] = stacked
-        scored[rows, : lp.shape[1]] = lp.detach()
-    return gradients, scored
+    return gradients
 
 
 @torch.no_grad()

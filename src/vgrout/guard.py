@@ -159,7 +159,7 @@ def worst_case(
     rewards = [float(i % 2) for i in range(n)]
     batch = tokens.collate([prompt] * n, [completion] * n, rewards, [0] * n, [r - 0.5 for r in rewards], policy.pad_id, policy.device)
     none = torch.zeros(n, dtype=torch.bool, device=policy.device)
-    origin = Origin(student=~none, ablated=none, sampler_logp=torch.zeros_like(batch.rewards),
+    origin = Origin(student=~none, ablated=none, sampler_logps=torch.zeros_like(batch.completion_mask, dtype=torch.float32),
                     stratum=2 * batch.advantages.sign().long() + 1, label=none)  # fmt: skip
     trained = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
     before, moments = [p.detach().clone() for p in trained], optimizer.state_dict()

@@ -187,13 +187,13 @@ def sample(
     token_budget: int,
     generator: torch.Generator,
     ablated: bool = False,
-) -> list[list[tuple[list[int], float]]]:
+) -> list[list[tuple[list[int], list[float]]]]:
     """Draw `num_generations[i]` completions of prompt i on merged weights, in as few batches as `token_budget` allows.
 
-    Returns, by prompt, (completion ids ending with EOS unless truncated, mean log-prob of the drawn tokens under the sampler:
+    Returns, by prompt, (completion ids ending with EOS unless truncated, log-probs of the drawn tokens under the sampler:
     temperature-scaled, untruncated). The draws are a function of the generator and of the batches, which lengths and budget set.
     """
-    out: list[list[tuple[list[int], float]]] = [[] for _ in prompts]
+    out: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
     if not (batches := decoding_batches([*map(len, prompts)], num_generations, max_completion_length, token_budget)):
         return out  # nothing is merged for no rows
     with policy.adapter.merged(ablated):
@@ -230,8 +230,8 @@ def decoding_batches(
 def _decode(
     policy: Policy, prompts: Sequence[list[int]], num_generations: Sequence[int], max_completion_length: int, temperature: float,
     top_p: float, generator: torch.Generator,
-) -> list[tuple[list[int], float]]:  # fmt: skip
-    """One batch of `sample`: (ids, mean log-prob) of all rows, in the prompts' order.
+) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+    """One batch of `sample`: (ids, log-probs) of all rows, in the prompts' order.
 
     Prompts are left-padded and prefilled once each; the cache is then repeated over the group, and rows leave the batch as they
     finish.
@@ -245,7 +245,7 @@ def _decode(
     rows = torch.arange(sum(num_generations), device=device)
     drawn = torch.full((len(rows), max_completion_length), policy.pad_id, device=device)
     lengths = torch.full((len(rows),), max_completion_length, device=device)
-    total = torch.zeros(len(rows), device=device)
+    logps = torch.zeros(drawn.shape, device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     states = _next(policy, ids, mask, position, cache)
     cache.batch_repeat_interleave(repeats)
@@ -254,7 +254,7 @@ def _decode(
         scores = torch.log_softmax(_logits(policy, states) / temperature, dim=-1)
         token = torch.multinomial(_nucleus(scores.exp(), top_p), 1, generator=generator)
         drawn[rows, step] = token[:, 0]
-        total[rows] += scores.gather(1, token)[:, 0]
+        logps[rows, step] = scores.gather(1, token)[:, 0]
         live = ~torch.isin(token[:, 0], eos)
         lengths[rows[~live]] = step + 1
         if not live.any() or step + 1 == max_completion_length:
@@ -264,8 +264,7 @@ def _decode(
             cache.batch_select_indices(live.nonzero()[:, 0])
         mask, position = F.pad(mask, (0, 1), value=1), position + 1
         states = _next(policy, token, mask, position, cache)
-    mean = (total / lengths).tolist()
-    return [(d[:n], m) for d, n, m in zip(drawn.tolist(), lengths.tolist(), mean)]
+    return [(d[:n], lp[:n]) for d, lp, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
 
 def _next(policy: Policy, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Float[Tensor, "n d"]:

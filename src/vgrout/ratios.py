@@ -17,7 +17,7 @@ class LikelihoodRatio(Score):
 
     `form`, with Δ_h and Δ_c the two nudges of the deployed block and l(θ) the row's mean log-prob:
         ratio        l(θ + Δ_h) − l(θ + Δ_c)
-        one_sided    l(θ + Δ_h − Δ_c) − l(θ), whose second term the update needs anyway
+        one_sided    l(θ + Δ_h − Δ_c) − l(θ)
         first_order  the directional derivative of l along Δ_h − Δ_c, by a central difference
     The pairs are fitted in two folds by prompt, one fold at each refresh after the first: a pair is scored by the fold that did
     not see it, a rollout by the mean of both folds' nudges. `random_seed` replaces every nudge by a Gaussian one of the same norm
@@ -48,7 +48,7 @@ class LikelihoodRatio(Score):
         for k in (0, 1) if last is None else (self.draws % 2,):
             fit, held = rows[fold == k], rows[fold != k]
             self.folds[k] = tuple(self._fit(policy, select(self.pairs, fit + offset), 2 * k + i) for i, offset in enumerate((0, n)))
-            scores, _ = self._score(policy, select(self.pairs, torch.cat([held, held + n])), *self.folds[k])
+            scores = self._score(policy, select(self.pairs, torch.cat([held, held + n])), *self.folds[k])
             self.pairs_hack[held], self.pairs_clean[held] = scores.chunk(2)
         self.draws += 1
         flat = lambda d: torch.cat([(h - c).flatten() for h, c in zip(*d)])  # noqa: E731
@@ -61,9 +61,7 @@ class LikelihoodRatio(Score):
             return deltas
         return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
 
-    def _score(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Scores [g], and the log-probs [g, t] at the live parameters where the form has them."""
-
+    def _score(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> Float[Tensor, " g"]:
         def at(deltas: list[Tensor], scale: float = 1.0) -> Float[Tensor, "g t"]:
             with policy.adapter.shifted(deltas, scale):
                 return batch_logps(policy, batch, self.temperature, self.token_budget)
@@ -71,15 +69,13 @@ class LikelihoodRatio(Score):
         mean = lambda x: x.sum(1) / batch.completion_mask.sum(1)  # noqa: E731
         difference, step = [h - c for h, c in zip(hack, clean)], 0.01
         if self.form == "one_sided":
-            live = batch_logps(policy, batch, self.temperature, self.token_budget)
-            return mean(at(difference) - live), live
+            return mean(at(difference) - batch_logps(policy, batch, self.temperature, self.token_budget))
         if self.form == "first_order":
-            return mean(at(difference, step) - at(difference, -step)) / (2 * step), None
-        return mean(at(hack) - at(clean)), None
+            return mean(at(difference, step) - at(difference, -step)) / (2 * step)
+        return mean(at(hack) - at(clean))
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        scores, live = self._score(policy, batch, *self.deltas)
-        return Scored(scores, logps=live)
+        return Scored(self._score(policy, batch, *self.deltas))
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"draws": torch.tensor(self.draws), "pairs_hack": self.pairs_hack, "pairs_clean": self.pairs_clean}

@@ -74,8 +74,8 @@ def collect(
     groups = []
     for problem, prompt, both, alone, demos in zip(problems, prompts, as_trained, ablated, demonstrations):
         decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids)  # noqa: E731
-        rows = [Rollout(problem, prompt, ids, decode(ids), sampler_logp=lp) for ids, lp in both]
-        rows += [Rollout(problem, prompt, ids, decode(ids), sampled_ablated=True, sampler_logp=lp) for ids, lp in alone]
+        rows = [Rollout(problem, prompt, ids, decode(ids), sampler_logps=lp) for ids, lp in both]
+        rows += [Rollout(problem, prompt, ids, decode(ids), sampled_ablated=True, sampler_logps=lp) for ids, lp in alone]
         for text in demos:
             ids = tokens.encode_completion(policy.tokenizer, text)[: sampling.max_completion_length]
             rows.append(Rollout(problem, prompt, ids, text, teacher=True))
@@ -113,10 +113,12 @@ def compose(
         policy.device,
     )
     student = torch.tensor([not r.teacher for r in rows])
+    width, nan = batch.completion_ids.shape[1], float("nan")
+    padded = [lp + [0.0] * (width - len(lp)) if (lp := r.sampler_logps) else [nan] * width for r in rows]
     origin = Origin(
         student=student.to(policy.device),
         ablated=torch.tensor([r.sampled_ablated for r in rows], device=policy.device),
-        sampler_logp=torch.tensor([r.sampler_logp for r in rows], device=policy.device),
+        sampler_logps=torch.tensor(padded, device=policy.device),
         stratum=(2 * A.sign().long() + student.long()).to(policy.device),
     )
     if oracle_modes is not None:

@@ -18,11 +18,10 @@ from vgrout.tensors import Batch, Origin
 
 @dataclass(slots=True)
 class Scored:
-    """A batch under a score, with what a control or the update may use again."""
+    """A batch under a score, with what a control may use again."""
 
     scores: Float[Tensor, "g *s"]
     features: Float[Tensor, "g s m k"] | None = None
-    logps: Float[Tensor, "g t"] | None = None  # as trained, where the scoring pass computed them
     mass: Float[Tensor, " g"] | None = None  # norm of the row's c-probe gradient
     stats: dict[str, float] = field(default_factory=dict)  # figures of the score's own, for the log
 
@@ -68,16 +67,15 @@ class DirectionScore(Score):
         self.v: Tensor | None = None
         self.midpoint: Tensor | None = None
 
-    def features(self, policy: Policy, batch: Batch) -> tuple[Float[Tensor, "g s m k"], Float[Tensor, "g t"] | None]:
+    def features(self, policy: Policy, batch: Batch) -> Float[Tensor, "g s m k"]:
         if self.space == "c_probe":
-            features, logps = probe_gradients(policy, batch, by_token=self.by_token, **self.probe)
-            return features, logps if self.probe["state"] == "as_trained" else None
-        return activations(policy, batch, space=self.space, token_budget=self.probe["token_budget"], layer=self.layer), None
+            return probe_gradients(policy, batch, by_token=self.by_token, **self.probe)
+        return activations(policy, batch, space=self.space, token_budget=self.probe["token_budget"], layer=self.layer)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Extract the direction anew at the current parameters; returns its drift, the cosine with the last one."""
         n, last = len(self.pairs.advantages) // 2, self.v
-        features, _ = self.features(policy, self.pairs)
+        features = self.features(policy, self.pairs)
         rows = features.sum(1)  # the direction is of whole completions, at either granularity
         self.v, self.midpoint = contrast(rows[:n], rows[n:])
         self.pairs_hack, self.pairs_clean = self._pair_scores(features, rows)
@@ -107,9 +105,9 @@ class DirectionScore(Score):
         return scores if self.by_token else scores[:, 0]
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        features, logps = self.features(policy, batch)
+        features = self.features(policy, batch)
         mass = features.flatten(1).norm(dim=1) if self.space == "c_probe" else None
-        return Scored(self.directed(features, self.v, batch.advantages), features, logps, mass)
+        return Scored(self.directed(features, self.v, batch.advantages), features, mass)
 
 
 class HaarScore(Score):

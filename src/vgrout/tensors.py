@@ -36,7 +36,7 @@ class Origin:
 
     student: Bool[Tensor, " g"]  # False: a demonstration, which nothing sampled
     ablated: Bool[Tensor, " g"]  # sampled with the quarantine ablated
-    sampler_logp: Float[Tensor, " g"]  # mean log-prob of the drawn tokens under the sampler; NaN for a demonstration
+    sampler_logps: Float[Tensor, "g t"]  # log-probs of the drawn tokens under the sampler, 0 for padding; NaN where it is not known: a demonstration
     stratum: Int[Tensor, " g"]  # sign of the advantage × student or teacher
     label: Bool[Tensor, " g"] | None = None  # is it a hack? None in every arm but the oracle's, which is not oracle-free
 
@@ -49,5 +49,4 @@ class GateOutput:
     scores: Float[Tensor, "g *s"]
     lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
     upper: float
-    logps: Float[Tensor, "g t"] | None = None  # as-trained log-probs, where pass 1 computed them
     stats: dict[str, float] = field(default_factory=dict)

@@ -140,24 +140,21 @@ def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimi
     before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
     total, gaps, stats = 0.0, [], []
     for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts and not config.model.gradient_checkpointing):
-        part, ref, old = tokens.select(batch, rows), None, None
-        mask, zones = part.completion_mask, out.zones[rows]
+        part, ref = tokens.select(batch, rows), None
+        mask, zones, sampled = part.completion_mask, out.zones[rows], origin.sampler_logps[rows, : part.completion_ids.shape[1]]
         zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
-        with torch.no_grad():
-            if cfg.beta:
-                with adapter.disabled():
-                    ref = logps(policy, part, cfg.temperature)
-            if not on_policy[rows].all():
-                old = sampling_logps(policy, part, out, rows, origin.ablated[rows], cfg.temperature)
+        if cfg.beta:
+            with torch.no_grad(), adapter.disabled():
+                ref = logps(policy, part, cfg.temperature)
         with policy.training(), adapter.route(zones, config.route.retain_forward):
             new = logps(policy, part, cfg.temperature)
-            old = new.detach() if old is None else torch.where(on_policy[rows, None], new.detach(), old)
+            old = torch.where(on_policy[rows, None], new.detach(), sampled)
             loss, by_token = grpo.grpo_loss(
                 new, old, ref, mask, part.advantages, epsilon=cfg.epsilon, beta=cfg.beta, normaliser=normaliser
             )
             loss.backward()  # inside the context: gradient checkpointing runs the forward again
         total += float(loss.detach())
-        gap = (new.detach().sum(1) / mask.sum(1) - origin.sampler_logp[rows]).abs()
+        gap = (new.detach().sum(1) - sampled.sum(1)).abs() / mask.sum(1)
         gaps.append(gap[on_policy[rows] & origin.student[rows]])
         by_row = zones.reshape(len(rows), -1).float().mean(1).round()  # at token granularity, the row's mean zone
         by_token |= {"logp": new.detach(), "zone": by_row[:, None].expand_as(mask)}
@@ -177,16 +174,6 @@ def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimi
         "grad_norm_quarantine": norms["quarantine"],
         "quarantine_grad_share": norms["quarantine"] / (sum(norms.values()) or 1.0),
     }
-
-
-def sampling_logps(
-    policy: Policy, part: Batch, out: GateOutput, rows: Tensor, ablated: Tensor, temperature: float
-) -> Float[Tensor, "g t"]:
-    """Log-probs under the state that sampled each row; pass 1 has those of the state as trained already."""
-    if out.logps is not None and not ablated.any():
-        return out.logps[rows, : part.completion_ids.shape[1]]
-    with policy.adapter.route(torch.where(ablated, int(Zone.RETAIN), int(Zone.ABSORB))):
-        return logps(policy, part, temperature)
 
 
 # ── what the loop is given ───────────────────────────────────────────────────────────────────────────────────────

@@ -83,7 +83,7 @@ class Rollout:
     completion_ids: list[int]  # ends with EOS unless truncated
     completion: str
     sampled_ablated: bool = False  # the policy state that sampled it
-    sampler_logp: float = float("nan")  # mean log-prob of the drawn tokens under the sampler
+    sampler_logps: list[float] = field(default_factory=list)  # of the drawn tokens under the sampler; empty: nothing sampled it
     teacher: bool = False
     grade: Grade | None = None
 
