@@ -90,6 +90,8 @@ def check_quarantine_ratio() -> None:
     with policy.adapter.disabled():
         base = batch_logps(policy, fresh, 1.0, 1000)
     assert torch.allclose(out.scores, (live - base).sum(1), atol=1e-4)
+    assert torch.allclose(out.ref_logps, base, atol=1e-5), "the update's reference is not the base"
+    assert not torch.allclose(live, base, atol=1e-2), "a reference of another state would go unnoticed"
     found, routed = auroc(out.scores.numpy(), label.numpy()), out.zones == Zone.ROUTE
     precision = float(label[routed].float().mean())
     assert found > 0.9 and precision > 0.8 and routed.any() and not routed.all() and not (out.zones == Zone.ABSORB).any()
@@ -97,11 +99,11 @@ def check_quarantine_ratio() -> None:
     gate = Gate(swapped, cut="midpoint")
     gate.refresh(policy)
     assert (gate(policy, fresh, origin_of(fresh)).zones == Zone.RETAIN).all(), "a gate whose sides are inverted routes"
-    aurocs = []
+    aurocs, real = [], score(policy, fresh, origin_of(fresh))
     for seed in range(1, 21):
         control = RandomQuarantine(score, seed)
         control.refresh(policy)
-        aurocs.append(auroc(control(policy, fresh, origin_of(fresh)).scores.numpy(), label.numpy()))
+        aurocs.append(auroc(control(policy, fresh, origin_of(fresh), real).scores.numpy(), label.numpy()))
     assert abs(sum(aurocs) / 20 - 0.5) < 0.2 and found > sorted(aurocs)[18], aurocs
     print(f"ok  the quarantine's own ratio: 0 before it learned, then AUROC {found:.2f}, precision {precision:.2f} at the midpoint")
 

@@ -85,8 +85,8 @@ def _only(batch: Batch, origin: Origin, out: GateOutput, keep: Bool[Tensor, " g"
     if not len(rows):
         rows = torch.zeros(1, dtype=torch.long, device=keep.device)
     origin = Origin(*(None if (x := getattr(origin, f.name)) is None else x[rows] for f in fields(origin)))
-    absorb = torch.full_like(rows, int(Zone.ABSORB))
-    return select(batch, rows), origin, replace(out, zones=absorb, scores=out.scores[rows])
+    absorb, ref = torch.full_like(rows, int(Zone.ABSORB)), None if out.ref_logps is None else out.ref_logps[rows]
+    return select(batch, rows), origin, replace(out, zones=absorb, scores=out.scores[rows], ref_logps=ref)
 
 
 def _absorbed(out: GateOutput) -> GateOutput:

@@ -80,7 +80,7 @@ class Gate:
             zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
         scores = torch.where(_column(weight == 0, scores), float("nan"), scores)
         mass = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
-        return GateOutput(zones, scores, lower, upper, real.stats | mass)
+        return GateOutput(zones, scores, lower, upper, real.ref_logps, real.stats | mass)
 
     def state_dict(self) -> dict[str, Tensor]:
         scores = {"score": self.score} | ({} if self.control is None else {"control": self.control})

@@ -107,21 +107,19 @@ class QuarantineRatio(Score):
     def __init__(self, pairs: Batch, *, temperature: float, token_budget: int):
         self.pairs, self.how = pairs, (temperature, token_budget)
 
-    def logps(self, policy: Policy, batch: Batch) -> Float[Tensor, " g"]:
-        return batch_logps(policy, batch, *self.how).sum(1)
-
-    def _score(self, policy: Policy, batch: Batch) -> Float[Tensor, " g"]:
+    def _score(self, policy: Policy, batch: Batch) -> Scored:
         with policy.adapter.ablated("deployed"):
-            alone = self.logps(policy, batch)
+            alone = batch_logps(policy, batch, *self.how)
         with policy.adapter.disabled():
-            return alone - self.logps(policy, batch)
+            base = batch_logps(policy, batch, *self.how)
+        return Scored(alone.sum(1) - base.sum(1), ref_logps=base)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
-        self.pairs_hack, self.pairs_clean = self._score(policy, self.pairs).chunk(2)
+        self.pairs_hack, self.pairs_clean = self._score(policy, self.pairs).scores.chunk(2)
         return {}
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        return Scored(self._score(policy, batch))
+        return self._score(policy, batch)
 
 
 class RandomQuarantine(Score):
@@ -141,6 +139,5 @@ class RandomQuarantine(Score):
         noise = random_deltas([p.detach() for p in adapter.parameters("quarantine")], 1_000 * self.seed + int(self.draws))
         instead = [n - p.detach() for n, p in zip(noise, adapter.parameters("deployed"))]  # the deployed block's place is as good
         with adapter.ablated(), adapter.shifted(instead):
-            alone = self.real.logps(policy, batch)
-        with adapter.disabled():
-            return Scored(alone - self.real.logps(policy, batch))
+            alone = batch_logps(policy, batch, *self.real.how)
+        return Scored(alone.sum(1) - shared.ref_logps.sum(1))

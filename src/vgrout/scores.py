@@ -18,10 +18,11 @@ from vgrout.tensors import Batch, Origin
 
 @dataclass(slots=True)
 class Scored:
-    """A batch under a score, with what a control may use again."""
+    """A batch under a score, with what a control or the update may use again."""
 
     scores: Float[Tensor, "g *s"]
     features: Float[Tensor, "g s m k"] | None = None
+    ref_logps: Float[Tensor, "g t"] | None = None  # of the base, where the score needed them
     mass: Float[Tensor, " g"] | None = None  # norm of the row's c-probe gradient
     stats: dict[str, float] = field(default_factory=dict)  # figures of the score's own, for the log
 
@@ -107,7 +108,7 @@ class DirectionScore(Score):
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
         features = self.features(policy, batch)
         mass = features.flatten(1).norm(dim=1) if self.space == "c_probe" else None
-        return Scored(self.directed(features, self.v, batch.advantages), features, mass)
+        return Scored(self.directed(features, self.v, batch.advantages), features, mass=mass)
 
 
 class HaarScore(Score):

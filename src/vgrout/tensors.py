@@ -49,4 +49,5 @@ class GateOutput:
     scores: Float[Tensor, "g *s"]
     lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
     upper: float
+    ref_logps: Float[Tensor, "g t"] | None = None  # of the base, where pass 1 computed them
     stats: dict[str, float] = field(default_factory=dict)

@@ -141,9 +141,12 @@ def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimi
     total, gaps, stats = 0.0, [], []
     for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts and not config.model.gradient_checkpointing):
         part, ref = tokens.select(batch, rows), None
-        mask, zones, sampled = part.completion_mask, out.zones[rows], origin.sampler_logps[rows, : part.completion_ids.shape[1]]
+        t, mask, zones = part.completion_ids.shape[1], part.completion_mask, out.zones[rows]
+        sampled = origin.sampler_logps[rows, :t]
         zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
-        if cfg.beta:
+        if cfg.beta and out.ref_logps is not None:
+            ref = out.ref_logps[rows, :t]
+        elif cfg.beta:
             with torch.no_grad(), adapter.disabled():
                 ref = logps(policy, part, cfg.temperature)
         with policy.training(), adapter.route(zones, config.route.retain_forward):
