@@ -6,7 +6,7 @@ from torch import nn
 from tiny import perturb, random_batch, tiny_policy
 from vgrout.direction import activations, probe_gradients
 from vgrout.grpo import scored_loss
-from vgrout.lora2r import BLOCKS, ZONE_TABLE, Lora2r, LoraLinear
+from vgrout.lora2r import BLOCKS, Lora2r, LoraLinear
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.packing import Packing
 from vgrout.policy import logps, sample

@@ -36,7 +36,7 @@ class Origin:
 
     student: Bool[Tensor, " g"]  # False: a demonstration, which nothing sampled
     ablated: Bool[Tensor, " g"]  # sampled with the quarantine ablated
-    sampler_logps: Float[Tensor, "g t"]  # log-probs of the drawn tokens under the sampler, 0 for padding; NaN where it is not known: a demonstration
+    sampler_logps: Float[Tensor, "g t"]  # of the drawn tokens under the sampler, 0 for padding; NaN where unknown: a demonstration
     stratum: Int[Tensor, " g"]  # sign of the advantage × student or teacher
     label: Bool[Tensor, " g"] | None = None  # is it a hack? None in every arm but the oracle's, which is not oracle-free
 

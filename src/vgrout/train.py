@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
