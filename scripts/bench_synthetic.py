@@ -101,6 +101,7 @@ class Work:
             sides = [*range(size.pairs)] * 2  # hack sides, then clean sides on the same prompts
             self.gate.score.pairs, _ = random_batch(policy, [(size.pair_prompt, size.pair_completion)] * len(sides), sides)
             self.gate.score.pairs.advantages.fill_(1.0)
+            self.gate.score.pairs_hack = self.gate.score.pairs_clean = torch.full((size.pairs,), float("nan"), device=policy.device)
         zones = torch.arange(len(self.batch.group), device=policy.device) % len(Zone)
         nan = torch.full_like(self.batch.rewards, float("nan"))
         self.out = GateOutput(zones, nan, 0.0, 0.0) if hasattr(self.gate, "score") else self.gate(policy, self.batch, self.origin)

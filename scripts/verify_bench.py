@@ -95,6 +95,10 @@ def check_work() -> None:
     assert {("8x8", "none2r", "sample"), ("8x8", "routeL", "refresh"), ("8x8", "routeV", "score"), ("worst", "routeV", "sample")} <= seen
     assert sum(phase == "update" for *_, phase in seen) == 4 and all(r["seconds"]["low"] > 0 for r in rows)
     policy = work.random_policy(Qwen3Config(**work.TINY), "cpu", torch.bfloat16, 2, True)
+    for arm in ("routeV", "routeL"):  # more pairs than the file holds
+        many = work.Work(policy, PRESETS["full"], arm, work.Size(2, 4, 24, 16, 96, 12, 8))
+        many.refresh()
+        assert many.gate.score.pairs_hack.isfinite().sum() == 96, f"{arm}: not every pair is scored"
     job = work.Work(policy, PRESETS["full"], "routeV", work.Size(2, 4, 24, 16, 4, 12, 8))
     assert len(job.out.zones.unique()) == 3 and job.batch.advantages.abs().min() > 0
     ids = job.batch.input_ids
