@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ import tyro
 from tabulate import tabulate
 
 from bench_turns import take_turns
+from vgrout.entry import run_main
 from vgrout.records import load_metrics, now, provenance
 from vgrout.types import UserError
 
@@ -44,7 +44,7 @@ class Args:
     only: tuple[Part, ...] = ()  # parts; () for a (where TRL is installed), b and c, with --gpu for d
     repeats: int = 4  # of parts c and d
     rounds: int = 10  # steps of every run in parts a and b
-    arms: tuple[str, ...] = ("none2r", "absorb", "routeV", "routeA", "routeL", "placebo", "oracle", "filterV", "advmodV")
+    arms: tuple[str, ...] = ("none2r", "absorb", "routeV", "routeA", "routeL", "routeQ", "placebo", "oracle", "filterV", "advmodV")
     threads: int = 1  # torch threads of every process
     gpu: bool = False  # part d on a CUDA device
     gpu_config: Literal["qwen3-4b", "tiny"] = "qwen3-4b"
@@ -92,12 +92,12 @@ def measure(part: str, args: Args) -> dict[str, Any]:
 
 
 def command(arm: str, folder: Path, args: Args, rounds: int, *flags: str) -> list[str]:
-    """A run of the organism that never reaches its end: no evaluation but the base's, demonstrations in every step."""
+    """A run of the organism that never reaches its end: no evaluation but the base's; demonstrations and a gate at work in every step."""
     steps = str(rounds + 2)
     small = ("--refresh-every", "1", "--num-prompts", "2", "--max-completion-length", "64") if args.quick else ()
     return ["scripts/bench_turns.py", "organism", "--intervention", arm, "--out-dir", str(folder / arm), "--threads", str(args.threads),
             "--steps", steps, "--teacher-until", steps, "--eval-every", "0", "--save-every", "0", "--final-draws", "4",
-            *small, *flags]  # fmt: skip
+            "--quarantine-first", "0", *small, *flags]  # fmt: skip
 
 
 def phases(run: Path) -> list[dict[str, float]]:
@@ -289,8 +289,4 @@ def replaced(page: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_main(main, tyro.cli(Args))
