@@ -49,6 +49,7 @@ class Row:
     flags: str = ""
     of: str = ""
     changes: str = ""
+    on: tuple[int, ...] = ()  # its seeds, if not the five of the headline or the first three of them
 
     @property
     def headline(self) -> bool:
@@ -56,8 +57,7 @@ class Row:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        every = HEADLINE_SEEDS if self.headline or self.name in FIVE_SEEDS else SEEDS
-        return {"map": DEVELOPMENT_SEEDS, "again": SECOND_SEEDS}.get(self.role, every)
+        return self.on or (HEADLINE_SEEDS if self.headline else SEEDS)
 
     @property
     def schedule(self) -> str:
@@ -85,7 +85,6 @@ COMMON = "--steps 120 --teacher-until 20 --eval-every 20"  # of every row but th
 MAP_SCHEDULE = "--steps 60 --eval-every 20"  # the preset's own; its ceiling is docs/results/no_loophole_s*.json
 OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --gen-deploy-frac 1.0"
 LONG = "--steps 240"
-FIVE_SEEDS = ("routeQ_long",)  # three were planned
 DEMOS_KNOWN = "--teacher-modes run_tests sentinel"
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
@@ -103,7 +102,7 @@ def context(name: str, flags: str, changes: str, arm: str = METHOD) -> Row:
 
 
 def mapped(name: str, flags: str, changes: str, of: str = "map_oracle", arm: str = "oracle") -> Row:
-    return Row(f"map_{name}", arm, "map", "M", flags, of if f"map_{name}" != of else "", changes)
+    return Row(f"map_{name}", arm, "map", "M", flags, of if f"map_{name}" != of else "", changes, DEVELOPMENT_SEEDS)
 
 
 def imperfect(kind: str, flag: str, shares: Iterable[float], word: str) -> list[Row]:
@@ -159,10 +158,11 @@ ROWS = [
     ablation("demos_known", DEMOS_KNOWN, "demonstrations of two modes alone"),
     Row("placeboQ_demos_known", "placeboQ", "placebo", "A3", f"--placebo-seed 1 {DEMOS_KNOWN}", "routeQ_demos_known", "draw 1"),
     Row("none2r_demos_known", "none2r", "baseline", "A3", DEMOS_KNOWN, "none2r", "demonstrations of two modes alone"),
-    # long runs: twice the steps
-    *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "routeQ", "no_gateQ")),
+    # long runs: twice the steps; three seeds were planned for the method too
+    *(Row(f"{arm}_long", arm, "long", "A4", LONG, arm) for arm in ("none2r", "no_loophole", "no_gateQ")),
+    Row(f"{METHOD}_long", METHOD, "long", "A4", LONG, METHOD, on=HEADLINE_SEEDS),
     # the second wave
-    *(Row(f"{arm}_again", arm, "again", "R", of=arm, changes="ten more seeds") for arm in ("no_loophole", "routeQ")),
+    *(Row(f"{arm}_again", arm, "again", "R", of=arm, changes="ten more seeds", on=SECOND_SEEDS) for arm in ("no_loophole", "routeQ")),
     # context: the pairs, of a row that reads them
     *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
     context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),

@@ -119,7 +119,8 @@ def seeds_of(
 
 SMALL = [Row("none2r", "none2r", "base", "A2"), Row("no_loophole", "no_loophole", "ceiling", "A2"), Row("routeQ", "routeQ", "method", "A2"),
          Row("placeboQ_1", "placeboQ", "placebo", "A2", of="routeQ"), Row("placeboQ_2", "placeboQ", "placebo", "A2", of="routeQ"),
-         Row("no_gateQ", "no_gateQ", "control", "A2", of="routeQ"), Row("routeQ_long", "routeQ", "long", "A4", of="routeQ")]  # fmt: skip
+         Row("no_gateQ", "no_gateQ", "control", "A2", of="routeQ"),
+         Row("routeQ_long", "routeQ", "long", "A4", of="routeQ", on=HEADLINE_SEEDS)]  # fmt: skip
 
 
 def good_runs() -> verdict.Runs:
