@@ -37,6 +37,8 @@ ZONE_TABLE = {
     Zone.ROUTE: ((1.0, 1.0), (0.0, 1.0)),
 }
 Mask = tuple[float, float]  # (deployed, quarantine)
+Masks = tuple[Mask, Mask]  # (in the forward, learn)
+UNMASKED: Masks = ((1.0, 1.0), (1.0, 1.0))
 RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine is kept, and is a constant
 
 
@@ -92,11 +94,12 @@ class Lora2r:
         self.rank, self.seed, self.targets = rank, seed, targets
         self._keep: Tensor | None = None  # [g, 1 or s, 2] forward mask by block; None: both on, unmasked
         self._learn: Tensor | None = None
-        self._alike: tuple[Mask, Mask] | None = ((1.0, 1.0), (1.0, 1.0))  # keep and learn of all rows; None: rows or tokens differ
+        self._runs: list[tuple[Masks, int]] | None = [(UNMASKED, 0)]  # masks of neighbouring tokens and their number; one run is all
         self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
         self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
         self._packing: Packing | None = None  # None: rows are rows
+        self._products = torch.float32  # what the factors of the one product are rounded to
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._attach()
 
@@ -111,15 +114,15 @@ class Lora2r:
             vars(linear).pop("forward", None)
 
     def _forward(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
-        """W x and both deltas: in one product where all rows are masked alike and the weights are fp32, else by block and mask."""
-        linear, layer, packing, r = self.linears[name], self.layers[name], self._packing, self.rank
+        """W x and both deltas: one product for each run of tokens with the same masks where the weights are fp32, else by block and mask."""
+        linear, packing, r = self.linears[name], self._packing, self.rank
         c, where = self._c and self._c[name], self._where if packing is None else packing.row
         down, up = self._factors(name, x.dtype)
-        if self._alike and linear.weight.dtype == x.dtype == torch.float32 and self._seen is None:
-            keep, learn = self._alike
-            learned = slice(0 if learn[0] else 2 * r, 4 * r if learn[1] else 2 * r)
-            constant = None if keep == learn else (layer.quarantine if learn[0] else layer.deployed).delta()
-            return Merged.apply(x, linear.weight, constant, linear.bias, down[learned], up[:, learned], c, where)
+        one = self._runs and self._seen is None and (c is None or len(self._runs) == 1)
+        if one and linear.weight.dtype == x.dtype == torch.float32:
+            parts = x.split([n for _, n in self._runs], dim=1) if len(self._runs) > 1 else [x]
+            ys = [self._one_product(name, part, masks, down, up, c, where) for part, (masks, _) in zip(parts, self._runs)]
+            return torch.cat(ys, dim=1) if len(ys) > 1 else ys[0]
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
         if self._seen is not None:
             seen = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
@@ -127,6 +130,13 @@ class Lora2r:
         rows = lambda m: m if packing is None or len(m) == 1 else m[packing.row, 0][None]  # noqa: E731
         wide = lambda m: None if m is None else rows(m).to(x.dtype).repeat_interleave(2 * r, -1)  # noqa: E731
         return type(linear).forward(linear, x) + MaskedUp.apply(h, up, wide(self._keep), wide(self._learn), c, where)
+
+    def _one_product(self, name: str, x: Tensor, masks: Masks, down: Tensor, up: Tensor, c: Tensor | None, where: Tensor | None):
+        """x (W + Δ)ᵀ + b for tokens that share their masks."""
+        linear, layer, (keep, learn), r = self.linears[name], self.layers[name], masks, self.rank
+        learned = slice(0 if learn[0] else 2 * r, 4 * r if learn[1] else 2 * r)
+        constant = None if keep == learn else (layer.quarantine if learn[0] else layer.deployed).delta()
+        return Merged.apply(x, linear.weight, constant, linear.bias, down[learned], up[:, learned], c, where, self._products)
 
     def _factors(self, name: str, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
         """(D, U) of both blocks; constants where c is probed, and in bf16 training copies that autograd leads back."""
@@ -155,7 +165,7 @@ class Lora2r:
         keep, learn = masks[zones].unbind(-2)
         if zones.ndim == 1:
             keep, learn = keep[:, None], learn[:, None]
-        return self._state(_keep=keep, _learn=learn, _alike=None)
+        return self._state(_keep=keep, _learn=learn, _runs=None)
 
     def ablated(self, block: str = "quarantine"):
         """The block's delta is zero: without the quarantine, the deployed state; without the deployed block, the quarantine alone."""
@@ -165,7 +175,7 @@ class Lora2r:
     def _masked(self, keep: Mask, learn: Mask):
         """The same masks for all rows."""
         masks = torch.tensor([keep, learn], device=next(iter(self.linears.values())).weight.device)
-        return self._state(_keep=masks[None, None, 0], _learn=masks[None, None, 1], _alike=(keep, learn))
+        return self._state(_keep=masks[None, None, 0], _learn=masks[None, None, 1], _runs=[((keep, learn), 0)])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -183,20 +193,37 @@ class Lora2r:
         """The masks differ from token to token."""
         return self._keep is not None and self._keep.shape[1] > 1
 
+    def _by_row(self) -> Float[Tensor, "g 4"] | None:
+        """Each row's masks, forward and learn; None where all rows have the same."""
+        if self._keep is None or len(self._keep) == 1:
+            return None
+        return torch.cat([self._keep[:, 0], self._learn[:, 0]], dim=1)
+
+    def ordered(self, rows: int) -> Int[Tensor, " g"]:
+        """The numbers 0 … rows − 1, rows with the same masks next to each other; in their order where nothing is masked."""
+        masks = self._by_row()
+        kind = torch.zeros(rows) if masks is None else masks.unique(dim=0, return_inverse=True)[1]
+        return kind.argsort(stable=True)
+
     def distinct(self, key: Int[Tensor, "g k"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " g"]]:
-        """(one row of each distinct pair of key and masks, for every row the number of its pair).
+        """(one row of each distinct pair of masks and key, for every row the number of its pair), those with the same masks together.
 
         Example, unmasked: key [[4], [4], [7]] → ([0, 2], [0, 0, 1]).
         """
-        if self._keep is not None:
-            key = torch.cat([key, *(m[:, 0].expand(len(key), 2).long() for m in (self._keep, self._learn))], dim=1)
+        if (masks := self._by_row()) is not None:
+            key = torch.cat([masks.long(), key], dim=1)
         _, number = key.unique(dim=0, return_inverse=True)
         first = torch.full((int(number.max()) + 1,), len(key), device=key.device)
         return first.scatter_reduce(0, number, torch.arange(len(key), device=key.device), "amin"), number
 
     def packed(self, packing: Packing):
         """For a forward pass over packed rows: every token has its row's masks and probe; a prompt has neither probe nor recording."""
-        return self._state(_packing=packing, **({"_c": None, "_seen": None} if packing.prompts is None else {}))
+        values = {"_c": None, "_seen": None} if packing.prompts is None else {}
+        if (masks := self._by_row()) is not None:
+            found, counts = masks[packing.row].unique_consecutive(dim=0, return_counts=True)
+            runs = [(((a, b), (c, d)), n) for (a, b, c, d), n in zip(found.tolist(), counts.tolist())]
+            values["_runs"] = runs if len(runs) <= len(Zone) else None
+        return self._state(_packing=packing, **values)
 
     @contextmanager
     def probing(self, rows: int, tokens: int = 1, where: Bool[Tensor, "g s"] | None = None) -> Iterator[dict[str, Tensor]]:

@@ -142,13 +142,15 @@ def completion_states(
     column = torch.arange(int(before.max()), device=before.device)
     first, prompt = policy.adapter.distinct(batch.input_ids[:, : len(column)].where(column < before[:, None], -1))
     prompts = pack(batch, first, torch.zeros_like(first), before[first])
-    rows = pack(batch, torch.arange(len(before), device=before.device), before, batch.completion_mask.sum(1), prompts, prompt)
+    order = policy.adapter.ordered(len(before)).to(before.device)
+    rows = pack(batch, order, before[order], batch.completion_mask.sum(1)[order], prompts, prompt[order])
     with packed_model(policy.model) as inner:
         with policy.adapter.packed(prompts), torch.set_grad_enabled(prompt_grad and torch.is_grad_enabled()):
             call(input_ids=prompts.ids, position_ids=prompts.position, packing=prompts, inner=inner)
         with policy.adapter.packed(rows):
             out = call(input_ids=rows.ids, position_ids=rows.position, packing=rows, inner=inner)
-    return [x[0, rows.spread] for x in pick(out)]
+    spread = rows.spread[order.argsort()]
+    return [x[0, spread] for x in pick(out)]
 
 
 def predicting(batch: Batch, x: Float[Tensor, "g s k"]) -> Float[Tensor, "g t k"]:

@@ -37,25 +37,30 @@ class Merged(torch.autograd.Function):
     """y = x (W + U D + constant)ᵀ + b: the same as W x + b + U D x for rows that share their masks, in one product; in fp32 alone, where
     W does not round U D away. The gradients of U and D go through the rank, as those of the two products do. `constant` [o, i] or None
     is the delta of a block that is kept but does not learn: no gradient goes through it, to x neither. Probe as in `MaskedUp`.
+    The factors of every product are rounded to `dtype`; the sum W + U D, what comes out and what is around stay in fp32.
     """
 
     @staticmethod
-    def forward(ctx, x, W, constant, b, D, U, c, where):
+    def forward(ctx, x, W, constant, b, D, U, c, where, dtype):
         weight = torch.addmm(W, U, D)
-        ctx.save_for_backward(x, weight, D, U, c, where)
-        return F.linear(x, weight if constant is None else weight + constant, b)
+        x, kept = x.to(dtype), (weight if constant is None else weight + constant).to(dtype)
+        ctx.save_for_backward(x, kept if constant is None else weight.to(dtype), D, U, c, where)
+        return F.linear(x, kept, None if b is None else b.to(dtype)).float()
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, D, U, c, where = ctx.saved_tensors
-        need, grad_D, grad_U, grad_c = ctx.needs_input_grad, None, None, None
+        need, grad, D, U = ctx.needs_input_grad, grad.to(x.dtype), D.to(x.dtype), U.to(x.dtype)
+        grad_x = grad_D = grad_U = grad_c = None
+        if need[0]:
+            grad_x = (grad @ weight).float()
         if need[4] or need[5]:
             flat, out = x.flatten(0, -2), grad.flatten(0, -2)
-            grad_D, grad_U = (out @ U).T @ flat, out.T @ (flat @ D.T)
+            grad_D, grad_U = ((out @ U).T @ flat).float(), (out.T @ (flat @ D.T)).float()
         if need[6]:
             r = c.shape[-1]
             grad_c = probe_gradient((grad @ U[:, :r]) * F.linear(x, D[:r] + D[r : 2 * r]), c, where)
-        return grad @ weight if need[0] else None, None, None, None, grad_D, grad_U, grad_c, None
+        return grad_x, None, None, None, grad_D, grad_U, grad_c, None, None
 
 
 def probe_gradient(
