@@ -73,6 +73,30 @@ def check_scores_find_a_style() -> None:
     print("ok  every score finds a planted style in fresh rows:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
 
 
+def check_rounded_products() -> None:
+    """Products in bf16 give the scores of fp32 within a twentieth of their spread; a first-order step of a hundredth would not."""
+    policy, pairs, fresh = tiny_policy(rank=16), styled_batch(32, 1)[0], styled_batch(40, 7)[0]
+
+    def llr(dtype: torch.dtype, form: str = "ratio", force: bool = False) -> LikelihoodRatio:
+        score = LikelihoodRatio(pairs, temperature=1.0, token_budget=1000, learning_rate=1e-2, form=form, dtype=dtype)
+        score.dtype = dtype if force else score.dtype  # mutation: the small step is rounded too
+        return score
+
+    def error(build) -> float:
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            score = build(dtype)
+            score.refresh(policy)
+            found.append(score(policy, fresh, origin_of(fresh)).scores)
+        return float((found[1] - found[0]).norm() / (found[0] - found[0].mean()).norm())
+
+    v_grad = error(lambda dtype: DirectionScore(pairs, space="c_probe", probe=PROBE | {"dtype": dtype}))
+    ratio, first, forced = error(llr), error(lambda d: llr(d, "first_order")), error(lambda d: llr(d, "first_order", force=True))
+    assert 0 < v_grad < 0.05 and 0 < ratio < 0.05 and first == 0 and forced > 0.1, (v_grad, ratio, first, forced)
+    assert policy.adapter._products is torch.float32, "the rounding outlives its scope"
+    print(f"ok  products in bf16, error over spread: v_grad {v_grad:.3f}, llr {ratio:.3f}; first order keeps fp32, else {forced:.2f}")
+
+
 def check_quarantine_ratio() -> None:
     """A quarantine that learned a style finds it in fresh rows; one that learned nothing routes nothing."""
     policy = tiny_policy(rank=16)
@@ -218,6 +242,6 @@ def check_actions() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_scores_find_a_style, check_quarantine_ratio, check_llr_restores, check_folds, check_tokens,
+    for check in (check_scores_find_a_style, check_rounded_products, check_quarantine_ratio, check_llr_restores, check_folds, check_tokens,
                   check_controls_and_oracle, check_actions):  # fmt: skip
         check()

@@ -265,11 +265,14 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
 # ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────
 
 
+ADDED = {"score": {"score_dtype": "float32"}}  # options younger than some records, with what was done before there was a choice
+
+
 def config_of(stored: dict[str, Any]) -> Config:
     """The Config that a record stores as JSON; UserError for a field that this version does not have."""
     sections = {}
     for section in fields(Config):
-        default, values = getattr(Config(), section.name), stored.get(section.name, {})
+        default, values = getattr(Config(), section.name), ADDED.get(section.name, {}) | stored.get(section.name, {})
         if odd := values.keys() ^ {f.name for f in fields(default)}:
             raise UserError(f"the record's config differs from this version in {section.name}.{min(odd)}: check out its commit")
         sections[section.name] = type(default)(**{k: _as(getattr(default, k), v) for k, v in values.items()})

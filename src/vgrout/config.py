@@ -69,6 +69,7 @@ class ScoreConfig:
     llr_steps: int = 4  # optimiser steps of each likelihood fit
     llr_learning_rate: float = 1e-3
     llr_form: Literal["ratio", "one_sided", "first_order"] = "ratio"  # of the two nudges' likelihoods, see docs/method.md
+    score_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products in v_grad and llr; auto: bfloat16 if the device has it
     confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
     placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
     framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control

@@ -54,7 +54,7 @@ def build_score(name: str, pairs: Batch | None, probe: dict, options: object, or
     if name == "llr":
         return LikelihoodRatio(
             pairs, temperature=probe["temperature"], token_budget=probe["token_budget"], steps=options.llr_steps,
-            learning_rate=options.llr_learning_rate, form=options.llr_form,
+            learning_rate=options.llr_learning_rate, form=options.llr_form, dtype=probe["dtype"],
         )  # fmt: skip
     if name == "quarantine_ratio":
         return QuarantineRatio(pairs, temperature=probe["temperature"], token_budget=probe["token_budget"])
@@ -72,7 +72,7 @@ def build_control(name: str, real: Score, other: Score | None, options: object, 
     if name == "haar" and isinstance(real, LikelihoodRatio):
         return LikelihoodRatio(
             real.pairs, temperature=real.temperature, token_budget=real.token_budget, steps=real.steps,
-            learning_rate=real.learning_rate, form=real.form, random_seed=seed,
+            learning_rate=real.learning_rate, form=real.form, random_seed=seed, dtype=real.dtype,
         )  # fmt: skip
     if name == "haar" and isinstance(real, QuarantineRatio):
         return RandomQuarantine(real, seed)

@@ -25,13 +25,14 @@ def probe_gradients(
     state: str = "as_trained",
     positions: str = "completion",
     by_token: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "g s m r"]:
     """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length.
 
     The gradient at another advantage is A times this one. c multiplies the bottleneck at the positions that predict the
     completion, so that rows of one prompt share its keys and values, or with `positions` "all" the prompt's too. s is 1, or with
     `by_token` the sequence (all positions; a token's gradient includes its effect on later tokens; padding is 0). `state`
-    "deployed" probes with the quarantine ablated. No `.grad` is touched.
+    "deployed" probes with the quarantine ablated; `dtype` is that of the products of an fp32 model. No `.grad` is touched.
     """
     adapter, length = policy.adapter, batch.input_ids.shape[1] if by_token else 1
     everywhere = by_token or positions == "all"
@@ -42,7 +43,7 @@ def probe_gradients(
         column = torch.arange(part.input_ids.shape[1], device=rows.device)
         where = None if everywhere else column >= part.completion_start[:, None] - 1
         masks = adapter.ablated() if state == "deployed" else adapter._state()
-        with torch.enable_grad(), policy.training(), masks, adapter.probing(len(rows), s, where) as c:
+        with torch.enable_grad(), policy.training(), adapter.rounded(dtype), masks, adapter.probing(len(rows), s, where) as c:
             lp = logps(policy, part, temperature, share=not everywhere, prompt_grad=False)
             loss = scored_loss(lp, part.completion_mask, torch.ones_like(part.advantages), max_completion_length).sum()
             grads = torch.autograd.grad(loss, list(c.values()))

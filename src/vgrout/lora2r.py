@@ -99,7 +99,7 @@ class Lora2r:
         self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
         self._packing: Packing | None = None  # None: rows are rows
-        self._products = torch.float32  # what the factors of the one product are rounded to
+        self._products = torch.float32  # the dtype that factors of the one product are rounded to
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._attach()
 
@@ -114,7 +114,7 @@ class Lora2r:
             vars(linear).pop("forward", None)
 
     def _forward(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
-        """W x and both deltas: one product for each run of tokens with the same masks where the weights are fp32, else by block and mask."""
+        """W x and both deltas: in fp32 one product for each run of tokens with the same masks, else by block and mask."""
         linear, packing, r = self.linears[name], self._packing, self.rank
         c, where = self._c and self._c[name], self._where if packing is None else packing.row
         down, up = self._factors(name, x.dtype)
@@ -200,8 +200,8 @@ class Lora2r:
         return torch.cat([self._keep[:, 0], self._learn[:, 0]], dim=1)
 
     def ordered(self, rows: int) -> Int[Tensor, " g"]:
-        """The numbers 0 … rows − 1, rows with the same masks next to each other; in their order where nothing is masked."""
-        masks = self._by_row()
+        """The numbers 0 … rows − 1, rows with the same masks next to each other; in their order where nothing is masked, or all is recorded."""
+        masks = self._by_row() if self._seen is None else None
         kind = torch.zeros(rows) if masks is None else masks.unique(dim=0, return_inverse=True)[1]
         return kind.argsort(stable=True)
 
@@ -235,6 +235,10 @@ class Lora2r:
         c = {n: torch.ones(rows, tokens, self.rank, device=device, requires_grad=True) for n in self.linears}
         with self._state(_c=c, _where=where):
             yield c
+
+    def rounded(self, dtype: torch.dtype):
+        """Round the factors of every adapted product of an fp32 model to `dtype`; what is between the products stays in fp32."""
+        return self._state(_products=dtype)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:

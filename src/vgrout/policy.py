@@ -48,6 +48,13 @@ class Policy:
         """Gradient checkpointing is at work: layers run again in the backward pass."""
         return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """The device has instructions for products of bf16."""
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return any(torch.cpu.get_capabilities().get(k, False) for k in ("avx512_bf16", "amx_bf16"))
+
     @contextmanager
     def training(self):
         """Training mode for the update alone: with gradient checkpointing on, a model left in it samples wrong tokens."""

@@ -26,10 +26,11 @@ class LikelihoodRatio(Score):
 
     def __init__(
         self, pairs: Batch, *, temperature: float, token_budget: int, steps: int = 4, learning_rate: float = 1e-3,
-        form: str = "ratio", random_seed: int | None = None,
+        form: str = "ratio", random_seed: int | None = None, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
         self.steps, self.learning_rate, self.form, self.random_seed = steps, learning_rate, form, random_seed
+        self.dtype = torch.float32 if form == "first_order" else dtype  # of an fp32 model's products; its small step would drown in bf16
         self.folds: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # fold → nudges (hack, clean)
         self.pairs_hack = self.pairs_clean = torch.full((len(pairs.advantages) // 2,), float("nan"), device=pairs.advantages.device)
         self.draws = 0
@@ -56,20 +57,21 @@ class LikelihoodRatio(Score):
         return {"direction_drift": drift}
 
     def _fit(self, policy: Policy, batch: Batch, index: int) -> list[Tensor]:
-        deltas = likelihood_deltas(policy, batch, self.steps, self.learning_rate, self.temperature, self.token_budget)
+        with policy.adapter.rounded(self.dtype):
+            deltas = likelihood_deltas(policy, batch, self.steps, self.learning_rate, self.temperature, self.token_budget)
         if self.random_seed is None:
             return deltas
         return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
 
     def _score(self, policy: Policy, batch: Batch, hack: list[Tensor], clean: list[Tensor]) -> Float[Tensor, " g"]:
         def at(deltas: list[Tensor], scale: float = 1.0) -> Float[Tensor, "g t"]:
-            with policy.adapter.shifted(deltas, scale):
+            with policy.adapter.shifted(deltas, scale), policy.adapter.rounded(self.dtype):
                 return batch_logps(policy, batch, self.temperature, self.token_budget)
 
         mean = lambda x: x.sum(1) / batch.completion_mask.sum(1)  # noqa: E731
         difference, step = [h - c for h, c in zip(hack, clean)], 0.01
         if self.form == "one_sided":
-            return mean(at(difference) - batch_logps(policy, batch, self.temperature, self.token_budget))
+            return mean(at(difference) - at(difference, 0.0))
         if self.form == "first_order":
             return mean(at(difference, step) - at(difference, -step)) / (2 * step)
         return mean(at(hack) - at(clean))

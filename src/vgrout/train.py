@@ -56,6 +56,7 @@ def main(preset: str, config: Config) -> None:
     with explained(), Grader(config.run.workers, config.run.sandbox, config.run.cpu_seconds) as grader:
         splits = load_splits(config)
         policy = build_policy(config, splits)
+        config = settled(policy, config)
         gate, pair_hash = make_gate(arm, policy, config)
         d = config.data
         teacher = TeacherPool(d.teacher_pool, d.teacher_modes, d.teacher_per_group, d.teacher_until) if d.teacher_pool else None
@@ -201,6 +202,14 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     return policy
 
 
+def settled(policy: Policy, config: Config) -> Config:
+    """The configuration with what `auto` means on this machine, so that a record says what ran."""
+    if config.score.score_dtype != "auto":
+        return config
+    half = config.model.dtype == "bfloat16" or policy.multiplies_bfloat16
+    return replace(config, score=replace(config.score, score_dtype="bfloat16" if half else "float32"))
+
+
 def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Gate, str]:
     """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
     if arm.score == "pinned":
@@ -212,7 +221,7 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
         return Gate(Judge(endpoint(config)) if arm.monitor == "judge" else probed(), signed=r.signed, cut="flag"), ""
     probe = dict(
         max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
-        state=s.probe_state, positions=s.probe_positions,
+        state=s.probe_state, positions=s.probe_positions, dtype=getattr(torch, settled(policy, config).score.score_dtype),
     )
     seed = r.placebo_seed if r.routeV_random_v_seed is None else r.routeV_random_v_seed
     found = [] if arm.oracle else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
