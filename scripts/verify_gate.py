@@ -136,6 +136,9 @@ def check_placebo_differs_in_direction_only() -> None:
     assert torch.equal(again.scores, two.scores) and torch.equal(again.zones, two.zones)
     pinned = PinnedGate(Zone.ABSORB)(policy, batch, origin)
     assert (pinned.zones == Zone.ABSORB).all() and pinned.scores.isnan().all()
+    shared = [PinnedGate(Zone.RETAIN, 0.5, seed)(policy, batch, origin).zones for seed in (1, 1, 2, 3)]
+    assert {*torch.cat(shared).tolist()} == {int(Zone.RETAIN), int(Zone.ABSORB)}, "a share of rows, by chance, in ABSORB"
+    assert torch.equal(shared[0], shared[1]) and not all(torch.equal(shared[0], z) for z in shared[2:])
     signed = Gate(score, signed=True)
     signed.refresh(policy)
     assert (signed(policy, batch, origin).zones[batch.advantages < 0] == Zone.RETAIN).all()

@@ -22,7 +22,7 @@ from vgrout.judge import Endpoint, check_endpoint
 from vgrout.labelled import LEAST, Labelled, load_labelled
 from vgrout.teacher import TeacherPool
 from vgrout.tracking import check_tracker
-from vgrout.types import Mode, Problem, UserError
+from vgrout.types import Mode, Problem, UserError, Zone
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
 
@@ -78,6 +78,7 @@ def _ranges(config: Config) -> Iterator[str]:
     shares = {
         "--unhackable-frac": data.unhackable_frac, "--gen-deploy-frac": route.gen_deploy_frac,
         "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr,
+        "--absorb-share": route.absorb_share,
     }  # fmt: skip
     counts = {
         "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
@@ -123,6 +124,9 @@ def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}"
     if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ()) and not arm.oracle:
         yield f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}"
+    if route.absorb_share and (arm.score, arm.zone, arm.deployed) != ("pinned", Zone.RETAIN, "ablated"):
+        suited = [n for n, a in ARMS.items() if (a.score, a.zone, a.deployed) == ("pinned", Zone.RETAIN, "ablated")]
+        yield f"--absorb-share needs one of the arms {', '.join(suited)}, not {run.intervention}"
     if score.granularity == "token" and arm.score != "v_grad":
         yield f"--granularity token needs a v_grad arm, not {run.intervention}"
     if score.granularity == "token" and (route.retained_advantages or arm.action != "route"):
@@ -265,7 +269,7 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
 # ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────
 
 
-ADDED = {"score": {"score_dtype": "float32"}}  # options younger than some records, with what was done before there was a choice
+ADDED = {"score": {"score_dtype": "float32"}, "route": {"absorb_share": 0.0}}  # options younger than some records, with what was done before there was a choice
 
 
 def config_of(stored: dict[str, Any]) -> Config:

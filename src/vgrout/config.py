@@ -79,6 +79,7 @@ class ScoreConfig:
 class RouteConfig:
     cut: Literal["band", "midpoint", "zero"] = "band"  # of a score: the pairs' p75s, halfway between their sides' means, or 0
     quarantine_first: int = 0  # first steps in which the quarantine alone trains, on every row: plain GRPO with the deployed block at rest
+    absorb_share: float = 0.0  # of an arm that RETAINs all: this share of the rows, by chance, is in ABSORB
     signed: bool = False  # flagged rows with A < 0 are RETAINed
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine, stop-gradient
     gen_deploy_frac: float = 0.0  # share of student rollouts sampled with the quarantine ablated
@@ -180,6 +181,7 @@ ARMS = {
     "placeboQ": Arm("quarantine_ratio", "haar", options=QUARANTINE_FIRST),
     "random_gateQ": Arm("quarantine_ratio", "random", options=QUARANTINE_FIRST),
     "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
+    "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST | dict(absorb_share=0.1)),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),
     "random_gate": Arm("v_grad", "random"),

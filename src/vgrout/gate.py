@@ -18,17 +18,21 @@ BAND_QUANTILE = 0.75  # both edges: p75 of the clean and of the hack sides' out-
 
 
 class PinnedGate:
-    """Every row in one zone: the arms none, none2r, no_loophole and absorb."""
+    """Every row in one zone: the arms without a score. `absorb_share` of the rows, by chance, are in ABSORB instead."""
 
-    def __init__(self, zone: Zone):
-        self.zone = zone
+    def __init__(self, zone: Zone, absorb_share: float = 0.0, seed: int = 0):
+        self.zone, self.absorb_share, self.seed = zone, absorb_share, seed
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         return {}
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
-        nan = torch.full_like(batch.advantages, float("nan"))
-        return GateOutput(torch.full_like(batch.group, int(self.zone)), nan, float("nan"), float("nan"))
+        nan, zones = torch.full_like(batch.advantages, float("nan")), torch.full_like(batch.group, int(self.zone))
+        if self.absorb_share:  # by the batch's own content, so that a resumed run repeats them
+            generator = torch.Generator().manual_seed(self.seed + int(batch.completion_ids.sum()))
+            drawn = torch.rand(len(zones), generator=generator) < self.absorb_share
+            zones = zones.masked_fill(drawn.to(zones.device), int(Zone.ABSORB))
+        return GateOutput(zones, nan, float("nan"), float("nan"))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -213,7 +213,7 @@ def settled(policy: Policy, config: Config) -> Config:
 def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Gate, str]:
     """The arm's gate, and the hash of the pairs that it reads ("" for none)."""
     if arm.score == "pinned":
-        return PinnedGate(arm.zone), ""
+        return PinnedGate(arm.zone, config.route.absorb_share, config.run.seed), ""
     cfg, s, r = config.grpo, config.score, config.route
     if arm.monitor:
         how = dict(space=s.act_space, layer=s.act_layer, token_budget=cfg.token_budget, l2=config.monitor.probe_l2)
