@@ -32,6 +32,7 @@ ARTIFACTS = {
     "A6": "one full trace a mode",
     "A7": "context: pairs, demonstrations, rank, learning rate, initialisation, refresh",
     "R": "the second wave: solve against the ceiling on ten more seeds",
+    "V": "the third wave: no score, a share of rows by chance in ABSORB, once the quarantine has learned to hack",
     "M": "maps with true labels, on development seeds: what protects, what solves, and what imperfect labels cost",
 }
 
@@ -82,7 +83,7 @@ HEADLINE = "A1 A2 A5"
 PAIRS = "data/pairs/organism.md"
 EXCHANGED = "--pair-modes stdout_marker file_marker"
 EXACT = "--score-dtype float32"  # as the first runs scored, before there was a choice
-COMMON = f"--steps 120 --teacher-until 20 --eval-every 20 {EXACT}"  # of every row but the maps'; demonstrations end with routeQ's first phase
+COMMON = f"--steps 120 --teacher-until 20 --eval-every 20 {EXACT}"  # of all rows but the maps'; demonstrations end with the first phase
 MAP_SCHEDULE = f"--steps 60 --eval-every 20 {EXACT}"  # the preset's own; its ceiling is docs/results/no_loophole_s*.json
 OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --gen-deploy-frac 1.0"
 LONG = "--steps 240"
@@ -164,6 +165,13 @@ ROWS = [
     Row(f"{METHOD}_long", METHOD, "long", "A4", LONG, METHOD, on=HEADLINE_SEEDS),
     # the second wave
     *(Row(f"{arm}_again", arm, "again", "R", of=arm, changes="ten more seeds", on=SECOND_SEEDS) for arm in ("no_loophole", "routeQ")),
+    # the third wave
+    Row("absorbQ", "absorbQ", "control", "V", of="no_gateQ", changes="three rows in ten, by chance, in ABSORB", on=HEADLINE_SEEDS),
+    Row("absorbQ_again", "absorbQ", "again", "V", of="routeQ_again", changes="no score, three rows in ten in ABSORB", on=SECOND_SEEDS),
+    Row("absorbQ_tenth", "absorbQ", "again", "V", "--absorb-share 0.1", "absorbQ", "one row in ten in ABSORB"),
+    Row("absorbQ_no_phase", "absorbQ", "again", "V", "--quarantine-first 0", "absorbQ", "no first phase"),
+    Row("absorbQ_demos_known", "absorbQ", "again", "V", DEMOS_KNOWN, "absorbQ", "demonstrations of two modes alone"),
+    Row("absorbQ_long", "absorbQ", "again", "V", LONG, "absorbQ", "240 steps"),
     # context: the pairs, of a row that reads them
     *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
     context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),

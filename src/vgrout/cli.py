@@ -269,7 +269,8 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
 # ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────
 
 
-ADDED = {"score": {"score_dtype": "float32"}, "route": {"absorb_share": 0.0}}  # options younger than some records, with what was done before there was a choice
+# options younger than some records, with what was done before there was a choice
+ADDED = {"score": {"score_dtype": "float32"}, "route": {"absorb_share": 0.0}}
 
 
 def config_of(stored: dict[str, Any]) -> Config:

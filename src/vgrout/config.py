@@ -181,7 +181,7 @@ ARMS = {
     "placeboQ": Arm("quarantine_ratio", "haar", options=QUARANTINE_FIRST),
     "random_gateQ": Arm("quarantine_ratio", "random", options=QUARANTINE_FIRST),
     "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
-    "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST | dict(absorb_share=0.1)),
+    "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST | dict(absorb_share=0.3)),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),
     "random_gate": Arm("v_grad", "random"),

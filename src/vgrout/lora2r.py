@@ -200,7 +200,7 @@ class Lora2r:
         return torch.cat([self._keep[:, 0], self._learn[:, 0]], dim=1)
 
     def ordered(self, rows: int) -> Int[Tensor, " g"]:
-        """The numbers 0 … rows − 1, rows with the same masks next to each other; in their order where nothing is masked, or all is recorded."""
+        """The numbers 0 … rows − 1, rows with the same masks next to each other; in order where nothing is masked, or all recorded."""
         masks = self._by_row() if self._seen is None else None
         kind = torch.zeros(rows) if masks is None else masks.unique(dim=0, return_inverse=True)[1]
         return kind.argsort(stable=True)
