@@ -2,7 +2,8 @@
 
     frontier RUN … --against NONE2R …   the shrinkage null: hack and solve of plain GRPO, stopped at each of its snapshots or with its
                                         whole adapter scaled from 0 to 1; how far each RUN's deployed policy lies above it; leakage
-    forget RUN …                        the deployed policy as the quarantine's delta is scaled from 0 (ablated) to 1 (as trained)
+    forget RUN …                        the deployed policy as the quarantine's delta is scaled from 0 (ablated) to 1 (as trained),
+                                        and the quarantine alone
     relearn RUN …                       GRPO steps from each RUN's deployed policy, and from the base, until hacks reach one half
     heal RUN …                          likelihood steps on the pairs' clean sides into the deployed block: reported off and on
 
@@ -175,14 +176,14 @@ def forget(options: argparse.Namespace) -> None:
         run = reopen(path)
         run.load()
         with Grader(run.config.run.workers) as grader:
-            for scale in sorted({0.0, 1.0, *options.scales}):
-                with scaled(run.policy.adapter, scale, ("quarantine",)):
+            for deployed, scale in [(1.0, scale) for scale in sorted({0.0, 1.0, *options.scales})] + [(0.0, 1.0)]:
+                with scaled(run.policy.adapter, deployed, ("deployed",)), scaled(run.policy.adapter, scale, ("quarantine",)):
                     cell = run.cell(grader, "forget", False, options.draws or run.config.run.final_draws)
-                rows.append({"run": path.name, "arm": run.record.arm, "quarantine": scale, **rates(cell)})
+                rows.append({"run": path.name, "arm": run.record.arm, "deployed": deployed, "quarantine": scale, **rates(cell)})
     show(rows, options.out / "forget.csv")
     _, axis, save = figure(options.out / "forget.png", "scale of the quarantine's delta (0: deployed)", "rate, novel markers")
     for path, colour in zip(options.runs, plt.cm.tab10(np.linspace(0, 1, 10)).tolist() * len(options.runs)):
-        mine = [r for r in rows if r["run"] == path.name]
+        mine = [r for r in rows if r["run"] == path.name and r["deployed"]]
         for which, style in (("hack", "-"), ("solve", "--")):
             x, y = [r["quarantine"] for r in mine], [r[which] for r in mine]
             axis.plot(x, y, style, marker="o", markersize=3, color=colour, label=f"{path.name}: {which}")

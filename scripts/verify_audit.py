@@ -262,7 +262,7 @@ def check_after(routed: Path, plain: Path, tmp: str) -> None:
     refused("not none2r", after.main, ["frontier", str(plain), "--against", str(routed), *common])
     captured(after.main, ["forget", str(routed), *common, "--scales", "0.5"])
     captured(after.main, ["heal", str(routed), *common, "--steps", "1"])
-    assert pl.read_csv(out / "forget.csv")["quarantine"].to_list() == [0.0, 0.5, 1.0]
+    assert pl.read_csv(out / "forget.csv").select("deployed", "quarantine").rows() == [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)]
     assert pl.read_csv(out / "heal.csv")["heal"].to_list() == ["off", "on"]
     captured(after.main, ["relearn", str(routed), *common, "--steps", "1", "--no-base"])
     relearned = pl.read_csv(out / "relearn.csv").to_dicts()[0]
