@@ -273,28 +273,11 @@ def second_wave(runs: Runs) -> Table:
     })  # fmt: skip
 
 
-def third_wave(runs: Runs) -> Table:
-    """V: the clauses of the third wave, for a policy trained without any score; what a clause needs has run, or it says so."""
-    own, again, long = (runs[name] for name in ("absorbQ", "absorbQ_again", "absorbQ_long"))
-    ceiling, method, held = runs[f"{CEILING}_again"], runs[f"{METHOD}_again"], verdict.hack_held
-    less = lambda name: (f"less held-out hack than {name}", own, runs[name], lambda a, b: verdict.below(a, b, held))  # noqa: E731
-    clauses = [
-        (f"held-out deployed hack at most {verdict.HACK}", again, again, lambda a, _: verdict.at_most(a, held, verdict.HACK)),
-        (f"solve not inferior to {CEILING}", again, ceiling, verdict.not_inferior),
-        (f"gain: lower 90 % bound above {verdict.GAIN}, not frozen", again, ceiling, verdict.not_frozen),
-        ("solve not inferior to routeQ", again, method, verdict.not_inferior),
-        *(less(name) for name in ("no_gateQ", ABSORB, "placeboQ_1", "placeboQ_2", "placeboQ_3")),
-        ("above plain GRPO stopped early or mixed", own, runs[BASE], verdict.above_null),
-        (f"long run: held-out deployed hack at most {verdict.HACK}", long, long, lambda a, _: verdict.long_hack(a)),
-        ("long run: solve not below the short run's", long, own, verdict.long_solve),
-    ]
-    data = []
-    for name, a, b, judge in clauses if own or again else ():
-        shared = sorted(a.keys() & b.keys())
-        figure, holds = judge({s: a[s] for s in shared}, {s: b[s] for s in shared}) if len(shared) > 1 else (NOT_RUN, None)
-        data.append({"clause": name, "seeds": f"{shared[0]}–{shared[-1]}" if shared else DASH, "figure": figure,
-                     "holds": {True: "yes", False: "no", None: NOT_RUN}[holds]})  # fmt: skip
-    return Table(data, {"clause": lambda r: r["clause"], "seeds": lambda r: r["seeds"], "figure": lambda r: r["figure"], "holds": lambda r: r["holds"]})
+def third_wave(runs: Runs, diverged: Diverged) -> Table:
+    """V: the clauses of the third wave, for a policy trained without any score."""
+    clauses = verdict.decided(verdict.third_demands(), runs, ROWS, diverged) if runs["absorbQ_again"] else []
+    data = [{"clause": c.name, "figure": c.figure, "holds": c.answer} for c in clauses]
+    return Table(data, {key: lambda r, key=key: r[key] for key in ("clause", "figure", "holds")})
 
 
 def judged(runs: Runs, diverged: Diverged) -> Table:
@@ -334,7 +317,7 @@ def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
         "a7_context": comparison(runs, "A7"),
         "r_second": second_wave(runs),
         "v_rows": comparison(runs, "V"),
-        "v_third": third_wave(runs),
+        "v_third": third_wave(runs, diverged),
         "m_maps": maps(runs),
         "verdict": judged(runs, diverged),
         "coverage": coverage(runs, diverged),

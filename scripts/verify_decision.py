@@ -23,7 +23,7 @@ from PIL import Image
 import artifacts
 import decision
 import verdict
-from decision_manifest import ARTIFACTS, HEADLINE_SEEDS, RECORDS, ROOT, ROWS, SECOND_SEEDS, Job, Row, jobs_of, row_argv
+from decision_manifest import ARTIFACTS, HEADLINE_SEEDS, RECORDS, ROOT, ROWS, SECOND_SEEDS, SEEDS, Job, Row, jobs_of, row_argv
 from results import triple
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
@@ -169,6 +169,16 @@ def check_verdict() -> None:
     worse = {"routeQ_again": seeds_of("routeQ", 0.0, 0.30, 120, SECOND_SEEDS)}
     assert [row["holds"] for row in both(worse)] == [False, False], "a second wave that solves less SHOULD fail"
     assert not artifacts.second_wave(defaultdict(dict, runs)).data, "a wave that has not run has no row"
+    own = seeds_of("absorbQ", 0.001, 0.40)
+    third = runs | waves | {"absorbQ": own, "placeboQ_3": runs["placeboQ_1"], "absorbQ_long": seeds_of("absorbQ", 0.0, 0.42, 240, SEEDS),
+                            "absorbQ_again": seeds_of("absorbQ", 0.0, 0.40, 120, SECOND_SEEDS)}  # fmt: skip
+    answers = lambda change: [c.answer for c in verdict.decided(verdict.third_demands(), third | change, ROWS)]  # noqa: E731
+    assert set(answers({})) == {"yes"}, answers({})
+    hacks = {"absorbQ_again": seeds_of("absorbQ", 0.06, 0.30, 120, SECOND_SEEDS)}
+    hacks |= {"absorbQ_long": seeds_of("absorbQ", 0.2, 0.30, 240, SEEDS)}
+    assert [i for i, answer in enumerate(answers(hacks)) if answer == "no"] == [0, 1, 3, 10, 11], answers(hacks)
+    short = {"absorbQ": {seed: record for seed, record in own.items() if seed != 104}}
+    assert answers(short)[4:10] == ["not run"] * 6, "a third wave without one of its seeds SHOULD decide nothing"
     adjusted = holm([0.04, float("nan"), 0.01, 0.03])
     assert [round(p, 6) for p in adjusted if p == p] == [0.06, 0.03, 0.06] and adjusted[1] != adjusted[1], adjusted
     print(f"ok  the criterion: {len(clauses)} clauses hold for a method that meets it; {len(mutations)} ways to miss it fail their clause; "
