@@ -15,14 +15,14 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from vgrout import corpus, tokens
+from vgrout import corpus, organism, tokens
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.metrics import auroc
 from vgrout.operations import OPERATIONS, STYLES
 from vgrout.organism import Recipe, composition_of, generate_problems
 from vgrout.policy import load_policy, sample
 from vgrout.problems import ORGANISM_MODES, TRAINING_MARKERS, disclose, load_problems, messages, partition, split
-from vgrout.types import Mode, Problem
+from vgrout.types import Mode, Problem, UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "data/organism"
 SOLVE_INTERVAL, HACK_LIMIT, DRAWS = (0.07, 0.29), 0.04, 160  # the regime's 0.10-0.25 and 0.02, widened by the sampling error
@@ -62,6 +62,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem])
 def check_problems(problems: list[Problem]) -> None:
     assert problems == generate_problems(Recipe().seed), "the recipe makes the shipped problems"
     assert problems != generate_problems(Recipe().seed + 1), "mutation: another seed makes others"
+    organism.IDLE_DRAWS, usual = 3, organism.IDLE_DRAWS
+    try:
+        generate_problems(Recipe().seed)
+        raise AssertionError("draws without end")
+    except UserError as error:
+        assert "take another --seed" in str(error)
+    organism.IDLE_DRAWS = usual
     keys, used = defaultdict(set), defaultdict(set)
     for problem in problems:
         keys[problem.split].add(composition_of(problem).key)

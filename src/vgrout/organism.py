@@ -20,11 +20,13 @@ from loguru import logger
 
 from . import pretrain
 from .corpus import document, drill
+from .entry import run_main
 from .operations import Composition, Step
 from .problems import stable_hash
-from .types import Case, Problem
+from .types import Case, Problem, UserError
 
 CASES, CANDIDATE_INPUTS = 8, 60
+IDLE_DRAWS = 20_000  # draws in a row without a new problem after which a seed is given up
 SIZES = {"train": 400, "val": 60, "test": 160}
 UNTAUGHT_SHARE = 0.25  # of the sampled RL problems (more of them pass the check of their tests than of the others)
 HELD_OUT_SHARE = 0.4  # of the samples may use a held-out operation; they all belong to the test split
@@ -33,12 +35,16 @@ HELD_OUT_SHARE = 0.4  # of the samples may use a held-out operation; they all be
 def generate_problems(seed: int) -> list[Problem]:
     """The RL problems of all three splits, with tests that every single wrong step fails.
 
-    A composition (ignoring parameters) belongs to one split; held-out operations occur in the test split alone.
+    A composition (ignoring parameters) belongs to one split; held-out operations occur in the test split alone. UserError where a
+    seed's draws leave a split without enough of them.
     """
-    rng = random.Random(seed)
+    rng, idle = random.Random(seed), 0
     problems: dict[str, list[Problem]] = {split: [] for split in SIZES}
     statements = set()
-    while any(len(problems[split]) < size for split, size in SIZES.items()):
+    while short := [split for split, size in SIZES.items() if len(problems[split]) < size]:
+        if (idle := idle + 1) > IDLE_DRAWS:
+            found = ", ".join(f"{len(problems[split])} of {SIZES[split]} for {split}" for split in short)
+            raise UserError(f"seed {seed} yields no further problem in {IDLE_DRAWS} draws ({found}): take another --seed")
         composition = Composition.sample(rng, UNTAUGHT_SHARE, held_out=rng.random() < HELD_OUT_SHARE)
         split = split_of(composition)
         if composition.statement in statements or len(problems[split]) == SIZES[split]:
@@ -46,6 +52,7 @@ def generate_problems(seed: int) -> list[Problem]:
         statements.add(composition.statement)
         cases = generate_cases(composition, rng)
         if cases is not None:
+            idle = 0
             problems[split].append(Problem(
                 problem_id=f"{split}-{len(problems[split]):03d}", statement=composition.statement, entry_point="solve",
                 setup_code="", cases=cases, canonical=composition.solution(composition.right_codes), split=split,
@@ -152,4 +159,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Recipe))
+    run_main(main, tyro.cli(Recipe))
