@@ -109,10 +109,14 @@ def check_labels(tmp: str, plain: Path) -> None:
 def check_labels_of_every_arm(tmp: str) -> None:
     """Every arm that calls itself oracle-free is one, with every option that touches rollouts; every oracle is found out."""
     options = {"routeV": ["--granularity", "token"], "routeL": ["--retained-advantages", "--gen-deploy-frac", "0.5", "--signed"]}
-    variants = [(arm, flags) for arm in ARMS if not ARMS[arm].monitor for flags in ([], options.get(arm))[: 1 + (arm in options)]]
+    brief = {arm: ["--quarantine-first", "1"] for arm in ARMS if "quarantine_first" in ARMS[arm].options}  # their gate decides from step 1
+    cases = {arm: [brief.get(arm, []), *([options[arm]] if arm in options else [])] for arm in ARMS if not ARMS[arm].monitor}
+    variants = [(arm, flags) for arm in cases for flags in cases[arm]]
     free, oracles = [], []
     for i, (arm, flags) in enumerate(variants):
         plain = run(f"{tmp}/{i}_plain", *flags, arm=arm)
+        steps, first = len(load_metrics(plain)), int((flags if arm in brief else [0])[-1])
+        assert steps >= first + 2, f"{arm}: {steps} steps, of which {first} are the first phase's: the gate decides too few"
         with patched("compose", scrambled(i)):
             same = same_adapter(plain, run(f"{tmp}/{i}_scrambled", *flags, arm=arm))
         assert same != ARMS[arm].oracle, f"{arm} {' '.join(flags)}: labels {'do not change' if same else 'change'} the parameters"
