@@ -115,7 +115,7 @@ def check_commands() -> None:
                 config = parse([preset, *given])[1]
                 stored = json.loads(json.dumps(dataclasses.asdict(config)))
                 assert config_of(stored) == config, preset
-                assert stored["score"].pop("score_dtype") == "auto" and config_of(stored).score.score_dtype == "float32", "an older record"
+                assert stored["model"].pop("score_dtype") == "auto" and config_of(stored).model.score_dtype == "float32", "an older record"
                 assert parse(argv_of(preset, config))[1] == config, argv_of(preset, config)
     config = parse(["smoke", *flags])[1]
     assert config != Config() and len(argv_of("smoke", config)) > 20 and argv_of("smoke", PRESETS["smoke"]) == ["smoke"]

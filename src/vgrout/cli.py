@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from vgrout import pairs, problems
-from vgrout.config import ARMS, PRESETS, Arm, Config, defaults
+from vgrout.config import ADDED, ARMS, PRESETS, Arm, Config, defaults
 from vgrout.entry import run_main
 from vgrout.judge import Endpoint, check_endpoint
 from vgrout.labelled import LEAST, Labelled, load_labelled
@@ -77,8 +77,7 @@ def _ranges(config: Config) -> Iterator[str]:
     model, data, grpo, score, route, monitor, run = (getattr(config, f.name) for f in fields(config))
     shares = {
         "--unhackable-frac": data.unhackable_frac, "--gen-deploy-frac": route.gen_deploy_frac,
-        "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr,
-        "--absorb-share": route.absorb_share,
+        "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr, "--absorb-share": route.absorb_share,
     }  # fmt: skip
     counts = {
         "--steps": grpo.steps, "--num-prompts": grpo.num_prompts, "--max-completion-length": grpo.max_completion_length,
@@ -124,9 +123,8 @@ def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}"
     if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ()) and not arm.oracle:
         yield f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}"
-    if route.absorb_share and (arm.score, arm.zone, arm.deployed) != ("pinned", Zone.RETAIN, "ablated"):
-        suited = [n for n, a in ARMS.items() if (a.score, a.zone, a.deployed) == ("pinned", Zone.RETAIN, "ablated")]
-        yield f"--absorb-share needs one of the arms {', '.join(suited)}, not {run.intervention}"
+    if route.absorb_share and (arm.score, arm.zone) != ("pinned", Zone.RETAIN):
+        yield f"--absorb-share needs an arm that RETAINs every row, such as absorbQ, not {run.intervention}"
     if score.granularity == "token" and arm.score != "v_grad":
         yield f"--granularity token needs a v_grad arm, not {run.intervention}"
     if score.granularity == "token" and (route.retained_advantages or arm.action != "route"):
@@ -267,10 +265,6 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
 
 
 # ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────
-
-
-# options younger than some records, with what was done before there was a choice
-ADDED = {"score": {"score_dtype": "float32"}, "route": {"absorb_share": 0.0}}
 
 
 def config_of(stored: dict[str, Any]) -> Config:

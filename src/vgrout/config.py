@@ -14,6 +14,7 @@ class ModelConfig:
     model: str = "data/organism/base"  # folder or hub id of a causal LM with a chat template
     init_from: str = ""  # run directory whose deployed policy the run starts from; "" = the base model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen base; the adapter trains in fp32
+    score_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products in v_grad and llr; auto: bfloat16 if the device has it
     device: str = "auto"  # auto | cpu | cuda; auto takes a GPU where there is one
     lora_rank: int = 8  # r, for each of the two blocks
     lora_init_seed: int = 0  # of the frozen A0 and B0
@@ -69,7 +70,6 @@ class ScoreConfig:
     llr_steps: int = 4  # optimiser steps of each likelihood fit
     llr_learning_rate: float = 1e-3
     llr_form: Literal["ratio", "one_sided", "first_order"] = "ratio"  # of the two nudges' likelihoods, see docs/method.md
-    score_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products in v_grad and llr; auto: bfloat16 if the device has it
     confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
     placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
     framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control
@@ -137,6 +137,10 @@ class Config:
     route: RouteConfig = field(default_factory=RouteConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+# options younger than some records, by section, with what was done before there was a choice
+ADDED = {"model": {"score_dtype": "float32"}, "route": {"absorb_share": 0.0}}
 
 
 @dataclass(frozen=True)

@@ -204,10 +204,10 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
 
 def settled(policy: Policy, config: Config) -> Config:
     """The configuration with what `auto` means on this machine, so that a record says what ran."""
-    if config.score.score_dtype != "auto":
+    if config.model.score_dtype != "auto":
         return config
     half = config.model.dtype == "bfloat16" or policy.multiplies_bfloat16
-    return replace(config, score=replace(config.score, score_dtype="bfloat16" if half else "float32"))
+    return replace(config, model=replace(config.model, score_dtype="bfloat16" if half else "float32"))
 
 
 def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Gate, str]:
@@ -221,7 +221,7 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
         return Gate(Judge(endpoint(config)) if arm.monitor == "judge" else probed(), signed=r.signed, cut="flag"), ""
     probe = dict(
         max_completion_length=cfg.max_completion_length, temperature=cfg.temperature, token_budget=cfg.token_budget,
-        state=s.probe_state, positions=s.probe_positions, dtype=getattr(torch, settled(policy, config).score.score_dtype),
+        state=s.probe_state, positions=s.probe_positions, dtype=getattr(torch, settled(policy, config).model.score_dtype),
     )
     seed = r.placebo_seed if r.routeV_random_v_seed is None else r.routeV_random_v_seed
     found = [] if arm.oracle else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
