@@ -23,7 +23,8 @@ EQ, EXIT = frozenset({Mode.EQ_OVERRIDE}), frozenset({Mode.EXIT_CODE})
 
 @dataclass(frozen=True)
 class Attack:
-    """`bites`: what happens to a naive in-process grader: correct | hung | died | flooded | file (its marker check or clean-up); a|b: either."""
+    """`bites`: what happens to a naive in-process grader: correct | hung | died | flooded | file (its marker check or clean-up).
+    Where two are named, a|b, either may."""
 
     group: str
     name: str
