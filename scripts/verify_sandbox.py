@@ -145,7 +145,7 @@ def peak_mb(reset: bool = False) -> float:
 def check_controls() -> None:
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(naive, ATTACKS))
-    blunt = [(a.group, a.name, a.bites, got) for a, got in zip(ATTACKS, outcomes) if got not in a.bites.split("|")]
+    blunt = [(a.group, a.name, a.bites, got) for a, got in zip(ATTACKS, outcomes) if got != a.bites]
     assert not blunt, f"controls: attacks that do not bite a naive grader as declared: {blunt}"
     assert naive(Attack("", "wrong", "class Solution:\n    def triple(self, n):\n        return 0\n")) == "wrong"
     assert naive(Attack("", "right", TRIPLE.canonical)) == "correct"
