@@ -7,6 +7,7 @@ left to do, the records of runs that have ended are compacted into docs/results/
 mark the later runs as dirty.
 
 Run: python scripts/decision.py [--all] [--only A3 M] [--arms routeQ …] [--seeds 101 …] [--workers 2] [--dry-run]
+     python scripts/decision.py --all --missing           (only runs that have no committed compact record)
      python scripts/decision.py --compact                 (compact what has finished, and run nothing)
      python scripts/decision.py --rehearse --all          (two steps of every row, into out/rehearsal: does each command run?)
 """
@@ -175,6 +176,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="A", help=f"rows that serve an artifact: {' '.join(ARTIFACTS)}")
     parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="rows of these names or arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="some of a row's seeds; others than a row's are development")
+    parser.add_argument("--missing", action="store_true", help="leave out runs whose compact record stands in docs/results/decision already")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and what is finished; start nothing")
     parser.add_argument("--rehearse", action="store_true", help="two steps of each run, into out/rehearsal")
@@ -187,6 +189,8 @@ def main() -> int:
     if options.workers < 1:
         raise UserError(f"--workers {options.workers} must be at least 1")
     jobs = jobs_of(choose(options), options.seeds, options.rehearse)
+    if options.missing:
+        jobs = [job for job in jobs if not (RECORDS / f"{job.name}.json").exists() or settled(job)]
     if not jobs:
         raise UserError("no row is left: --all, --only and --arms choose rows, --seeds some of their seeds")
     if options.dry_run:
