@@ -108,6 +108,22 @@ routeV *ARGS:
 routeQ *ARGS:
     python -m vgrout.train organism --intervention routeQ "$@"
 
+# H: a deployed block that trains beside a quarantine which has learned the hack learns to resist it, whichever rows they share.
+absorbQ *ARGS:
+    python -m vgrout.train organism --intervention absorbQ "$@"
+
+# H: beside a random quarantine of the same norm it learns no resistance, and hacks.
+placebo_absorbQ *ARGS:
+    python -m vgrout.train organism --intervention placebo_absorbQ "$@"
+
+# H: dropping what routeQ routes does as well where the score misses little; routing must show what it adds.
+filterQ *ARGS:
+    python -m vgrout.train organism --intervention filterQ "$@"
+
+# H: penalising it (advantage modification) is weaker: a flagged row still trains the deployed block.
+advmodQ *ARGS:
+    python -m vgrout.train organism --intervention advmodQ "$@"
+
 # H: with a random delta in the quarantine's place, at the same share, the hack comes back.
 placeboQ *ARGS:
     python -m vgrout.train organism --intervention placeboQ "$@"

@@ -317,6 +317,7 @@ def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
         "a7_context": comparison(runs, "A7"),
         "r_second": second_wave(runs),
         "v_rows": comparison(runs, "V"),
+        "w_rows": comparison(runs, "W"),
         "v_third": third_wave(runs, diverged),
         "m_maps": maps(runs),
         "verdict": judged(runs, diverged),

@@ -33,6 +33,7 @@ ARTIFACTS = {
     "A7": "context: pairs, demonstrations, rank, learning rate, initialisation, refresh",
     "R": "the second wave: solve against the ceiling on ten more seeds",
     "V": "the third wave: no score, a share of rows by chance in ABSORB, once the quarantine has learned to hack",
+    "W": "the fourth wave: what a score does by other means, and a random quarantine in the place of the learned one",
     "M": "maps with true labels, on development seeds: what protects, what solves, and what imperfect labels cost",
 }
 
@@ -172,6 +173,11 @@ ROWS = [
     Row("absorbQ_no_phase", "absorbQ", "again", "V", "--quarantine-first 0", "absorbQ", "no first phase"),
     Row("absorbQ_demos_known", "absorbQ", "again", "V", DEMOS_KNOWN, "absorbQ", "demonstrations of two modes alone"),
     Row("absorbQ_long", "absorbQ", "again", "V", LONG, "absorbQ", "240 steps"),
+    # the fourth wave
+    Row("placebo_absorbQ", "placebo_absorbQ", "again", "W", of="absorbQ", changes="a random quarantine of the same norm", on=HEADLINE_SEEDS),
+    Row("filterQ", "filterQ", "again", "W", of=METHOD, changes="flagged rows are dropped"),
+    Row("advmodQ", "advmodQ", "again", "W", of=METHOD, changes="flagged rows are penalised"),
+    Row("advmodQ_strong", "advmodQ", "again", "W", "--penalty-alpha 4", METHOD, "flagged rows are penalised, α = 4"),
     # context: the pairs, of a row that reads them
     *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
     context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),

@@ -169,6 +169,28 @@ def check_optimizer_isolation() -> None:
     print("ok  a masked block does not move through momentum and decay; with zero gradients instead of a skipped step it does")
 
 
+def check_put() -> None:
+    """A block that is given other values goes on as one that never trained; moments that stay would push it on."""
+    ended = {}
+    for name, trained, put in (("fresh", 0, True), ("put", 3, True), ("kept moments", 3, False)):
+        policy, batch = tiny_policy(), random_batch()
+        optimizer = BlockOptimizer(policy.adapter, 1e-2, 0.0, 1.0)
+        for step in range(trained + 1):
+            params = policy.adapter.parameters("quarantine")
+            if step == trained:
+                values = [torch.full_like(p, 1e-3) for p in params]
+                if put:
+                    optimizer.put("quarantine", values)
+                else:  # mutation
+                    [p.data.copy_(v) for p, v in zip(params, values)]
+            with policy.adapter.route(torch.full((6,), int(Zone.ROUTE))):
+                scored_loss(logps(policy, batch, 1.0), batch.completion_mask, batch.advantages, 8).sum().backward()
+            optimizer.step(dict.fromkeys(BLOCKS, True) | {"deployed": False})
+        ended[name] = torch.cat([p.detach().flatten() for p in policy.adapter.parameters("quarantine")])
+    assert torch.equal(ended["put"], ended["fresh"]) and not torch.equal(ended["kept moments"], ended["fresh"])
+    print("ok  a block that is given other values goes on without the moments of the old ones; kept moments would show")
+
+
 def check_mixed_batch_and_probe() -> None:
     policy, batch = tiny_policy(), random_batch()
     perturb(policy)
@@ -326,7 +348,7 @@ def check_bf16() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_zero_delta, check_definition, check_merged_product, check_zone_table, check_optimizer_isolation,
+    for check in (check_zero_delta, check_definition, check_merged_product, check_zone_table, check_optimizer_isolation, check_put,
                   check_mixed_batch_and_probe, check_shared_prompts, check_probe_meaning, check_ablation_and_sampler,
                   check_merged_equals_hooked, check_bf16):  # fmt: skip
         check()

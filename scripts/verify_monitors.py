@@ -36,7 +36,7 @@ from verify_budget import ROOT, defined, key_differences
 from verify_scores import origin_of, styled_batch
 from verify_train import patched, run
 from vgrout import grpo, judge, monitors, runlog, train
-from vgrout.actions import deduct
+from vgrout.actions import Options, deduct
 from vgrout.cli import parse
 from vgrout.config import ARMS
 from vgrout.corpus import attempt, exploit, random_extra
@@ -235,16 +235,16 @@ def check_flags() -> None:
     shared_scored = monitors.Scored(flags)
     out = Gate(Fixed(Endpoint("", "")), cut="flag")(tiny_policy(), batch, origin_of(batch))
     assert out.zones.tolist() == [2, 0, 0, 2, 0, 1, 0, 0] and torch.equal(out.scores.isnan(), flags.isnan())
-    left, origin, acted = deduct(batch, origin_of(batch), out, penalty=3.0)
+    left, origin, acted = deduct(batch, origin_of(batch), out, Options(penalty=3.0))
     want = grpo.advantages(torch.tensor([0.5, 3.5, 0.5, 0.5, 3.5, 3.5]), group[:6])  # the third group stays equal, and leaves
     assert torch.allclose(left.advantages, want) and len(origin.student) == len(acted.zones) == 6 and (acted.zones == Zone.ABSORB).all()
     assert left.advantages[0] < 0 < left.advantages[5], "the hack is not below, or the row that was not judged not above, the baseline"
-    none, _, _ = deduct(batch, origin_of(batch), out, penalty=0.0)
+    none, _, _ = deduct(batch, origin_of(batch), out, Options(penalty=0.0))
     assert len(none.advantages) == 3 and none.advantages[0] > 0, "the mutation, no penalty, pays the hack"
-    alone, _, _ = deduct(batch, origin_of(batch), GateOutput(out.zones, torch.ones(8), 0.25, 0.5), penalty=1e-9)
+    alone, _, _ = deduct(batch, origin_of(batch), GateOutput(out.zones, torch.ones(8), 0.25, 0.5), Options(penalty=1e-9))
     assert len(alone.advantages) == 3
     equal = replace(batch, rewards=torch.ones(8))
-    assert deduct(equal, origin_of(batch), replace(out, scores=torch.zeros(8)))[0].advantages.tolist() == [0.0]
+    assert deduct(equal, origin_of(batch), replace(out, scores=torch.zeros(8)), Options())[0].advantages.tolist() == [0.0]
     print("ok  a flagged row falls below its group, in groups of equal reward too; NaN is no flag; without a penalty the hack is paid")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from tiny import EOS, PAD, perturb, random_batch, tiny_policy
 from vgrout import grpo
-from vgrout.actions import drop, group_z, penalise, route
+from vgrout.actions import Options, drop, group_z, penalise, route
 from vgrout.config import ARMS
 from vgrout.controls import Confound, Oracle, RandomScore
 from vgrout.direction import activations, probe_gradients
@@ -222,20 +222,22 @@ def check_actions() -> None:
     zones = torch.tensor([2, 0, 0, 2, 0, 0])
     out = GateOutput(zones, torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]), 0.0, 1.0)
     origin = origin_of(batch)
-    same, _, routed = route(batch, origin, out)
+    same, _, routed = route(batch, origin, out, Options())
     assert torch.equal(same.advantages, batch.advantages) and torch.equal(routed.zones, zones)
-    again, _, _ = route(batch, origin, out, retained_advantages=True)
+    again, _, _ = route(batch, origin, out, Options(retained_advantages=True))
     assert torch.allclose(again.advantages, grpo.retained_advantages(rewards, group, zones))
-    left, who, dropped = drop(batch, origin, out)
+    left, who, dropped = drop(batch, origin, out, Options())
     assert len(left.advantages) == len(who.student) == len(dropped.zones) == 4 and (dropped.zones == Zone.ABSORB).all()
     assert torch.allclose(left.advantages, torch.tensor([0.0, 0.0, -1.5, 1.5]))
-    fined, _, absorbed = penalise(batch, origin, out, alpha=2.0)
+    alone = Options(zone=Zone.RETAIN)  # where one block is deployed, the others learn nothing from what is left
+    assert all((act(batch, origin, out, alone)[2].zones == Zone.RETAIN).all() for act in (drop, penalise))
+    fined, _, absorbed = penalise(batch, origin, out, Options(alpha=2.0))
     z = group_z(out.scores, group)
     want = grpo.advantages(rewards * (1 - 2 * torch.sigmoid(z) * (z > 0)), group)
     assert torch.allclose(fined.advantages, want) and fined.advantages[0] < batch.advantages[0] and (absorbed.zones == Zone.ABSORB).all()
-    unfined, _, _ = penalise(batch, origin, out, alpha=0.0)
+    unfined, _, _ = penalise(batch, origin, out, Options(alpha=0.0))
     assert torch.allclose(unfined.advantages, batch.advantages) and not torch.allclose(want, batch.advantages)
-    everything, _, _ = drop(batch, origin, replace(out, zones=torch.full((6,), 2)))
+    everything, _, _ = drop(batch, origin, replace(out, zones=torch.full((6,), 2)), Options())
     assert len(everything.advantages) == 1 and everything.advantages[0] == 0
     print("ok  route keeps, filter drops and re-centres, penalise lowers what it flags; α = 0 penalises nothing")
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from tiny import read_models_once
 from vgrout import train
@@ -138,6 +139,24 @@ def check_quarantine_first(tmp: str) -> None:
     print("ok  --quarantine-first: every row is sampled as trained and ROUTEd in these steps, and in no others")
 
 
+def check_random_quarantine(tmp: str) -> None:
+    """After the first phase the placebo's quarantine has the norms that were learned, and nothing else of it: no direction, no moments."""
+    flags, found = ["--quarantine-first", "2", "--snapshot-every", "1", "--save-every", "1"], {}
+    with unevaluated():
+        for arm in ("absorbQ", "placebo_absorbQ"):
+            folder = run(f"{tmp}/{arm}", *flags, arm=arm)
+            found[arm] = [load_file(path) for _, path in sorted(load_snapshots(folder).items())]
+    real, placebo = (snapshots[2] for snapshots in found.values())
+    trained = {k for k in real if k.endswith(("dA", "dB")) and real[k].any()}
+    assert all(torch.equal(found["absorbQ"][1][k], found["placebo_absorbQ"][1][k]) for k in real), "the first phases differ"
+    assert trained and all(".quarantine." in k for k in trained), "the first phase trained another block"
+    alike = lambda a, b: torch.cosine_similarity(flat(a), flat(b), dim=0)  # noqa: E731
+    flat = lambda tensors: torch.cat([tensors[k].flatten() for k in sorted(trained)])  # noqa: E731
+    assert all(torch.allclose(real[k].norm(), placebo[k].norm()) for k in trained) and abs(alike(real, placebo)) < 0.1
+    assert alike(real, real) > 0.99, "a quarantine that was kept would go unnoticed"
+    print("ok  placebo_absorbQ: the learned quarantine gives way to a random one of its norms; the deployed block is the same")
+
+
 def check_evaluation(tmp: str, plain: Path, more: Path) -> None:
     """`more` is `plain` with evaluations and checkpoints during training."""
     record = load_record(plain)
@@ -240,5 +259,6 @@ if __name__ == "__main__":
         plain, whole = run(f"{tmp}/plain"), run(f"{tmp}/whole", *OFTEN)
         check_labels(tmp, plain)
         check_quarantine_first(tmp)
+        check_random_quarantine(tmp)
         check_evaluation(tmp, plain, whole)
         check_resume(tmp, whole)

@@ -155,7 +155,13 @@ class Arm:
     loophole_pays: bool = True
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
     options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
+    random_quarantine: bool = False  # after the first phase the quarantine is replaced by a random one of its norm
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
+
+    @property
+    def trains(self) -> Zone:
+        """The zone of rows that an action other than `route` leaves to train: what is deployed learns from them."""
+        return Zone.ABSORB if self.deployed == "as_trained" else Zone.RETAIN
 
     @property
     def monitor(self) -> str:
@@ -168,6 +174,7 @@ class Arm:
 
 
 QUARANTINE_FIRST = dict(quarantine_first=20, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
+ABSORB_SHARE = QUARANTINE_FIRST | dict(absorb_share=0.3)
 
 ARMS = {
     "none": Arm("pinned", zone=Zone.RETAIN),
@@ -185,7 +192,10 @@ ARMS = {
     "placeboQ": Arm("quarantine_ratio", "haar", options=QUARANTINE_FIRST),
     "random_gateQ": Arm("quarantine_ratio", "random", options=QUARANTINE_FIRST),
     "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
-    "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST | dict(absorb_share=0.3)),
+    "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE),
+    "placebo_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, random_quarantine=True),
+    "filterQ": Arm("quarantine_ratio", action="filter", options=QUARANTINE_FIRST),
+    "advmodQ": Arm("quarantine_ratio", action="penalise", options=QUARANTINE_FIRST),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),
     "random_gate": Arm("v_grad", "random"),

@@ -55,6 +55,7 @@ def likelihood_deltas(
         return [p.detach() - b for p, b in zip(params, before)]
 
 
+@torch.no_grad()
 def random_deltas(deltas: list[Float[Tensor, "..."]], seed: int) -> list[Float[Tensor, "..."]]:
     """Gaussian deltas with the norm of each given tensor."""
     generator = torch.Generator().manual_seed(seed)

@@ -33,6 +33,12 @@ class BlockOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norms
 
+    def put(self, block: str, values: list[Tensor]) -> None:
+        """Other values for a block's parameters, as if it had never been trained: its moments and step count go."""
+        for p, value in zip(self.adapter.parameters(block), values, strict=True):
+            p.data.copy_(value)
+            self.adamw.state.pop(p, None)
+
     def state_dict(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts as `<parameter index>.<name>`; a block that never trained has none."""
         return {f"{i}.{k}": v for i, s in self.adamw.state_dict()["state"].items() for k, v in s.items()}

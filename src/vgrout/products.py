@@ -1,5 +1,8 @@
 """The products of an adapted Linear, with gradients that know masks and the probe c: autograd functions alone, no state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,30 +40,46 @@ class Merged(torch.autograd.Function):
     """y = x (W + U D + constant)ᵀ + b: the same as W x + b + U D x for rows that share their masks, in one product; in fp32 alone, where
     W does not round U D away. The gradients of U and D go through the rank, as those of the two products do. `constant` [o, i] or None
     is the delta of a block that is kept but does not learn: no gradient goes through it, to x neither. Probe as in `MaskedUp`.
-    The factors of every product are rounded to `dtype`; the sum W + U D, what comes out and what is around stay in fp32.
+    The two products with a whole weight, x Wᵀ and its gradient to x, are computed as `dtype` says; the thin ones are always in fp32.
     """
 
     @staticmethod
     def forward(ctx, x, W, constant, b, D, U, c, where, dtype):
         weight = torch.addmm(W, U, D)
-        x, kept = x.to(dtype), (weight if constant is None else weight + constant).to(dtype)
-        ctx.save_for_backward(x, kept if constant is None else weight.to(dtype), D, U, c, where)
-        return F.linear(x, kept, None if b is None else b.to(dtype)).float()
+        ctx.save_for_backward(x, weight, D, U, c, where)
+        ctx.dtype = dtype
+        with factors_rounded(dtype):
+            return F.linear(x, weight if constant is None else weight + constant, b)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, D, U, c, where = ctx.saved_tensors
-        need, grad, D, U = ctx.needs_input_grad, grad.to(x.dtype), D.to(x.dtype), U.to(x.dtype)
+        need = ctx.needs_input_grad
         grad_x = grad_D = grad_U = grad_c = None
         if need[0]:
-            grad_x = (grad @ weight).float()
+            with factors_rounded(ctx.dtype):
+                grad_x = grad @ weight
         if need[4] or need[5]:
             flat, out = x.flatten(0, -2), grad.flatten(0, -2)
-            grad_D, grad_U = ((out @ U).T @ flat).float(), (out.T @ (flat @ D.T)).float()
+            grad_D, grad_U = (out @ U).T @ flat, out.T @ (flat @ D.T)
         if need[6]:
             r = c.shape[-1]
             grad_c = probe_gradient((grad @ U[:, :r]) * F.linear(x, D[:r] + D[r : 2 * r]), c, where)
         return grad_x, None, None, None, grad_D, grad_U, grad_c, None, None
+
+
+@contextmanager
+def factors_rounded(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products whose factors the device rounds to bf16 if `dtype` is bfloat16, sums and results in fp32; exact for float32.
+
+    The precision is torch's own switch (torch.set_float32_matmul_precision), which a device without such products ignores.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def probe_gradient(

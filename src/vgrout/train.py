@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from vgrout import grpo, pairs, problems, runlog, tokens
-from vgrout.actions import ACTIONS
+from vgrout.actions import ACTIONS, Options
 from vgrout.advice import advice
 from vgrout.controls import build_control, build_score
 from vgrout.diagnose import gradient_norms
@@ -36,7 +36,7 @@ from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zon
 from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
-from vgrout.likelihood import likelihood_steps
+from vgrout.likelihood import likelihood_steps, random_deltas
 from vgrout.lora2r import BLOCKS
 from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
@@ -60,6 +60,7 @@ def main(preset: str, config: Config) -> None:
         gate, pair_hash = make_gate(arm, policy, config)
         d = config.data
         teacher = TeacherPool(d.teacher_pool, d.teacher_modes, d.teacher_per_group, d.teacher_until) if d.teacher_pool else None
+        options = Options(config.route.retained_advantages, config.route.penalty_alpha, config.monitor.penalty, arm.trains)
         optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
         schedule = get_scheduler(cfg.lr_schedule, optimizer.adamw, cfg.warmup_steps, cfg.steps)
         sizes = dict(num_prompts=cfg.num_prompts, num_generations=cfg.num_generations, token_budget=cfg.token_budget)
@@ -76,6 +77,8 @@ def main(preset: str, config: Config) -> None:
             for step in range(start, cfg.steps):
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
+                if arm.random_quarantine and step == config.route.quarantine_first:
+                    optimizer.put("quarantine", random_deltas(policy.adapter.parameters("quarantine"), config.route.placebo_seed))
                 if snapshot := bool(config.run.snapshot_every) and step % config.run.snapshot_every == 0:
                     run.snapshot(step, *adapter_file(policy))
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
@@ -96,8 +99,7 @@ def main(preset: str, config: Config) -> None:
                     out = (PinnedGate(Zone.ROUTE) if quarantine_first else gate)(policy, batch, origin)
                 updated = time.perf_counter()
                 if batch:
-                    acted = ACTIONS[arm.action](batch, origin, out, retained_advantages=config.route.retained_advantages,
-                                                alpha=config.route.penalty_alpha, penalty=config.monitor.penalty)  # fmt: skip
+                    acted = ACTIONS["route" if quarantine_first else arm.action](batch, origin, out, options)
                     if snapshot:
                         row |= gradient_norms(policy, *acted, kept, cfg, config.route.retain_forward)
                     row |= update(policy, *acted, optimizer, config)
