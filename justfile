@@ -116,6 +116,10 @@ absorbQ *ARGS:
 placebo_absorbQ *ARGS:
     python -m vgrout.train organism --intervention placebo_absorbQ "$@"
 
+# H: pushed away from the hack by the quarantine, the deployed block has nothing to resist, and hacks.
+inverted_absorbQ *ARGS:
+    python -m vgrout.train organism --intervention inverted_absorbQ "$@"
+
 # H: dropping what routeQ routes does as well where the score misses little; routing must show what it adds.
 filterQ *ARGS:
     python -m vgrout.train organism --intervention filterQ "$@"

@@ -176,7 +176,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="A", help=f"rows that serve an artifact: {' '.join(ARTIFACTS)}")
     parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="rows of these names or arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="some of a row's seeds; others than a row's are development")
-    parser.add_argument("--missing", action="store_true", help="leave out runs whose compact record stands in docs/results/decision already")
+    parser.add_argument("--missing", action="store_true", help="leave out runs whose compact record is committed already")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (default 2)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and what is finished; start nothing")
     parser.add_argument("--rehearse", action="store_true", help="two steps of each run, into out/rehearsal")

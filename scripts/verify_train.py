@@ -140,21 +140,22 @@ def check_quarantine_first(tmp: str) -> None:
 
 
 def check_random_quarantine(tmp: str) -> None:
-    """After the first phase the placebo's quarantine has the norms that were learned, and nothing else of it: no direction, no moments."""
+    """After the first phase the placebo's quarantine has the learned norms and another direction; the inverted one the opposite."""
     flags, found = ["--quarantine-first", "2", "--snapshot-every", "1", "--save-every", "1"], {}
     with unevaluated():
-        for arm in ("absorbQ", "placebo_absorbQ"):
+        for arm in ("absorbQ", "placebo_absorbQ", "inverted_absorbQ"):
             folder = run(f"{tmp}/{arm}", *flags, arm=arm)
             found[arm] = [load_file(path) for _, path in sorted(load_snapshots(folder).items())]
-    real, placebo = (snapshots[2] for snapshots in found.values())
+    real, placebo, inverted = (snapshots[2] for snapshots in found.values())
     trained = {k for k in real if k.endswith(("dA", "dB")) and real[k].any()}
     assert all(torch.equal(found["absorbQ"][1][k], found["placebo_absorbQ"][1][k]) for k in real), "the first phases differ"
     assert trained and all(".quarantine." in k for k in trained), "the first phase trained another block"
     alike = lambda a, b: torch.cosine_similarity(flat(a), flat(b), dim=0)  # noqa: E731
     flat = lambda tensors: torch.cat([tensors[k].flatten() for k in sorted(trained)])  # noqa: E731
     assert all(torch.allclose(real[k].norm(), placebo[k].norm()) for k in trained) and abs(alike(real, placebo)) < 0.1
+    assert all(torch.equal(real[k], -inverted[k]) for k in trained)
     assert alike(real, real) > 0.99, "a quarantine that was kept would go unnoticed"
-    print("ok  placebo_absorbQ: the learned quarantine gives way to a random one of its norms; the deployed block is the same")
+    print("ok  placebo_absorbQ, inverted_absorbQ: a random quarantine of the learned norms, or its negative, after the same first phase")
 
 
 def check_evaluation(tmp: str, plain: Path, more: Path) -> None:

@@ -30,13 +30,13 @@ from transformers import get_scheduler
 from vgrout import grpo, pairs, problems, runlog, tokens
 from vgrout.actions import ACTIONS, Options
 from vgrout.advice import advice
-from vgrout.controls import build_control, build_score
+from vgrout.controls import build_control, build_score, instead
 from vgrout.diagnose import gradient_norms
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
 from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
-from vgrout.likelihood import likelihood_steps, random_deltas
+from vgrout.likelihood import likelihood_steps
 from vgrout.lora2r import BLOCKS
 from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
@@ -77,8 +77,8 @@ def main(preset: str, config: Config) -> None:
             for step in range(start, cfg.steps):
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
-                if arm.random_quarantine and step == config.route.quarantine_first:
-                    optimizer.put("quarantine", random_deltas(policy.adapter.parameters("quarantine"), config.route.placebo_seed))
+                if arm.quarantine != "learned" and step == config.route.quarantine_first:
+                    optimizer.put("quarantine", instead(arm.quarantine, policy.adapter.parameters("quarantine"), config.route.placebo_seed))
                 if snapshot := bool(config.run.snapshot_every) and step % config.run.snapshot_every == 0:
                     run.snapshot(step, *adapter_file(policy))
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
