@@ -112,7 +112,11 @@ routeQ *ARGS:
 absorbQ *ARGS:
     python -m vgrout.train organism --intervention absorbQ "$@"
 
-# H: beside a random quarantine of the same norm it learns no resistance, and hacks.
+# H: beside a random quarantine that changes the policy as much it learns no resistance to the hack, and hacks: the direction counts.
+matched_absorbQ *ARGS:
+    python -m vgrout.train organism --intervention matched_absorbQ "$@"
+
+# H: beside a random quarantine of the same norm, which is nearly no push at all, it hacks as without a gate.
 placebo_absorbQ *ARGS:
     python -m vgrout.train organism --intervention placebo_absorbQ "$@"
 

@@ -1,4 +1,4 @@
-"""The decision experiment's tables and figures (A1 to A7, the second wave R, the maps M), from its compact records alone.
+"""The decision experiment's tables and figures (A1 to A7, the later waves R, V and W, the maps M), from its compact records alone.
 
 Reads docs/results/decision/*.json, which `just decision` writes, and the rows of decision_manifest.py. Writes each table as CSV and as
 LaTeX (booktabs) into docs/writeup/generated/, into the blocks `<!-- artifact: NAME --> … <!-- end -->` of PAGES, and the figures
@@ -273,9 +273,9 @@ def second_wave(runs: Runs) -> Table:
     })  # fmt: skip
 
 
-def third_wave(runs: Runs, diverged: Diverged) -> Table:
-    """V: the clauses of the third wave, for a policy trained without any score."""
-    clauses = verdict.decided(verdict.third_demands(), runs, ROWS, diverged) if runs["absorbQ_again"] else []
+def wave(clauses_of: list, runs: Runs, diverged: Diverged, needs: str) -> Table:
+    """V and W: the clauses of a later wave; none until the row `needs` has run."""
+    clauses = verdict.decided(clauses_of, runs, ROWS, diverged) if runs[needs] else []
     data = [{"clause": c.name, "figure": c.figure, "holds": c.answer} for c in clauses]
     return Table(data, {key: lambda r, key=key: r[key] for key in ("clause", "figure", "holds")})
 
@@ -318,7 +318,8 @@ def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
         "r_second": second_wave(runs),
         "v_rows": comparison(runs, "V"),
         "w_rows": comparison(runs, "W"),
-        "v_third": third_wave(runs, diverged),
+        "w_fourth": wave(verdict.fourth_demands(), runs, diverged, "placebo_absorbQ"),
+        "v_third": wave(verdict.third_demands(), runs, diverged, "absorbQ_again"),
         "m_maps": maps(runs),
         "verdict": judged(runs, diverged),
         "coverage": coverage(runs, diverged),

@@ -174,9 +174,10 @@ ROWS = [
     Row("absorbQ_demos_known", "absorbQ", "again", "V", DEMOS_KNOWN, "absorbQ", "demonstrations of two modes alone"),
     Row("absorbQ_long", "absorbQ", "again", "V", LONG, "absorbQ", "240 steps"),
     # the fourth wave
-    *(Row(f"placebo_absorbQ{'' if i == 1 else f'_{i}'}", "placebo_absorbQ", "again", "W", f"--placebo-seed {i}", "absorbQ",
-          f"a random quarantine of the same norm, draw {i}", on=HEADLINE_SEEDS) for i in (1, 2, 3)),
-    Row("inverted_absorbQ", "inverted_absorbQ", "again", "W", of="absorbQ", changes="the learned quarantine's negative", on=HEADLINE_SEEDS),
+    Row("placebo_absorbQ", "placebo_absorbQ", "again", "W", of="absorbQ", changes="a random quarantine of equal norm", on=HEADLINE_SEEDS),
+    *(Row(f"matched_absorbQ_{i}", "matched_absorbQ", "again", "W", f"--placebo-seed {i}", "absorbQ",
+          f"a random quarantine of equal effect, draw {i}", on=HEADLINE_SEEDS) for i in (1, 2, 3)),
+    Row("inverted_absorbQ", "inverted_absorbQ", "again", "W", of="absorbQ", changes="the learned quarantine's negative"),
     Row("filterQ", "filterQ", "again", "W", of=METHOD, changes="flagged rows are dropped"),
     Row("advmodQ", "advmodQ", "again", "W", of=METHOD, changes="flagged rows are penalised"),
     Row("advmodQ_strong", "advmodQ", "again", "W", "--penalty-alpha 4", METHOD, "flagged rows are penalised, α = 4"),

@@ -179,6 +179,15 @@ def check_verdict() -> None:
     assert [i for i, answer in enumerate(answers(hacks)) if answer == "no"] == [0, 1, 3, 10, 11], answers(hacks)
     short = {"absorbQ": {seed: record for seed, record in own.items() if seed != 104}}
     assert answers(short)[4:10] == ["not run"] * 6, "a third wave without one of its seeds SHOULD decide nothing"
+    fourth = third | {f"matched_absorbQ_{i}": seeds_of("matched_absorbQ", 0.2, 0.4) for i in (1, 2, 3)}
+    fourth |= {"inverted_absorbQ": seeds_of("inverted_absorbQ", 0.4, 0.3, seeds=SEEDS)}
+    fourth |= {"placebo_absorbQ": seeds_of("placebo_absorbQ", 0.3, 0.4)}
+    fourth |= {"filterQ": seeds_of("filterQ", 0.01, 0.395, seeds=SEEDS), "advmodQ": seeds_of("advmodQ", 0.1, 0.3, seeds=SEEDS)}
+    fourth |= {"advmodQ_strong": seeds_of("advmodQ", 0.0, 0.0, seeds=SEEDS)}
+    answers = lambda change: [c.answer for c in verdict.decided(verdict.fourth_demands(), fourth | change, ROWS)]  # noqa: E731
+    assert answers({}) == ["yes"] * 7 + ["no"] * 2 + ["yes", "no"], answers({})
+    equal = {"matched_absorbQ_2": seeds_of("matched_absorbQ", 0.001, 0.4), "filterQ": seeds_of("filterQ", 0.2, 0.2, seeds=SEEDS)}
+    assert [i for i, (a, b) in enumerate(zip(answers({}), answers(equal))) if a != b] == [2, 5, 6], "a placebo as low SHOULD fail"
     adjusted = holm([0.04, float("nan"), 0.01, 0.03])
     assert [round(p, 6) for p in adjusted if p == p] == [0.06, 0.03, 0.06] and adjusted[1] != adjusted[1], adjusted
     print(f"ok  the criterion: {len(clauses)} clauses hold for a method that meets it; {len(mutations)} ways to miss it fail their clause; "

@@ -14,7 +14,8 @@ from vgrout.gate import Gate
 from vgrout.likelihood import batch_logps, likelihood_deltas, likelihood_steps, mean_logps, random_deltas
 from vgrout.lora2r import BLOCKS
 from vgrout.metrics import auroc
-from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine
+from vgrout.policy import sample
+from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine, logps_with, replaced_quarantine
 from vgrout.scores import DirectionScore, HaarScore
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tokens import collate, select
@@ -119,6 +120,9 @@ def check_quarantine_ratio() -> None:
     found, routed = auroc(out.scores.numpy(), label.numpy()), out.zones == Zone.ROUTE
     precision = float(label[routed].float().mean())
     assert found > 0.9 and precision > 0.8 and routed.any() and not routed.all() and not (out.zones == Zone.ABSORB).any()
+    bare = Gate(QuarantineRatio(None, temperature=1.0, token_budget=1000), cut="zero")  # a cut at 0 needs no pairs
+    bare.refresh(policy)
+    assert torch.equal(bare(policy, fresh, origin_of(fresh)).scores, out.scores)
     swapped = QuarantineRatio(select(pairs, torch.arange(64).roll(32)), temperature=1.0, token_budget=1000)  # mutation: sides swapped
     gate = Gate(swapped, cut="midpoint")
     gate.refresh(policy)
@@ -130,6 +134,36 @@ def check_quarantine_ratio() -> None:
         aurocs.append(auroc(control(policy, fresh, origin_of(fresh), real).scores.numpy(), label.numpy()))
     assert abs(sum(aurocs) / 20 - 0.5) < 0.2 and found > sorted(aurocs)[18], aurocs
     print(f"ok  the quarantine's own ratio: 0 before it learned, then AUROC {found:.2f}, precision {precision:.2f} at the midpoint")
+
+
+def check_replaced_quarantine() -> None:
+    """A random quarantine of equal effect is as far from the base as the learned one; one of equal norm is not."""
+    policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
+    prompts = styled(40, 7, True)[0]
+    how = dict(max_completion_length=8, temperature=1.0, top_p=1.0, token_budget=1000, generator=torch.Generator().manual_seed(0))
+    drawn = [ids for (row,) in sample(policy, prompts, [1] * 40, **how) for ids in [row[0]]]
+    batch = collate(prompts, drawn, [1.0] * 40, [*range(40)], [1.0] * 40, PAD, "cpu")
+    likelihood_steps(policy, select(pairs, torch.arange(32)), "quarantine", 2, 1e-2, 1.0, 1000)
+    learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]
+    before = {b: [p.detach().clone() for p in policy.adapter.parameters(b)] for b in BLOCKS}
+    with policy.adapter.disabled():
+        base = batch_logps(policy, batch, 1.0, 1000)
+    with policy.adapter.ablated("deployed"):
+        alone = batch_logps(policy, batch, 1.0, 1000)
+    assert torch.allclose(logps_with(policy, learned, batch, 1.0, 1000), alone) and not torch.allclose(base, alone)
+
+    def effect(deltas: list[torch.Tensor]) -> float:
+        gap = (logps_with(policy, deltas, batch, 1.0, 1000) - base)[batch.completion_mask]
+        return float((gap.exp() - gap - 1).mean())
+
+    found = {what: replaced_quarantine(what, policy, batch, 1.0, 1000, 1) for what in ("norm", "effect", "inverted")}
+    assert all(torch.equal(a, b) for k in BLOCKS for a, b in zip(before[k], policy.adapter.parameters(k))), "the parameters have moved"
+    norms = lambda deltas: torch.stack([d.norm() for d in deltas])  # noqa: E731
+    assert torch.allclose(norms(found["norm"]), norms(learned)) and all(torch.equal(a, -b) for a, b in zip(found["inverted"], learned))
+    shares = {what: effect(deltas) / effect(learned) for what, deltas in found.items()}
+    factor = float(norms(found["effect"]).sum() / norms(learned).sum())
+    assert abs(shares["effect"] - 1) < 0.1 and shares["norm"] < 0.5, shares
+    print(f"ok  a random quarantine: {shares['norm']:.2f} of the learned KL at the learned norm, {shares['effect']:.2f} at {factor:.1f} × it")
 
 
 def check_llr_restores() -> None:
@@ -244,6 +278,6 @@ def check_actions() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for check in (check_scores_find_a_style, check_rounded_products, check_quarantine_ratio, check_llr_restores, check_folds, check_tokens,
-                  check_controls_and_oracle, check_actions):  # fmt: skip
+    for check in (check_scores_find_a_style, check_rounded_products, check_quarantine_ratio, check_replaced_quarantine, check_llr_restores,
+                  check_folds, check_tokens, check_controls_and_oracle, check_actions):  # fmt: skip
         check()

@@ -1,9 +1,7 @@
 """What a gate's score is compared with, and how an arm's score and control are built: chance, confounds, true labels."""
 
 import torch
-from torch import Tensor
 
-from vgrout.likelihood import random_deltas
 from vgrout.policy import Policy
 from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine
 from vgrout.scores import DirectionScore, HaarScore, Score, Scored
@@ -81,7 +79,3 @@ def build_control(name: str, real: Score, other: Score | None, options: object, 
     builders = {"haar": lambda: HaarScore(real, seed), "random": lambda: RandomScore(seed), "confound": lambda: Confound(options.confound)}
     return builders[name]() if name else None
 
-
-def instead(what: str, learned: list[Tensor], seed: int) -> list[Tensor]:
-    """What takes a learned block's place: a Gaussian with its norm in every tensor ("random"), or its negative ("inverted")."""
-    return random_deltas(learned, seed) if what == "random" else [-p.detach() for p in learned]

@@ -165,7 +165,7 @@ def worst_case(
     before, moments = [p.detach().clone() for p in trained], optimizer.state_dict()
     scratch = copy.deepcopy(gate)
     for score in (getattr(scratch, "score", None), getattr(scratch, "control", None)):
-        if hasattr(score, "pairs"):  # two prompts are enough to have a direction
+        if getattr(score, "pairs", None) is not None:  # two prompts are enough to have a direction
             score.pairs = _few(score.pairs)
     scratch.refresh(policy)
     out = scratch(policy, batch, origin)

@@ -248,9 +248,9 @@ class Lora2r:
             yield seen
 
     @contextmanager
-    def shifted(self, deltas: list[Tensor], scale: float = 1.0) -> Iterator[None]:
-        """Add `scale · deltas` to the deployed block's parameters (in their order) for a while; restored by copy, exactly."""
-        params = self.parameters("deployed")
+    def shifted(self, deltas: list[Tensor], scale: float = 1.0, block: str = "deployed") -> Iterator[None]:
+        """Add `scale · deltas` to one block's parameters (in their order) for a while; restored by copy, exactly."""
+        params = self.parameters(block)
         before = [p.detach().clone() for p in params]
         try:
             for p, d in zip(params, deltas, strict=True):

@@ -101,12 +101,12 @@ class QuarantineRatio(Score):
     The quarantine is its own detector. Trained first (--quarantine-first) or seeded on the pairs' hack sides (--seed-quarantine),
     it has learned what pays at once; what it would do more often is kept from the deployed block. Both states are without that
     block, so that the score does not fade when the deployed policy begins to do the same. Nothing is fitted at a refresh: it
-    scores the pairs, whose sides may give the cut.
+    scores the pairs, if it has any, whose sides may give the cut.
     """
 
     stored = ("pairs_hack", "pairs_clean")
 
-    def __init__(self, pairs: Batch, *, temperature: float, token_budget: int):
+    def __init__(self, pairs: Batch | None, *, temperature: float, token_budget: int):
         self.pairs, self.how = pairs, (temperature, token_budget)
 
     def _score(self, policy: Policy, batch: Batch) -> Scored:
@@ -117,7 +117,8 @@ class QuarantineRatio(Score):
         return Scored(alone.sum(1) - base.sum(1), ref_logps=base)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
-        self.pairs_hack, self.pairs_clean = self._score(policy, self.pairs).scores.chunk(2)
+        if self.pairs is not None:
+            self.pairs_hack, self.pairs_clean = self._score(policy, self.pairs).scores.chunk(2)
         return {}
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
@@ -137,9 +138,44 @@ class RandomQuarantine(Score):
         return {}
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None) -> Scored:
-        adapter = policy.adapter
-        noise = random_deltas([p.detach() for p in adapter.parameters("quarantine")], 1_000 * self.seed + int(self.draws))
-        instead = [n - p.detach() for n, p in zip(noise, adapter.parameters("deployed"))]  # the deployed block's place is as good
-        with adapter.ablated(), adapter.shifted(instead):
-            alone = batch_logps(policy, batch, *self.real.how)
-        return Scored(alone.sum(1) - shared.ref_logps.sum(1))
+        noise = random_deltas(policy.adapter.parameters("quarantine"), 1_000 * self.seed + int(self.draws))
+        return Scored(logps_with(policy, noise, batch, *self.real.how).sum(1) - shared.ref_logps.sum(1))
+
+
+def logps_with(policy: Policy, deltas: list[Tensor], batch: Batch, temperature: float, token_budget: int) -> Float[Tensor, "g t"]:
+    """Completion log-probs of the base with a quarantine of these deltas alone."""
+    adapter = policy.adapter
+    shift = [d - p.detach() for d, p in zip(deltas, adapter.parameters("quarantine"))]
+    with adapter.ablated("deployed"), adapter.shifted(shift, block="quarantine"):
+        return batch_logps(policy, batch, temperature, token_budget)
+
+
+def replaced_quarantine(
+    what: str, policy: Policy, batch: Batch, temperature: float, token_budget: int, seed: int
+) -> list[Float[Tensor, "..."]]:
+    """What takes the learned quarantine's place: its negative ("inverted"), a Gaussian one with its norm in every tensor ("norm"), or
+    that one scaled until the base's KL to it is the learned one's ("effect"): the mean k3 over tokens of the batch, samples of the base.
+
+    A random block of equal norm changes a policy far less than a learned one, so that "norm" alone would be a weak placebo. The
+    factor is found by bisection between 1/16 and 256; ValueError where none has the effect.
+    """
+    learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]
+    if what == "inverted":
+        return [-p for p in learned]
+    noise = random_deltas(learned, seed)
+    if what == "norm":
+        return noise
+    with policy.adapter.disabled():
+        base = batch_logps(policy, batch, temperature, token_budget)
+
+    def effect(deltas: list[Tensor]) -> float:
+        gap = logps_with(policy, deltas, batch, temperature, token_budget) - base
+        return float((gap.exp() - gap - 1)[batch.completion_mask].mean())
+
+    wanted, low, high, scaled = effect(learned), -4.0, 8.0, noise  # powers of 2
+    for _ in range(20):
+        scaled = [2.0 ** ((low + high) / 2) * n for n in noise]
+        low, high = ((low + high) / 2, high) if effect(scaled) < wanted else (low, (low + high) / 2)
+    if not 0.9 < effect(scaled) / wanted < 1.1:
+        raise ValueError(f"no random quarantine changes the policy as much as the learned one: KL {effect(scaled):.3g}, not {wanted:.3g}")
+    return scaled

@@ -30,7 +30,7 @@ from transformers import get_scheduler
 from vgrout import grpo, pairs, problems, runlog, tokens
 from vgrout.actions import ACTIONS, Options
 from vgrout.advice import advice
-from vgrout.controls import build_control, build_score, instead
+from vgrout.controls import build_control, build_score
 from vgrout.diagnose import gradient_norms
 from vgrout.evaluate import evaluate, monitor, rollout_rows, sampled_tokens, zone_figures
 from vgrout.gate import Gate, PinnedGate
@@ -41,6 +41,7 @@ from vgrout.lora2r import BLOCKS
 from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, load_policy, logps
+from vgrout.ratios import replaced_quarantine
 from vgrout.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, provenance, sha256_file
 from vgrout.rollouts import Sampling, collect, compose, pair_batch, stream
 from vgrout.teacher import TeacherPool
@@ -60,6 +61,7 @@ def main(preset: str, config: Config) -> None:
         gate, pair_hash = make_gate(arm, policy, config)
         d = config.data
         teacher = TeacherPool(d.teacher_pool, d.teacher_modes, d.teacher_per_group, d.teacher_until) if d.teacher_pool else None
+        how = cfg.temperature, cfg.token_budget
         options = Options(config.route.retained_advantages, config.route.penalty_alpha, config.monitor.penalty, arm.trains)
         optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
         schedule = get_scheduler(cfg.lr_schedule, optimizer.adamw, cfg.warmup_steps, cfg.steps)
@@ -77,8 +79,6 @@ def main(preset: str, config: Config) -> None:
             for step in range(start, cfg.steps):
                 clock = time.perf_counter()
                 row = {"step": step, "lr": schedule.get_last_lr()[0]}
-                if arm.quarantine != "learned" and step == config.route.quarantine_first:
-                    optimizer.put("quarantine", instead(arm.quarantine, policy.adapter.parameters("quarantine"), config.route.placebo_seed))
                 if snapshot := bool(config.run.snapshot_every) and step % config.run.snapshot_every == 0:
                     run.snapshot(step, *adapter_file(policy))
                 if step == 0 or (config.score.refresh_every and step % config.score.refresh_every == 0):
@@ -94,9 +94,11 @@ def main(preset: str, config: Config) -> None:
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
-                scored, out = time.perf_counter(), None
-                if batch:
-                    out = (PinnedGate(Zone.ROUTE) if quarantine_first else gate)(policy, batch, origin)
+                if arm.quarantine != "learned" and step == config.route.quarantine_first:  # on samples of the deployed policy alone
+                    drawn = compose(groups, policy, equal_groups=True)[1]
+                    optimizer.put("quarantine", replaced_quarantine(arm.quarantine, policy, drawn, *how, config.route.placebo_seed))
+                scored = time.perf_counter()
+                out = (PinnedGate(Zone.ROUTE) if quarantine_first else gate)(policy, batch, origin) if batch else None
                 updated = time.perf_counter()
                 if batch:
                     acted = ACTIONS["route" if quarantine_first else arm.action](batch, origin, out, options)
@@ -226,7 +228,8 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
         state=s.probe_state, positions=s.probe_positions, dtype=getattr(torch, settled(policy, config).model.score_dtype),
     )
     seed = r.placebo_seed if r.routeV_random_v_seed is None else r.routeV_random_v_seed
-    found = [] if arm.oracle else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
+    unread = arm.oracle or (arm.score, r.cut) == ("quarantine_ratio", "zero")
+    found = [] if unread else pairs.load_pairs(config.data.pairs, config.data.pair_modes)
     other = {"semantic": s.placebo_pairs, "framing": s.framing_pairs}.get(arm.control)
     build = lambda ps: build_score(  # noqa: E731
         arm.score, pair_batch(policy, ps) if ps else None, probe, s, (r.oracle_recall, r.oracle_fpr, config.run.seed)
