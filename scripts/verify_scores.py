@@ -163,7 +163,7 @@ def check_replaced_quarantine() -> None:
     shares = {what: effect(deltas) / effect(learned) for what, deltas in found.items()}
     factor = float(norms(found["effect"]).sum() / norms(learned).sum())
     assert abs(shares["effect"] - 1) < 0.1 and shares["norm"] < 0.5, shares
-    print(f"ok  a random quarantine: {shares['norm']:.2f} of the learned KL at the learned norm, {shares['effect']:.2f} at {factor:.1f} × it")
+    print(f"ok  a random quarantine: {shares['norm']:.2f} of the learned KL at its norm, {shares['effect']:.2f} at {factor:.1f} × it")
 
 
 def check_llr_restores() -> None:

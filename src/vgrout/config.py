@@ -58,7 +58,7 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    refresh_every: int = 5  # steps between extractions of the direction; 0 = frozen after the first
+    refresh_every: int = 10  # steps between extractions of the direction; 0 = frozen after the first
     granularity: Literal["rollout", "token"] = "rollout"  # what v_grad scores and routes
     probe_state: Literal["as_trained", "deployed"] = "as_trained"  # the policy state that v_grad scores
     probe_positions: Literal["completion", "all"] = "completion"  # where the c-probe multiplies; all: the prompt's too
