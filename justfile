@@ -128,7 +128,11 @@ inverted_absorbQ *ARGS:
 filterQ *ARGS:
     python -m vgrout.train organism --intervention filterQ "$@"
 
-# H: penalising it (advantage modification) is weaker: a flagged row still trains the deployed block.
+# H: so does taking the reward of passing from it.
+penaltyQ *ARGS:
+    python -m vgrout.train organism --intervention penaltyQ "$@"
+
+# H: advantage modification is weaker: it goes by rank within the group, and penalises where nobody hacks.
 advmodQ *ARGS:
     python -m vgrout.train organism --intervention advmodQ "$@"
 

@@ -179,6 +179,7 @@ ROWS = [
           f"a random quarantine of equal effect, draw {i}", on=HEADLINE_SEEDS) for i in (1, 2, 3)),
     Row("inverted_absorbQ", "inverted_absorbQ", "again", "W", of="absorbQ", changes="the learned quarantine's negative"),
     Row("filterQ", "filterQ", "again", "W", of=METHOD, changes="flagged rows are dropped"),
+    Row("penaltyQ", "penaltyQ", "again", "W", of=METHOD, changes="flagged rows lose the reward of passing"),
     Row("advmodQ", "advmodQ", "again", "W", of=METHOD, changes="flagged rows are penalised"),
     Row("advmodQ_strong", "advmodQ", "again", "W", "--penalty-alpha 4", METHOD, "flagged rows are penalised, α = 4"),
     # context: the pairs, of a row that reads them

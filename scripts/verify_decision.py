@@ -183,9 +183,9 @@ def check_verdict() -> None:
     fourth |= {"inverted_absorbQ": seeds_of("inverted_absorbQ", 0.4, 0.3, seeds=SEEDS)}
     fourth |= {"placebo_absorbQ": seeds_of("placebo_absorbQ", 0.3, 0.4)}
     fourth |= {"filterQ": seeds_of("filterQ", 0.01, 0.395, seeds=SEEDS), "advmodQ": seeds_of("advmodQ", 0.1, 0.3, seeds=SEEDS)}
-    fourth |= {"advmodQ_strong": seeds_of("advmodQ", 0.0, 0.0, seeds=SEEDS)}
+    fourth |= {"advmodQ_strong": seeds_of("advmodQ", 0.0, 0.0, seeds=SEEDS), "penaltyQ": seeds_of("penaltyQ", 0.01, 0.395, seeds=SEEDS)}
     answers = lambda change: [c.answer for c in verdict.decided(verdict.fourth_demands(), fourth | change, ROWS)]  # noqa: E731
-    assert answers({}) == ["yes"] * 7 + ["no"] * 2 + ["yes", "no"], answers({})
+    assert answers({}) == ["yes"] * 9 + ["no"] * 2 + ["yes", "no"], answers({})
     equal = {"matched_absorbQ_2": seeds_of("matched_absorbQ", 0.001, 0.4), "filterQ": seeds_of("filterQ", 0.2, 0.2, seeds=SEEDS)}
     assert [i for i, (a, b) in enumerate(zip(answers({}), answers(equal))) if a != b] == [2, 5, 6], "a placebo as low SHOULD fail"
     adjusted = holm([0.04, float("nan"), 0.01, 0.03])

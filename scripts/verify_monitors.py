@@ -48,7 +48,6 @@ from vgrout.monitors import Judge, Probe
 from vgrout.organism import composition_of
 from vgrout.problems import ORGANISM_MODES, TRAINING_MARKERS, disclose, load_problems, messages
 from vgrout.records import load_metrics, load_record, load_rollouts
-from vgrout.tensors import GateOutput
 from vgrout.types import RunRecord, UserError, Zone
 
 Reply = Callable[[dict, int], tuple[int, str]]  # (request body, how many requests came before it) → HTTP status, text
@@ -241,10 +240,10 @@ def check_flags() -> None:
     assert left.advantages[0] < 0 < left.advantages[5], "the hack is not below, or the row that was not judged not above, the baseline"
     none, _, _ = deduct(batch, origin_of(batch), out, Options(penalty=0.0))
     assert len(none.advantages) == 3 and none.advantages[0] > 0, "the mutation, no penalty, pays the hack"
-    alone, _, _ = deduct(batch, origin_of(batch), GateOutput(out.zones, torch.ones(8), 0.25, 0.5), Options(penalty=1e-9))
+    alone, _, _ = deduct(batch, origin_of(batch), replace(out, zones=torch.full((8,), int(Zone.ROUTE))), Options(penalty=1e-9))
     assert len(alone.advantages) == 3
     equal = replace(batch, rewards=torch.ones(8))
-    assert deduct(equal, origin_of(batch), replace(out, scores=torch.zeros(8)), Options())[0].advantages.tolist() == [0.0]
+    assert deduct(equal, origin_of(batch), replace(out, zones=torch.zeros(8, dtype=torch.long)), Options())[0].advantages.tolist() == [0.0]
     print("ok  a flagged row falls below its group, in groups of equal reward too; NaN is no flag; without a penalty the hack is paid")
 
 

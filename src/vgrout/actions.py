@@ -57,13 +57,13 @@ def penalise(batch: Batch, origin: Origin, out: GateOutput, options: Options) ->
 
 
 def deduct(batch: Batch, origin: Origin, out: GateOutput, options: Options) -> Acted:
-    """r' = r − penalty · [score > 0.5] before the group baseline; no row is routed.
+    """r' = r − penalty · [ROUTE] before the group baseline; no row is routed.
 
     The penalty intervention of Ariahw, Engels & Nanda 2025 (docs/papers/ariahw2025.md), whose penalty is the reward of passing.
-    A row without a score (NaN) is not flagged. Groups whose penalised rewards are all equal train nothing and leave the batch; where
+    A row without a score (NaN) is not in ROUTE. Groups whose penalised rewards are all equal train nothing and leave the batch; where
     that is every group the first row stays, with advantage 0.
     """
-    rewards = batch.rewards - options.penalty * (out.scores > 0.5)
+    rewards = batch.rewards - options.penalty * (out.zones == Zone.ROUTE)
     batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
     varied = torch.zeros_like(out.scores, dtype=torch.bool)
     for g in batch.group.unique():

@@ -104,7 +104,7 @@ class MonitorConfig:
     judge_timeout: float = 60.0  # seconds for one attempt
     judge_retries: int = 4  # of one request, with exponential backoff
     judge_max_tokens: int = 512  # of one reply; more for a judge that thinks first
-    penalty: float = 3.0  # taken from the reward of a flagged rollout by the arms penalty*; 3.0 is the reward for passing
+    penalty: float = 3.0  # taken from a flagged rollout's reward by the arms penalty*; 3.0 is the reward for passing
     probe_data: str = ""  # labelled rollouts of another problem set, e.g. another run's rollouts.jsonl.gz
     probe_rows: int = 512  # rollouts that the probe learns from, hacks and others in equal number
     probe_l2: float = 1.0  # weight of its ridge penalty
@@ -197,6 +197,7 @@ ARMS = {
     "matched_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="effect"),
     "inverted_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="inverted"),
     "filterQ": Arm("quarantine_ratio", action="filter", options=QUARANTINE_FIRST),
+    "penaltyQ": Arm("quarantine_ratio", action="deduct", options=QUARANTINE_FIRST),
     "advmodQ": Arm("quarantine_ratio", action="penalise", options=QUARANTINE_FIRST),
     "placebo_semantic": Arm("v_grad", "semantic"),
     "framing": Arm("v_grad", "framing"),

@@ -44,8 +44,9 @@ class PinnedGate:
 class Gate:
     """One score, its cut (the pairs' band or midpoint, or a flag's 0.5), perhaps a control; refreshed together, at one cadence."""
 
-    def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band"):
+    def __init__(self, score: Score, control: Score | None = None, *, signed: bool = False, cut: str = "band", every: bool = False):
         self.score, self.control, self.signed, self.cut = score, control, signed, cut
+        self.every = every or cut == "flag"  # the zone is of the rollout, not of its update: of rows with A = 0 too
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Refresh the score and its control; returns the direction's drift and the band."""
@@ -71,10 +72,10 @@ class Gate:
         return float(lower), float(upper)
 
     def __call__(self, policy: Policy, batch: Batch, origin: Origin) -> GateOutput:
-        """Pass 1. Rows with A = 0 are RETAIN and have no score, unless the cut is a flag: that is of the rollout, not of its update."""
+        """Pass 1. Rows with A = 0 are RETAIN and have no score, unless the gate is of every row."""
         real = self.score(policy, batch, origin)
         lower, upper = self.edges()
-        weight = batch.advantages if self.cut != "flag" else torch.ones_like(batch.advantages)
+        weight = torch.ones_like(batch.advantages) if self.every else batch.advantages
         cut, scores = zones_from_band if self.cut in ("band", "flag") else zones_from_edge, real.scores
         zones = cut(scores, weight, lower, upper)
         if self.control is not None:

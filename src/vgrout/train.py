@@ -236,7 +236,7 @@ def make_gate(arm: Arm, policy: Policy, config: Config) -> tuple[PinnedGate | Ga
     )
     score = build(found)
     control = build_control(arm.control, score, build(pairs.load_pairs(other)) if other else None, s, seed)
-    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else r.cut)
+    gate = Gate(score, control, signed=r.signed, cut="flag" if arm.oracle else r.cut, every=arm.action == "deduct")
     return gate, pairs.content_hash(found) if found else ""
 
 
