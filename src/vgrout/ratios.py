@@ -176,6 +176,6 @@ def replaced_quarantine(
     for _ in range(20):
         scaled = [2.0 ** ((low + high) / 2) * n for n in noise]
         low, high = ((low + high) / 2, high) if effect(scaled) < wanted else (low, (low + high) / 2)
-    if not 0.9 < effect(scaled) / wanted < 1.1:
+    if abs(effect(scaled) - wanted) > 0.1 * wanted:
         raise ValueError(f"no random quarantine changes the policy as much as the learned one: KL {effect(scaled):.3g}, not {wanted:.3g}")
     return scaled

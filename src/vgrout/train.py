@@ -95,7 +95,7 @@ def main(preset: str, config: Config) -> None:
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
                 if arm.quarantine != "learned" and step == config.route.quarantine_first:  # on samples of the deployed policy alone
-                    drawn = compose(groups, policy, equal_groups=True)[1]
+                    drawn = compose(groups, policy, None, True)[1]
                     optimizer.put("quarantine", replaced_quarantine(arm.quarantine, policy, drawn, *how, config.route.placebo_seed))
                 scored = time.perf_counter()
                 out = (PinnedGate(Zone.ROUTE) if quarantine_first else gate)(policy, batch, origin) if batch else None
