@@ -39,7 +39,7 @@ from vgrout.types import RunRecord
 
 PAGES = ("results.md", "blog/quarantine_first.md")  # below docs/
 NOT_RUN, DASH = "not run", "–"
-LATEX = {"±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$"}
+LATEX = {"α": r"$\alpha$", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$"}
 Data = list[dict]
 
 
