@@ -334,10 +334,15 @@ def series(row: Row) -> str:
     return f"{row.arm}, all draws" if row.role == "placebo" else row.name
 
 
-def curves(runs: Runs, artifact: str) -> Data:
+def beside_quarantines() -> list[Row]:
+    """`absorbQ`, and what goes on beside another quarantine in its place."""
+    return [row for row in ROWS if row.name == "absorbQ"] + [row for row in serving("W") if row.of == "absorbQ"]
+
+
+def curves(runs: Runs, rows: Callable[[], list[Row]]) -> Data:
     """Hack and solve rate of the deployed policy, novel markers, at each evaluated step: mean, least and highest over runs."""
     members: dict[str, list[RunRecord]] = {}
-    for row in serving(artifact):
+    for row in rows():
         members.setdefault(series(row), []).extend(runs[row.name].values())
         if row.name == BASE:
             members[ABSORB] = list(runs[ABSORB].values())
@@ -409,8 +414,9 @@ def draw_maps(data: Data, path: Path) -> None:
 
 
 FIGURES: dict[str, tuple[Callable[[Runs], Data], Callable[[Data, Path], None]]] = {
-    "a1_training": (partial(curves, artifact="A1"), draw),
-    "a4_long": (partial(curves, artifact="A4"), draw),
+    "a1_training": (partial(curves, rows=partial(serving, "A1")), draw),
+    "a4_long": (partial(curves, rows=partial(serving, "A4")), draw),
+    "w_push": (partial(curves, rows=beside_quarantines), draw),
     "m_maps": (map_points, draw_maps),
 }
 

@@ -174,10 +174,10 @@ ROWS = [
     Row("absorbQ_demos_known", "absorbQ", "again", "V", DEMOS_KNOWN, "absorbQ", "demonstrations of two modes alone"),
     Row("absorbQ_long", "absorbQ", "again", "V", LONG, "absorbQ", "240 steps"),
     # the fourth wave
-    Row("placebo_absorbQ", "placebo_absorbQ", "again", "W", of="absorbQ", changes="a random quarantine of equal norm", on=HEADLINE_SEEDS),
-    *(Row(f"matched_absorbQ_{i}", "matched_absorbQ", "again", "W", f"--placebo-seed {i}", "absorbQ",
+    Row("placebo_absorbQ", "placebo_absorbQ", "placebo", "W", of="absorbQ", changes="a random quarantine of equal norm", on=HEADLINE_SEEDS),
+    *(Row(f"matched_absorbQ_{i}", "matched_absorbQ", "placebo", "W", f"--placebo-seed {i}", "absorbQ",
           f"a random quarantine of equal effect, draw {i}", on=HEADLINE_SEEDS) for i in (1, 2, 3)),
-    Row("inverted_absorbQ", "inverted_absorbQ", "again", "W", of="absorbQ", changes="the learned quarantine's negative"),
+    Row("inverted_absorbQ", "inverted_absorbQ", "control", "W", of="absorbQ", changes="the learned quarantine's negative"),
     Row("filterQ", "filterQ", "again", "W", of=METHOD, changes="flagged rows are dropped"),
     Row("penaltyQ", "penaltyQ", "again", "W", of=METHOD, changes="flagged rows lose the reward of passing"),
     Row("advmodQ", "advmodQ", "again", "W", of=METHOD, changes="flagged rows are penalised"),
