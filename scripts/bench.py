@@ -1,6 +1,7 @@
 """Speed and memory: a against TRL's GRPOTrainer, b each arm against plain GRPO, c how the cost grows, d Qwen3-4B on one GPU.
 
     python scripts/bench.py                       parts a, b and c on this machine's CPU (at most 15 minutes on two quiet cores)
+    python scripts/bench.py --only b --rounds 40  part b over more steps of each run
     python scripts/bench.py --gpu                 part d on a CUDA device; --gpu-config tiny --only d runs the same code on a CPU
     python scripts/bench.py --no-measure --write docs/performance.md         the tables of out/bench.json into the page
 
