@@ -179,7 +179,7 @@ export RUN *ARGS:
 report *RUNS:
     python scripts/report.py "$@"
 
-# The decision experiment on the organism, resumable: the headline (5 seeds); --all, --only A3, --arms, --seeds, --dry-run, --rehearse.
+# The decision experiment on the organism, resumable: the headline (5 seeds); --all, --only A3, --arms, --seeds, --missing, --dry-run, --rehearse.
 decision *ARGS:
     python scripts/decision.py "$@"
 

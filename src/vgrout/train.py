@@ -94,7 +94,7 @@ def main(preset: str, config: Config) -> None:
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
-                if arm.quarantine != "learned" and step == config.route.quarantine_first:  # on samples of the deployed policy alone
+                if arm.quarantine != "learned" and step == config.route.quarantine_first:  # sampled as deployed, demonstrations aside
                     drawn = compose(groups, policy, None, True)[1]
                     optimizer.put("quarantine", replaced_quarantine(arm.quarantine, policy, drawn, *how, config.route.placebo_seed))
                 scored = time.perf_counter()
