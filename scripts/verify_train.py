@@ -140,10 +140,10 @@ def check_quarantine_first(tmp: str) -> None:
 
 
 def check_other_quarantines(tmp: str) -> None:
-    """After the same first phase the controls of absorbQ go on with another quarantine: its negative, or a random one."""
+    """After the same first phase the controls of absorbQ go on without the quarantine's moments, its negative, or a random one."""
     flags, found = ["--quarantine-first", "2", "--snapshot-every", "1", "--learning-rate", "1e-4", "--warmup-steps", "0"], {}
     with unevaluated():
-        for arm in ("absorbQ", "inverted_absorbQ", "placebo_absorbQ", "matched_absorbQ"):
+        for arm in ("absorbQ", "reset_absorbQ", "inverted_absorbQ", "placebo_absorbQ", "matched_absorbQ"):
             folder = run(f"{tmp}/{arm}", *flags, arm=arm)
             found[arm] = [load_file(path) for path in load_snapshots(folder).values()] + [load_adapter(folder)[0]]
     first = found["absorbQ"][2]
@@ -153,7 +153,9 @@ def check_other_quarantines(tmp: str) -> None:
     flat = lambda tensors: torch.cat([tensors[k].flatten() for k in trained])  # noqa: E731
     alike = {arm: float(torch.cosine_similarity(flat(first), flat(snapshots[-1]), dim=0)) for arm, snapshots in found.items()}
     assert alike["absorbQ"] > 0.8 > 0.2 > abs(alike["placebo_absorbQ"]) and abs(alike["matched_absorbQ"]) < 0.2, alike
-    assert alike["inverted_absorbQ"] < -0.8, alike
+    assert alike["inverted_absorbQ"] < -0.8 < 0.8 < alike["reset_absorbQ"] < 1, alike
+    last = [flat(found[arm][-1]) for arm in ("absorbQ", "reset_absorbQ")]
+    assert not torch.equal(*last), "a quarantine whose moments are reset goes on as if they were not"
     print(f"ok  after the same first phase: cosine of the last quarantine with it {', '.join(f'{a} {c:+.2f}' for a, c in alike.items())}")
 
 

@@ -155,7 +155,7 @@ class Arm:
     loophole_pays: bool = True
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
     options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
-    quarantine: Literal["learned", "norm", "effect", "inverted"] = "learned"  # after the first phase; else what takes its place
+    quarantine: Literal["learned", "reset", "norm", "effect", "inverted"] = "learned"  # after the first phase; else what takes its place
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
     @property
@@ -193,6 +193,7 @@ ARMS = {
     "random_gateQ": Arm("quarantine_ratio", "random", options=QUARANTINE_FIRST),
     "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
     "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE),
+    "reset_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="reset"),
     "placebo_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="norm"),
     "matched_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="effect"),
     "inverted_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="inverted"),
