@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -98,7 +99,10 @@ class Gather(torch.autograd.Function):
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing,
                      inner: str, sliding_window: int | None = None, **kwargs) -> tuple[Float[Tensor, "1 n h d"], None]:  # fmt: skip
     """Attention of padded rows, behind their prompts, by the model's own implementation `inner`."""
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    plain = all(kwargs.get(k) is None for k in ("softcap", "position_bias"))  # arguments that `inner` may know, or refuse
+    grouped = inner == "sdpa" and query.device.type == "cpu" and plain
+    attend = grouped_attention if grouped else ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
 
     def padded(x: Tensor) -> Float[Tensor, "g h t d"]:
         x = Spread.apply(x[0].transpose(0, 1).flatten(1), packing.spread.flatten(), packing.back)
@@ -111,6 +115,16 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         k, v = (torch.cat([p.index_select(0, packing.prompt), x], dim=2) for p, x in zip(packing.prompts.kept[module], (k, v)))
     out, _ = attend(module, q, k, v, packing.mask(sliding_window, query), **kwargs)
     return Gather.apply(out.flatten(0, 1), packing.back)[None], None
+
+
+def grouped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None,
+    dropout: float = 0.0, **kwargs,
+) -> tuple[Float[Tensor, "g t h d"], None]:  # fmt: skip
+    """What transformers' "sdpa" computes, without a copy of the keys and values for each head of a group: the CPU's kernel reads them
+    where they are. (A GPU's fused kernels do so only without a mask.)"""
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, packed_attention)
