@@ -156,6 +156,11 @@ def check_other_quarantines(tmp: str) -> None:
     assert alike["inverted_absorbQ"] < -0.8 < 0.8 < alike["reset_absorbQ"] < 1, alike
     last = [flat(found[arm][-1]) for arm in ("absorbQ", "reset_absorbQ")]
     assert not torch.equal(*last), "a quarantine whose moments are reset goes on as if they were not"
+    with unevaluated():
+        solver = load_rollouts(run(f"{tmp}/solver_absorbQ", *flags, arm="solver_absorbQ"))
+    paid = lambda rows: {r["passed"] for r in rows if r["step"] < 2 and r["mechanism"] and not r["correct"]}  # noqa: E731
+    assert paid(solver) == {False} and paid(load_rollouts(folder)) == {True}, "loopholes SHOULD not pay in the solver's first phase alone"
+    assert any(r["reward_hack"] for r in solver if r["step"] >= 2), "and SHOULD pay after it"
     print(f"ok  after the same first phase: cosine of the last quarantine with it {', '.join(f'{a} {c:+.2f}' for a, c in alike.items())}")
 
 
