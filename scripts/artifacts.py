@@ -274,7 +274,7 @@ def second_wave(runs: Runs) -> Table:
 
 
 def wave(clauses_of: list, runs: Runs, diverged: Diverged, needs: str) -> Table:
-    """V and W: the clauses of a later wave; none until the row `needs` has run."""
+    """V, W and X: the clauses of a later wave; none until the row `needs` has run."""
     clauses = verdict.decided(clauses_of, runs, ROWS, diverged) if runs[needs] else []
     data = [{"clause": c.name, "figure": c.figure, "holds": c.answer} for c in clauses]
     return Table(data, {key: lambda r, key=key: r[key] for key in ("clause", "figure", "holds")})
@@ -320,6 +320,8 @@ def tables(runs: Runs, diverged: Diverged) -> dict[str, Table]:
         "w_rows": comparison(runs, "W"),
         "w_fourth": wave(verdict.fourth_demands(), runs, diverged, "placebo_absorbQ"),
         "v_third": wave(verdict.third_demands(), runs, diverged, "absorbQ_again"),
+        "x_rows": comparison(runs, "X"),
+        "x_fifth": wave(verdict.fifth_demands(), runs, diverged, "length_gateQ"),
         "m_maps": maps(runs),
         "verdict": judged(runs, diverged),
         "coverage": coverage(runs, diverged),

@@ -34,6 +34,7 @@ ARTIFACTS = {
     "R": "the second wave: solve against the ceiling on ten more seeds",
     "V": "the third wave: no score, a share of rows by chance in ABSORB, once the quarantine has learned to hack",
     "W": "the fourth wave: what a score does by other means, and a random quarantine in the place of the learned one",
+    "X": "the fifth wave: is it length? and advantage modification at a tuned strength",
     "M": "maps with true labels, on development seeds: what protects, what solves, and what imperfect labels cost",
 }
 
@@ -89,6 +90,7 @@ MAP_SCHEDULE = f"--steps 60 --eval-every 20 {EXACT}"  # the preset's own; its ce
 OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --gen-deploy-frac 1.0"
 LONG = "--steps 240"
 DEMOS_KNOWN = "--teacher-modes run_tests sentinel"
+TUNED, LENGTH = "--penalty-alpha 1", "--confound length"
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
 def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
@@ -184,6 +186,13 @@ ROWS = [
     Row("penaltyQ", "penaltyQ", "again", "W", of=METHOD, changes="flagged rows lose the reward of passing"),
     Row("advmodQ", "advmodQ", "again", "W", of=METHOD, changes="flagged rows are penalised"),
     Row("advmodQ_strong", "advmodQ", "again", "W", "--penalty-alpha 4", METHOD, "flagged rows are penalised, α = 4"),
+    # the fifth wave
+    Row("length_gateQ", "confound_gateQ", "control", "X", LENGTH, METHOD, "length alone, at the real share", on=HEADLINE_SEEDS),
+    Row("advmodQ_tuned", "advmodQ", "again", "X", TUNED, METHOD, "flagged rows are penalised, α = 1"),
+    Row("advmodL_tuned", "advmodL", "again", "X", TUNED, "advmodL", "flagged rows are penalised, α = 1"),
+    *(Row(f"placebo_advmodL_{i}", "placebo_advmodL", "placebo", "X", f"{TUNED} --placebo-seed {i}", "advmodL_tuned", f"draw {i}")
+      for i in (1, 2, 3)),
+    Row("length_advmodL", "confound_advmodL", "control", "X", f"{TUNED} {LENGTH}", "advmodL_tuned", "penalised by length alone"),
     # context: the pairs, of a row that reads them
     *(context(f"pairs{2 * n}", f"--pairs {PAIRS}#mechanism:{n}", f"{2 * n} pairs", "routeV") for n in (2, 4, 8)),
     context("pairs_b", f"--pairs {PAIRS}#mechanism_b", "a second set of 24 pairs", "routeV"),

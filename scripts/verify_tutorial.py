@@ -97,7 +97,7 @@ def main() -> None:
             print(f"ok  {title}: {lines} lines in {' and '.join(files)}, and its check passes")
         recipes = subprocess.run([shutil.which("just") or str(Path(sys.executable).with_name("just")), "--summary"], cwd=root,
                                  capture_output=True, text=True)  # fmt: skip
-        assert "advmodL_placebo" in recipes.stdout.split(), recipes.stderr
+        assert "advmodA_placebo" in recipes.stdout.split(), recipes.stderr
     half = [block for block in found["2. A mode"] if block.file != "src/vgrout/grader.py"]
     with tempfile.TemporaryDirectory() as name:
         root = copy(Path(name))

@@ -70,7 +70,7 @@ class ScoreConfig:
     llr_steps: int = 4  # optimiser steps of each likelihood fit
     llr_learning_rate: float = 1e-3
     llr_form: Literal["ratio", "one_sided", "first_order"] = "ratio"  # of the two nudges' likelihoods, see docs/method.md
-    confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what confound_gate ranks by
+    confound: Literal["advantage", "reward", "length", "logp"] = "advantage"  # what the arms confound_* rank by
     placebo_pairs: str = "data/pairs/organism.md#placebo"  # of placebo_semantic
     framing_pairs: str = "data/pairs/organism.md#framing"  # of the framing control
 
@@ -191,6 +191,7 @@ ARMS = {
     "placeboL": Arm("llr", "haar"),
     "placeboQ": Arm("quarantine_ratio", "haar", options=QUARANTINE_FIRST),
     "random_gateQ": Arm("quarantine_ratio", "random", options=QUARANTINE_FIRST),
+    "confound_gateQ": Arm("quarantine_ratio", "confound", options=QUARANTINE_FIRST),
     "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
     "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE),
     "reset_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="reset"),
@@ -211,6 +212,8 @@ ARMS = {
     "advmodV": Arm("v_grad", action="penalise", deployed="as_trained"),
     "advmodA": Arm("v_act", action="penalise", deployed="as_trained"),
     "advmodL": Arm("llr", action="penalise", deployed="as_trained"),
+    "placebo_advmodL": Arm("llr", "haar", action="penalise", deployed="as_trained"),
+    "confound_advmodL": Arm("llr", "confound", action="penalise", deployed="as_trained"),
     "oracle": Arm("oracle", oracle=True),
     "filter_oracle": Arm("oracle", action="filter", deployed="as_trained", oracle=True),
     # external baselines, each with a live monitor: J an LLM judge (--judge-url), P a probe with another environment's labels (--probe-data)
