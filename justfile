@@ -46,6 +46,10 @@ forget *RUNS:
 relearn *RUNS:
     python scripts/after.py relearn "$@"
 
+# How well each run's own score told its hacks, and what the completions' length alone would have told.
+detect *RUNS:
+    python scripts/after.py detect "$@"
+
 # Likelihood steps on the pairs' clean sides into the deployed block, reported off and on.
 heal *RUNS:
     python scripts/after.py heal "$@"

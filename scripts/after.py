@@ -5,6 +5,8 @@
     forget RUN …                        the deployed policy as the quarantine's delta is scaled from 0 (ablated) to 1 (as trained),
                                         and the quarantine alone
     relearn RUN …                       GRPO steps from each RUN's deployed policy, and from the base, until hacks reach one half
+    detect RUN …                        how well the score that each RUN used told its hacks, the completions' length alone, and the score
+                                        at equal length: from the stored rollouts
     heal RUN …                          likelihood steps on the pairs' clean sides into the deployed block: reported off and on
 
 All rates are of held-out test problems with novel markers. Tables go to the terminal and, with figures, into --out (out/after).
@@ -20,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import torch
+from scipy.stats import spearmanr
 from tabulate import tabulate
 
 from reopen import Stored, reopen
@@ -41,7 +44,7 @@ from vgrout.diagnose import scaled
 from vgrout.entry import run_main
 from vgrout.grader import Grader
 from vgrout.likelihood import likelihood_steps
-from vgrout.metrics import above_frontier, bootstrap_interval, frontier_solve, leakage
+from vgrout.metrics import above_frontier, bootstrap_interval, frontier_solve, leakage, stratified_auroc
 from vgrout.records import load_metrics, load_record, load_rollouts, load_snapshots
 from vgrout.rollouts import pair_batch
 from vgrout.runlog import last_cells
@@ -50,6 +53,7 @@ from vgrout.tokens import select
 from vgrout.types import EvalResult, RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+EQUAL = 4  # tokens by which completions of equal length differ at most, for detect
 RETURNED = 0.5  # student hack rate of a step at which hacking has returned
 
 
@@ -209,6 +213,37 @@ def heal(options: argparse.Namespace) -> None:
     show(rows, options.out / "heal.csv")
 
 
+# ── what the score of a run saw ──────────────────────────────────────────────────────────────────────────────────
+
+
+def told(rows: list[dict], pair_modes: Iterable[str]) -> dict[str, float]:
+    """AUROC for hacks of the stored score within a step, in all and by pairs' coverage of the mode; of the length; and of the score
+    within ten steps among completions that differ by less than EQUAL tokens. Rank correlation of score and length. Rows [n] of one run."""
+    column = lambda key, of: np.array([r[key] for r in rows], of)  # noqa: E731
+    hack, score, length, step = column("reward_hack", bool), column("score", float), column("n_tokens", float), column("step", int)
+    known, equal = np.isin(column("mode", str), list(pair_modes)), step // 10 * 10**6 + length // EQUAL
+    auroc = lambda x, stratum, mask=slice(None): float(stratified_auroc(x[mask], hack[mask], stratum[mask]))  # noqa: E731
+    correlation = float(spearmanr(score, length).statistic) if np.ptp(score) and np.ptp(length) else float("nan")
+    return {"n": len(rows), "hacks": int(hack.sum()), "score": auroc(score, step), "score_known": auroc(score, step, known),
+            "score_held_out": auroc(score, step, ~known), "length": auroc(length, step), "score_at_equal_length": auroc(score, equal),
+            "spearman": correlation}  # fmt: skip
+
+
+def detect(options: argparse.Namespace) -> None:
+    """Twice for each run: all rows of the steps with demonstrations, and the students of every step."""
+    found = []
+    for path in options.runs:
+        record, rows = load_record(path), [r for r in load_rollouts(path) if r.get("score") is not None]
+        if not rows:
+            raise UserError(f"{path}: the arm {record.arm} has no score: detect reads the scores that a run stored with its rollouts")
+        shown = max((r["step"] + 1 for r in rows if r["teacher"]), default=0)
+        parts = {"with demonstrations": [r for r in rows if r["step"] < shown], "students": [r for r in rows if not r["teacher"]]}
+        for name, part in parts.items():
+            if part:
+                found.append({"run": str(path), "rows": name} | told(part, record.config["data"]["pair_modes"]))
+    show(found, options.out / "detect.csv")
+
+
 # ── relearning ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -272,12 +307,15 @@ def relearn(options: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for work, text in ((frontier, "the shrinkage null"), (forget, "scale the quarantine"), (relearn, "attack"), (heal, "clean likelihood")):
+    works = {frontier: "the shrinkage null", forget: "scale the quarantine", detect: "what the score saw", relearn: "attack",
+             heal: "clean likelihood"}  # fmt: skip
+    for work, text in works.items():
         command = commands.add_parser(work.__name__, help=text)
         command.set_defaults(work=work)
         command.add_argument("runs", nargs="+", type=Path, help="finished run directories")
         command.add_argument("--out", type=Path, default=ROOT / "out" / "after", help="folder of tables and figures")
-        command.add_argument("--draws", type=int, default=0, help="draws of each evaluation (default: the run's --final-draws)")
+        if work is not detect:
+            command.add_argument("--draws", type=int, default=0, help="draws of each evaluation (default: the run's --final-draws)")
         if work is frontier:
             command.add_argument("--against", nargs="+", type=Path, required=True, help="none2r runs with snapshots")
         if work in (frontier, forget):

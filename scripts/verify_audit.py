@@ -264,11 +264,29 @@ def check_after(routed: Path, plain: Path, tmp: str) -> None:
     captured(after.main, ["heal", str(routed), *common, "--steps", "1"])
     assert pl.read_csv(out / "forget.csv").select("deployed", "quarantine").rows() == [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)]
     assert pl.read_csv(out / "heal.csv")["heal"].to_list() == ["off", "on"]
+    captured(after.main, ["detect", str(routed), "--out", str(out)])
+    assert {r["rows"] for r in pl.read_csv(out / "detect.csv").to_dicts()} <= {"with demonstrations", "students"}
+    refused("has no score", after.main, ["detect", str(plain), "--out", str(out)])
     captured(after.main, ["relearn", str(routed), *common, "--steps", "1", "--no-base"])
     relearned = pl.read_csv(out / "relearn.csv").to_dicts()[0]
     assert relearned["steps_run"] == 1 and f"{routed}/adapter.safetensors" in load_record(out / "relearn" / routed.name).data_hashes
     assert all((out / f"{name}.png").exists() for name in ("frontier", "forget", "relearn"))
     print("ok  frontier, forget, heal and relearn run from end to end; a run without snapshots, or of another arm, is refused")
+
+
+def check_detect() -> None:
+    """A score that is the length tells no more at equal length; one that is the label does; held-out modes are told apart."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(2000):
+        hack = bool(rng.random() < 0.3)  # a hack is longer
+        rows.append({"step": i // 50, "reward_hack": hack, "n_tokens": int(rng.integers(40, 80)) + 12 * hack, "mode": "ab"[i % 2]})
+    scored = lambda of: after.told([r | {"score": float(of(r))} for r in rows], ["a"])  # noqa: E731
+    length, label = scored(lambda r: r["n_tokens"]), scored(lambda r: r["reward_hack"])
+    known = scored(lambda r: r["reward_hack"] and r["mode"] == "a")
+    assert length["score"] == length["length"] > 0.65 > 0.6 > length["score_at_equal_length"] > 0.4 and length["spearman"] > 0.99, length
+    assert label["score"] == label["score_at_equal_length"] == 1 and label["spearman"] < 0.5, label
+    assert known["score_known"] == 1 and known["score_held_out"] == 0.5, known
+    print("ok  detect: length as a score tells nothing at equal length, the label all; a score of the pairs' modes nothing of the others'")
 
 
 def bare(path: Path, tmp: str) -> Path:
@@ -293,4 +311,5 @@ if __name__ == "__main__":
         check_tables(routed, tmp)
         check_start(routed, plain, tmp)
         check_after(routed, plain, tmp)
+        check_detect()
         refused("has no snapshots", diag_pinning.main, [str(Path(tmp) / "bare")])
