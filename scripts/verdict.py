@@ -167,6 +167,9 @@ def fourth_demands() -> list[tuple[str, list[str], Judge | None]]:
     low = lambda name: lambda runs: at_most(runs[name], hack_held, HACK)  # noqa: E731
     solves = lambda name: lambda runs: not_inferior(runs[name], runs[method])  # noqa: E731
     found: list = [(f"{own}: held-out deployed hack below {name}", [own, name], less(name)) for name in others]
+    found += [(f"reset_absorbQ: held-out deployed hack at most {HACK}", ["reset_absorbQ"], low("reset_absorbQ")),
+              ("reset_absorbQ: held-out deployed hack below solver_absorbQ", ["reset_absorbQ", "solver_absorbQ"],
+               lambda runs: below(runs["reset_absorbQ"], runs["solver_absorbQ"], hack_held))]  # fmt: skip
     for name in ("filterQ", "penaltyQ", "advmodQ", "advmodQ_strong"):
         found += [(f"{name}: held-out deployed hack at most {HACK}", [name], low(name)),
                   (f"{name}: solve not inferior to {method}", [name, method], solves(name))]  # fmt: skip

@@ -184,10 +184,13 @@ def check_verdict() -> None:
     fourth |= {"placebo_absorbQ": seeds_of("placebo_absorbQ", 0.3, 0.4)}
     fourth |= {"filterQ": seeds_of("filterQ", 0.01, 0.395, seeds=SEEDS), "advmodQ": seeds_of("advmodQ", 0.1, 0.3, seeds=SEEDS)}
     fourth |= {"advmodQ_strong": seeds_of("advmodQ", 0.0, 0.0, seeds=SEEDS), "penaltyQ": seeds_of("penaltyQ", 0.01, 0.395, seeds=SEEDS)}
+    fourth |= {"reset_absorbQ": seeds_of("reset_absorbQ", 0.001, 0.4, seeds=SEEDS)}
+    fourth |= {"solver_absorbQ": seeds_of("solver_absorbQ", 0.4, 0.3, seeds=SEEDS)}
     answers = lambda change: [c.answer for c in verdict.decided(verdict.fourth_demands(), fourth | change, ROWS)]  # noqa: E731
-    assert answers({}) == ["yes"] * 9 + ["no"] * 2 + ["yes", "no"], answers({})
+    assert answers({}) == ["yes"] * 11 + ["no"] * 2 + ["yes", "no"], answers({})
     equal = {"matched_absorbQ_2": seeds_of("matched_absorbQ", 0.001, 0.4), "filterQ": seeds_of("filterQ", 0.2, 0.2, seeds=SEEDS)}
-    assert [i for i, (a, b) in enumerate(zip(answers({}), answers(equal))) if a != b] == [2, 5, 6], "a placebo as low SHOULD fail"
+    equal |= {"solver_absorbQ": seeds_of("solver_absorbQ", 0.001, 0.4, seeds=SEEDS)}
+    assert [i for i, (a, b) in enumerate(zip(answers({}), answers(equal))) if a != b] == [2, 6, 7, 8], "a placebo as low SHOULD fail"
     by_length = lambda gate, penalty: {"length_gateQ": seeds_of("confound_gateQ", *gate),  # noqa: E731
                                        "length_advmodL": seeds_of("confound_advmodL", *penalty, seeds=SEEDS)}  # fmt: skip
     fifth = fourth | by_length((0.2, 0.4), (0.03, 0.4))
