@@ -223,9 +223,11 @@ def told(rows: list[dict], pair_modes: Iterable[str]) -> dict[str, float]:
     hack, score, length, step = column("reward_hack", bool), column("score", float), column("n_tokens", float), column("step", int)
     known, equal = np.isin(column("mode", str), list(pair_modes)), step // 10 * 10**6 + length // EQUAL
     auroc = lambda x, stratum, mask=slice(None): float(stratified_auroc(x[mask], hack[mask], stratum[mask]))  # noqa: E731
+    mean = lambda x: float(x.mean()) if len(x) else float("nan")  # noqa: E731
     correlation = float(spearmanr(score, length).statistic) if np.ptp(score) and np.ptp(length) else float("nan")
     return {"n": len(rows), "hacks": int(hack.sum()), "score": auroc(score, step), "score_known": auroc(score, step, known),
-            "score_held_out": auroc(score, step, ~known), "length": auroc(length, step), "score_at_equal_length": auroc(score, equal),
+            "score_held_out": auroc(score, step, ~known), "length": auroc(length, step),
+            "tokens_hack": mean(length[hack]), "tokens_rest": mean(length[~hack]), "score_at_equal_length": auroc(score, equal),
             "spearman": correlation}  # fmt: skip
 
 

@@ -153,9 +153,10 @@ class Arm:
     deployed: Literal["ablated", "as_trained"] = "ablated"
     zone: Zone = Zone.ABSORB  # of a pinned score
     loophole_pays: bool = True
+    phase_pays: bool = True  # so it does in the first phase, too
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
     options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
-    quarantine: Literal["learned", "reset", "solver", "norm", "effect", "inverted"] = "learned"  # after the first phase; else its rival
+    quarantine: Literal["learned", "reset", "norm", "effect", "inverted"] = "learned"  # after the first phase; else its rival
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
     @property
@@ -195,7 +196,7 @@ ARMS = {
     "no_gateQ": Arm("pinned", zone=Zone.RETAIN, options=QUARANTINE_FIRST),
     "absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE),
     "reset_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="reset"),
-    "solver_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="solver"),
+    "solver_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="reset", phase_pays=False),
     "placebo_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="norm"),
     "matched_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="effect"),
     "inverted_absorbQ": Arm("pinned", zone=Zone.RETAIN, options=ABSORB_SHARE, quarantine="inverted"),

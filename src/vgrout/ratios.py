@@ -153,15 +153,15 @@ def logps_with(policy: Policy, deltas: list[Tensor], batch: Batch, temperature: 
 def replaced_quarantine(
     what: str, policy: Policy, batch: Batch, temperature: float, token_budget: int, seed: int
 ) -> list[Float[Tensor, "..."]]:
-    """What takes the learned quarantine's place: itself ("reset"; "solver", of a first phase in which the loophole does not pay), its
-    negative ("inverted"), a Gaussian one with its norm in every tensor ("norm"), or that one scaled until the base's KL to it is the
-    learned one's ("effect"): the mean k3 over tokens of the batch, samples of the base.
+    """What takes the learned quarantine's place: itself ("reset"), its negative ("inverted"), a Gaussian one with its norm in every
+    tensor ("norm"), or that one scaled until the base's KL to it is the learned one's ("effect"): the mean k3 over tokens of the
+    batch, samples of the base.
 
     A random block of equal norm changes a policy far less than a learned one, so that "norm" alone would be a weak placebo. The
     factor is found by bisection between 1/16 and 256; ValueError where none has the effect.
     """
     learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]
-    if what in ("reset", "solver", "inverted"):
+    if what in ("reset", "inverted"):
         return [-p for p in learned] if what == "inverted" else learned
     noise = random_deltas(learned, seed)
     if what == "norm":

@@ -90,7 +90,7 @@ def main(preset: str, config: Config) -> None:
                     num_generations=cfg.num_generations,
                     demonstrations=teacher.draw(prompts, step) if teacher else [[] for _ in prompts],
                     deployed_share=0.0 if quarantine_first else config.route.gen_deploy_frac, step=step,
-                    loophole_pays=arm.loophole_pays and not (quarantine_first and arm.quarantine == "solver"),
+                    loophole_pays=arm.loophole_pays and (arm.phase_pays or not quarantine_first),
                     generator=seeded(policy, "sample", config.run.seed, step),
                 )  # fmt: skip
                 kept, batch, origin = compose(groups, policy, config.route.oracle_modes if arm.oracle else None, arm.action == "deduct")
