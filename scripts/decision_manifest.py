@@ -188,6 +188,7 @@ ROWS = [
     Row("advmodQ_strong", "advmodQ", "again", "W", "--penalty-alpha 4", METHOD, "flagged rows are penalised, α = 4"),
     # the fifth wave
     Row("length_gateQ", "confound_gateQ", "control", "X", LENGTH, METHOD, "length alone, at the real share", on=HEADLINE_SEEDS),
+    Row("length_gateQ_again", "confound_gateQ", "control", "X", LENGTH, "routeQ_again", "length alone, at the real share", on=SECOND_SEEDS),
     Row("advmodQ_tuned", "advmodQ", "again", "X", TUNED, METHOD, "flagged rows are penalised, α = 1"),
     Row("advmodL_tuned", "advmodL", "again", "X", TUNED, "advmodL", "flagged rows are penalised, α = 1"),
     *(Row(f"placebo_advmodL_{i}", "placebo_advmodL", "placebo", "X", f"{TUNED} --placebo-seed {i}", "advmodL_tuned", f"draw {i}")
