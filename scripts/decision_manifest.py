@@ -91,6 +91,7 @@ OWN_BASELINE, AS_DEPLOYED = "--retained-advantages", "--retained-advantages --ge
 LONG = "--steps 240"
 DEMOS_KNOWN = "--teacher-modes run_tests sentinel"
 TUNED, LENGTH = "--penalty-alpha 1", "--confound length"
+BOTH = "--retain-forward both"
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
 def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
@@ -158,6 +159,9 @@ ROWS = [
     ablation("group_baseline", "--no-retained-advantages", "baseline over the whole group"),
     ablation("midpoint", "--cut midpoint", "cut halfway between the pairs' sides"),
     ablation("signed", "--signed", "flagged rows with A < 0 are retained"),
+    ablation("both", BOTH, "RETAIN keeps the quarantine in its forward"),
+    Row("no_gateQ_both", "no_gateQ", "control", "A3 W", BOTH, "no_gateQ", "RETAIN keeps the quarantine in its forward"),
+    Row("routeV_token", "routeV", "ablation", "A3", "--granularity token", "routeV", "zones by token"),
     ablation("unhackable", "--unhackable-frac 0.25", "a quarter of the prompts without a loophole"),
     ablation("no_teacher", "--teacher-pool '' --quarantine-first 100 --steps 220", "no demonstrations, a first phase of 100 steps"),
     ablation("demos_known", DEMOS_KNOWN, "demonstrations of two modes alone"),

@@ -173,7 +173,10 @@ def fourth_demands() -> list[tuple[str, list[str], Judge | None]]:
     for name in ("filterQ", "penaltyQ", "advmodQ", "advmodQ_strong"):
         found += [(f"{name}: held-out deployed hack at most {HACK}", [name], low(name)),
                   (f"{name}: solve not inferior to {method}", [name, method], solves(name))]  # fmt: skip
-    return found
+    pushed, plain = "no_gateQ_both", "no_gateQ"
+    return found + [(f"{pushed}: held-out deployed hack at most {HACK}", [pushed], low(pushed)),
+                    (f"{pushed}: held-out deployed hack below {plain}", [pushed, plain],
+                     lambda runs: below(runs[pushed], runs[plain], hack_held))]  # fmt: skip
 
 
 def fifth_demands() -> list[tuple[str, list[str], Judge | None]]:
