@@ -27,6 +27,7 @@ import tyro
 from tabulate import tabulate
 
 from bench_turns import take_turns
+from vgrout.config import PRESETS
 from vgrout.entry import run_main
 from vgrout.records import load_metrics, now, provenance
 from vgrout.types import UserError
@@ -95,16 +96,16 @@ def measure(part: str, args: Args) -> dict[str, Any]:
 def command(arm: str, folder: Path, args: Args, rounds: int, *flags: str) -> list[str]:
     """A run of the organism that never reaches its end: no evaluation but the base's; demonstrations and a gate at work in every step."""
     steps = str(rounds + 2)
-    small = ("--refresh-every", "1", "--num-prompts", "2", "--max-completion-length", "64") if args.quick else ()
+    small = ("--num-prompts", "2", "--max-completion-length", "64") if args.quick else ()
     return ["scripts/bench_turns.py", "organism", "--intervention", arm, "--out-dir", str(folder / arm), "--threads", str(args.threads),
             "--steps", steps, "--teacher-until", steps, "--eval-every", "0", "--save-every", "0", "--final-draws", "4",
-            "--quarantine-first", "0", *small, *flags]  # fmt: skip
+            "--quarantine-first", "0", "--refresh-every", "1" if args.quick else "4", *small, *flags]  # fmt: skip
 
 
 def phases(run: Path) -> list[dict[str, float]]:
-    """A run's steps but the first as seconds by phase, tokens and speed. What the refreshes took is spread over their cadence."""
-    rows = load_metrics(run)[1:]
-    every = json.loads((run / "record.json").read_text())["config"]["score"]["refresh_every"]
+    """A run's steps but the first as seconds by phase, tokens and speed. A refresh is measured more often than the preset has it, and what
+    it took is spread over the preset's cadence."""
+    rows, every = load_metrics(run)[1:], PRESETS["organism"].score.refresh_every
     refreshes = [r["sec_refresh"] for r in rows if r.get("sec_refresh")]
     return [spent(r, mean(refreshes) / every if refreshes else 0.0) for r in rows]
 

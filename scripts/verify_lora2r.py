@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from tiny import perturb, random_batch, tiny_policy
+from vgrout.blocks import LoraLinear
 from vgrout.direction import activations, probe_gradients
 from vgrout.grpo import scored_loss
-from vgrout.lora2r import BLOCKS, Lora2r, LoraLinear
+from vgrout.lora2r import BLOCKS, Lora2r
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.packing import Packing
 from vgrout.policy import logps, sample
@@ -86,30 +87,26 @@ def check_merged_product() -> None:
             with adapter.probing(3) as c:
                 return [y, *grads, *(torch.autograd.grad((linear(x) * weight).sum(), [x, c[name]]) if probed else ())]
 
-    def through(ctx, grad):  # mutation: the gradient of x goes through the constant too
-        x, _, D, U, *_ = ctx.saved_tensors
-        layer = adapter.layers[name]
-        dense = linear.weight + layer.deployed.delta() + layer.quarantine.delta()
-        return grad @ dense, None, None, None, (grad @ U).flatten(0, 1).T @ x.flatten(0, 1), *[None] * 4
+    def wrong(weight):  # mutation: the gradient of x goes through other weights
+        return lambda ctx, grad: (grad @ weight, None, *map(torch.zeros_like, ctx.saved_tensors[1:3]), *[None] * 5)
 
-    def bare(ctx, grad):  # mutation: the gradient of x forgets the deltas
-        x, W, D, U, *_ = ctx.saved_tensors
-        return grad @ (W - U @ D), None, None, None, (grad @ U).flatten(0, 1).T @ x.flatten(0, 1), *[None] * 4
-
-    Merged.apply = staticmethod(lambda *args: used.append(len(args[4])) or apply(*args))
-    for zone, forward, blocks, mutation in ((Zone.ABSORB, "ablated", 2, bare), (Zone.RETAIN, "ablated", 1, bare),
-                                            (Zone.RETAIN, "both", 1, through), (Zone.ROUTE, "ablated", 1, through)):  # fmt: skip
+    layer = adapter.layers[name]
+    bare, dense = linear.weight, linear.weight + layer.deployed.delta() + layer.quarantine.delta()  # no delta; a constant's delta too
+    Merged.apply = staticmethod(lambda *args: used.append(args[7]) or apply(*args))
+    for zone, forward, blocks, other in ((Zone.ABSORB, "ablated", 2, bare), (Zone.RETAIN, "ablated", 1, bare),
+                                         (Zone.RETAIN, "both", 1, dense), (Zone.ROUTE, "ablated", 1, dense)):  # fmt: skip
         with adapter.route(torch.full((3,), int(zone)), forward):  # the same masks as by rows: the general form
             masks = adapter._state(_runs=None, _keep=adapter._keep.expand(3, 1, 2), _learn=adapter._learn.expand(3, 1, 2))
         want, before, probed = everything(masks, zone != Zone.ROUTE), len(used), zone != Zone.ROUTE
         got = everything(adapter.route(torch.full((3,), int(zone)), forward), probed)
-        assert used[before:] == [2 * adapter.rank * blocks] * (1 + probed), "not the merged form, or not the smaller one"
+        learned = [sum(b - a for a, b in [run.learn for run in runs]) for runs in used[before:]]
+        assert learned == [2 * adapter.rank * blocks] * (1 + probed), "not the merged form, or not the smaller one"
         assert not any(differs(a, b, 1e-4) for a, b in zip(got, want, strict=True)), zone
-        right, Merged.backward = Merged.backward, staticmethod(mutation)
+        right, Merged.backward = Merged.backward, staticmethod(wrong(other))
         with adapter.route(torch.full((3,), int(zone)), forward):
-            (wrong,) = torch.autograd.grad((linear(x) * weight).sum(), [x])
+            (mutant,) = torch.autograd.grad((linear(x) * weight).sum(), [x])
         Merged.backward = right
-        assert differs(wrong, want[1], 1e-2), (zone, "a gradient of x through other weights goes unnoticed")
+        assert differs(mutant, want[1], 1e-2), (zone, "a gradient of x through other weights goes unnoticed")
     Merged.apply = apply
     print("ok  rows masked alike: one product with W + U D = the masked form; x's gradient without U D, or through a constant, is not")
 
@@ -137,16 +134,16 @@ def check_zone_table() -> None:
         h, U, *_ = ctx.saved_tensors
         return grad @ U, torch.einsum("gso,gsk->ok", grad, h), None, None, None, None
 
-    def learning(self, name, x, masks, *args):  # mutation of the one product: all that is kept learns
-        return product(self, name, x, (masks[0], masks[0]), *args)
+    def learning(x, b, D, U, c, where, weights, runs, dtype):  # mutation of the one product: all that is kept learns
+        return product(x, b, D, U, c, where, weights, [run._replace(learn=run.keep) for run in runs], dtype)
 
-    masked, product = MaskedUp.backward, Lora2r._one_product
+    masked, product = MaskedUp.backward, Merged.apply
     for packed in (False, True):
         policy.share_prompts = packed
         assert block_gradients(policy, batch, mixed)["deployed"] == 0
-        MaskedUp.backward, Lora2r._one_product = staticmethod(unmasked), learning
+        MaskedUp.backward, Merged.apply = staticmethod(unmasked), staticmethod(learning)
         leak = block_gradients(policy, batch, mixed)
-        MaskedUp.backward, Lora2r._one_product = masked, product
+        MaskedUp.backward, Merged.apply = masked, product
         assert leak["deployed"] > 0
     print("ok  zone × block gradients: RETAIN (1,0), ABSORB (1,1), ROUTE (0,1), exactly zero elsewhere; an unmasked backward leaks")
 
@@ -264,6 +261,20 @@ def check_shared_prompts() -> None:
     print("ok  packed rows that share a prompt = rows in full, gradients and probe too; shared across zones, or unmasked, they differ")
 
 
+def check_factors_made_once() -> None:
+    """One pass over prompts and rows makes its factors once, and the next pass makes them anew."""
+    policy, batch, kept, right = tiny_policy(), random_batch(), {}, Lora2r.unchanged
+    for stale in (False, True):  # mutation: they outlive their pass
+        Lora2r.unchanged = (lambda self: self._state(_made=kept)) if stale else right
+        logps(policy, batch, 1.0)
+        perturb(policy)
+        packed, policy.share_prompts = logps(policy, batch, 1.0), False
+        assert differs(packed, logps(policy, batch, 1.0), 1e-4) == stale, "factors of other parameters"
+        policy.share_prompts = True
+    Lora2r.unchanged = right
+    print("ok  factors are made once a pass; kept beyond it, they are those of other parameters")
+
+
 def check_probe_meaning() -> None:
     policy, batch = tiny_policy(), random_batch(1)
     perturb(policy)
@@ -349,6 +360,6 @@ def check_bf16() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for check in (check_zero_delta, check_definition, check_merged_product, check_zone_table, check_optimizer_isolation, check_put,
-                  check_mixed_batch_and_probe, check_shared_prompts, check_probe_meaning, check_ablation_and_sampler,
-                  check_merged_equals_hooked, check_bf16):  # fmt: skip
+                  check_mixed_batch_and_probe, check_shared_prompts, check_factors_made_once, check_probe_meaning,
+                  check_ablation_and_sampler, check_merged_equals_hooked, check_bf16):  # fmt: skip
         check()

@@ -94,7 +94,7 @@ def check_rounded_products() -> None:
     v_grad = error(lambda dtype: DirectionScore(pairs, space="c_probe", probe=PROBE | {"dtype": dtype}))
     ratio, first, forced = error(llr), error(lambda d: llr(d, "first_order")), error(lambda d: llr(d, "first_order", force=True))
     assert 0 < v_grad < 0.05 and 0 < ratio < 0.05 and first == 0 and forced > 0.1, (v_grad, ratio, first, forced)
-    assert policy.adapter._products is torch.float32, "the rounding outlives its scope"
+    assert policy.adapter.products is torch.float32, "the rounding outlives its scope"
     print(f"ok  products in bf16, error over spread: v_grad {v_grad:.3f}, llr {ratio:.3f}; first order keeps fp32, else {forced:.2f}")
 
 

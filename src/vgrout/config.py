@@ -58,7 +58,7 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    refresh_every: int = 10  # steps between extractions of the direction; 0 = frozen after the first
+    refresh_every: int = 20  # steps between extractions of the direction; 0 = frozen after the first
     granularity: Literal["rollout", "token"] = "rollout"  # what v_grad scores and routes
     probe_state: Literal["as_trained", "deployed"] = "as_trained"  # the policy state that v_grad scores
     probe_positions: Literal["completion", "all"] = "completion"  # where the c-probe multiplies; all: the prompt's too
@@ -240,7 +240,7 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 Ã
         teacher_per_group=1,
         teacher_until=30,
     ),
-    score=ScoreConfig(placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
+    score=ScoreConfig(refresh_every=10, placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
     grpo=GRPOConfig(
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
         lr_schedule="cosine", warmup_steps=10, weight_decay=0.1, max_grad_norm=1.0, beta=1e-3, token_budget=16384,

@@ -15,17 +15,19 @@ What this file does not do: it never sees a score, a reward or a label.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vgrout.blocks import LoraLinear
 from vgrout.packing import Packing
-from vgrout.products import MaskedUp, Merged
+from vgrout.products import Columns, MaskedUp, Merged, Run
 from vgrout.types import UserError, Zone
 
 BLOCKS = ("deployed", "quarantine")
@@ -40,43 +42,6 @@ Mask = tuple[float, float]  # (deployed, quarantine)
 Masks = tuple[Mask, Mask]  # (in the forward, learn)
 UNMASKED: Masks = ((1.0, 1.0), (1.0, 1.0))
 RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine is kept, and is a constant
-
-
-class Block(nn.Module):
-    """One rank-r block of one Linear: frozen A0 [r, d_in] and B0 [d_out, r], trained dA and dB of the same shapes, fp32."""
-
-    def __init__(self, A0: Float[Tensor, "r i"], B0: Float[Tensor, "o r"]):
-        super().__init__()
-        self.register_buffer("A0", A0)
-        self.register_buffer("B0", B0)
-        self.dA = nn.Parameter(torch.zeros_like(A0))
-        self.dB = nn.Parameter(torch.zeros_like(B0))
-
-    def down(self) -> Float[Tensor, "k i"]:
-        """[2r, d_in]: the rows of dA, then those of A0."""
-        return torch.cat([self.dA, self.A0])
-
-    def up(self) -> Float[Tensor, "o k"]:
-        """[d_out, 2r]: the columns of B0 + dB, then those of dB."""
-        return torch.cat([self.B0 + self.dB, self.dB], dim=1)
-
-    @torch.no_grad()
-    def delta(self) -> Float[Tensor, "o i"]:
-        """The block's dense weight delta, fp32."""
-        return self.up() @ self.down()
-
-
-class LoraLinear(nn.Module):
-    """Both blocks of one Linear."""
-
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
-        super().__init__()
-        d_out, d_in = linear.weight.shape
-        A0 = torch.randn(2 * rank, d_in, generator=generator) / d_in**0.5
-        B0 = torch.randn(d_out, 2 * rank, generator=generator) / (2 * rank) ** 0.5
-        device = linear.weight.device
-        self.deployed = Block(A0[:rank].to(device), B0[:, :rank].contiguous().to(device))
-        self.quarantine = Block(A0[rank:].to(device), B0[:, rank:].contiguous().to(device))
 
 
 class Lora2r:
@@ -99,7 +64,8 @@ class Lora2r:
         self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
         self._packing: Packing | None = None  # None: rows are rows
-        self._products = torch.float32  # the dtype that factors of the one product are rounded to
+        self.products = torch.float32  # the dtype that factors of the one product, and of the output layer's, are rounded to
+        self._made: dict | None = None  # within `unchanged`: factors and weights that were made already
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._attach()
 
@@ -120,9 +86,9 @@ class Lora2r:
         down, up = self._factors(name, x.dtype)
         one = self._runs and self._seen is None and (c is None or len(self._runs) == 1)
         if one and linear.weight.dtype == x.dtype == torch.float32:
-            parts = x.split([n for _, n in self._runs], dim=1) if len(self._runs) > 1 else [x]
-            ys = [self._one_product(name, part, masks, down, up, c, where) for part, (masks, _) in zip(parts, self._runs)]
-            return torch.cat(ys, dim=1) if len(ys) > 1 else ys[0]
+            runs = [Run(self._columns(keep), self._columns(learn), n) for (keep, learn), n in self._runs]
+            weights = {columns: self._weight(name, columns, down, up) for run in runs for columns in run[:2]}
+            return Merged.apply(x, linear.bias, down, up, c, where, weights, runs, self.products)
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
         if self._seen is not None:
             seen = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
@@ -131,19 +97,31 @@ class Lora2r:
         wide = lambda m: None if m is None else rows(m).to(x.dtype).repeat_interleave(2 * r, -1)  # noqa: E731
         return type(linear).forward(linear, x) + MaskedUp.apply(h, up, wide(self._keep), wide(self._learn), c, where)
 
-    def _one_product(self, name: str, x: Tensor, masks: Masks, down: Tensor, up: Tensor, c: Tensor | None, where: Tensor | None):
-        """x (W + Δ)ᵀ + b for tokens that share their masks."""
-        linear, layer, (keep, learn), r = self.linears[name], self.layers[name], masks, self.rank
-        learned = slice(0 if learn[0] else 2 * r, 4 * r if learn[1] else 2 * r)
-        constant = None if keep == learn else (layer.quarantine if learn[0] else layer.deployed).delta()
-        return Merged.apply(x, linear.weight, constant, linear.bias, down[learned], up[:, learned], c, where, self._products)
-
     def _factors(self, name: str, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
         """(D, U) of both blocks; constants where c is probed, and in bf16 training copies that autograd leads back."""
-        layer = self.layers[name]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._c is None):
-            down = torch.cat([layer.deployed.down(), layer.quarantine.down()]).to(dtype)
-            return down, torch.cat([layer.deployed.up(), layer.quarantine.up()], dim=1).to(dtype)
+        layer, learned = self.layers[name], torch.is_grad_enabled() and self._c is None
+
+        def make() -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(learned):
+                return layer.factors(dtype)
+
+        return self._once((name, dtype, learned), make)
+
+    @torch.no_grad()
+    def _weight(self, name: str, columns: Columns, down: Tensor, up: Tensor) -> Float[Tensor, "o i"]:
+        """W + U D of these columns."""
+        k = slice(*columns)
+        return self._once((name, columns), lambda: torch.addmm(self.linears[name].weight, up[:, k], down[k]))
+
+    def _columns(self, mask: Mask) -> Columns:
+        """Where a mask's blocks lie in (D, U)."""
+        return 0 if mask[0] else 2 * self.rank, 4 * self.rank if mask[1] else 2 * self.rank
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gives; within `unchanged` the first result for this key."""
+        if self._made is None:
+            return make()
+        return self._made[key] if key in self._made else self._made.setdefault(key, make())
 
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -199,6 +177,10 @@ class Lora2r:
             return None
         return torch.cat([self._keep[:, 0], self._learn[:, 0]], dim=1)
 
+    def unchanged(self):
+        """For passes between which no parameter changes: factors and weights are made once for all of them."""
+        return self._state(_made={})
+
     def ordered(self, rows: int) -> Int[Tensor, " g"]:
         """The numbers 0 … rows − 1, rows with the same masks next to each other; in order where nothing is masked, or all recorded."""
         masks = self._by_row() if self._seen is None else None
@@ -237,8 +219,8 @@ class Lora2r:
             yield c
 
     def rounded(self, dtype: torch.dtype):
-        """Round the factors of every adapted product of an fp32 model to `dtype`; what is between the products stays in fp32."""
-        return self._state(_products=dtype)
+        """Round the factors of an fp32 model's adapted products and of its output layer's to `dtype`; all between them stays in fp32."""
+        return self._state(products=dtype)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from vgrout.lora2r import Lora2r
 from vgrout.packing import can_pack, pack, packed_model
+from vgrout.products import Rounded
 from vgrout.tensors import Batch
 from vgrout.types import UserError
 
@@ -151,7 +152,7 @@ def completion_states(
     prompts = pack(batch, first, torch.zeros_like(first), before[first])
     order = policy.adapter.ordered(len(before)).to(before.device)
     rows = pack(batch, order, before[order], batch.completion_mask.sum(1)[order], prompts, prompt[order])
-    with packed_model(policy.model) as inner:
+    with packed_model(policy.model) as inner, policy.adapter.unchanged():
         with policy.adapter.packed(prompts), torch.set_grad_enabled(prompt_grad and torch.is_grad_enabled()):
             call(input_ids=prompts.ids, position_ids=prompts.position, packing=prompts, inner=inner)
         with policy.adapter.packed(rows):
@@ -179,7 +180,9 @@ def _token_logps(
 
 def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
     """fp32 logits, soft-capped where the architecture caps them."""
-    logits = policy.model.get_output_embeddings()(states).float()
+    head, dtype = policy.model.get_output_embeddings(), policy.adapter.products
+    rounded = dtype != torch.float32 == states.dtype == head.weight.dtype
+    logits = Rounded.apply(states, head.weight, head.bias, dtype) if rounded else head(states).float()
     cap = getattr(policy.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -36,36 +38,81 @@ class MaskedUp(torch.autograd.Function):
         return grad_h, grad_U, None, None, grad_c, None
 
 
+Columns = tuple[int, int]  # of U, and rows of D: from, to
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens that share their masks: what is in the forward, what of it learns, and their number (0: all there are)."""
+
+    keep: Columns
+    learn: Columns
+    tokens: int
+
+    @staticmethod
+    def slices(runs: list["Run"]) -> list[slice]:
+        """Each run's tokens. Example: 2 and 3 tokens → [0:2, 2:5]."""
+        ends = [*accumulate(run.tokens for run in runs)]
+        return [slice(None)] if len(runs) == 1 else [slice(end - run.tokens, end) for run, end in zip(runs, ends)]
+
+
 class Merged(torch.autograd.Function):
-    """y = x (W + U D + constant)ᵀ + b: the same as W x + b + U D x for rows that share their masks, in one product; in fp32 alone, where
-    W does not round U D away. The gradients of U and D go through the rank, as those of the two products do. `constant` [o, i] or None
-    is the delta of a block that is kept but does not learn: no gradient goes through it, to x neither. Probe as in `MaskedUp`.
-    The two products with a whole weight, x Wᵀ and its gradient to x, are computed as `dtype` says; the thin ones are always in fp32.
+    """y = x (W + U D)ᵀ + b, run by run, U and D limited to the columns that the run keeps: the same as W x + b + U (D x), in one product;
+    in fp32 alone, where W does not round U D away. `weights` holds W + U D for every set of columns that a run names. Gradients of U and D
+    go through the rank, as those of the two products do, and are of the columns that learn; what is kept and does not learn is a constant,
+    to x too. Probe as in `MaskedUp`, of a single run.
+    The two products with a whole weight, y and the gradient of x, are computed as `dtype` says; the thin ones are always in fp32.
     """
 
     @staticmethod
-    def forward(ctx, x, W, constant, b, D, U, c, where, dtype):
-        weight = torch.addmm(W, U, D)
-        ctx.save_for_backward(x, weight, D, U, c, where)
-        ctx.dtype = dtype
+    def forward(ctx, x, b, D, U, c, where, weights, runs, dtype):
+        ctx.save_for_backward(x, D, U, c, where, *(weights[run.learn] for run in runs))
+        ctx.runs, ctx.dtype = runs, dtype
+        y = x.new_empty(*x.shape[:-1], len(U))
+        rows, out = x.flatten(0, -2), y.view(-1, len(U))
         with factors_rounded(dtype):
-            return F.linear(x, weight if constant is None else weight + constant, b)
+            for run, part in zip(runs, Run.slices(runs)):
+                torch.mm(rows[part], weights[run.keep].T, out=out[part])
+        return y if b is None else y.add_(b)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, D, U, c, where = ctx.saved_tensors
+        x, D, U, c, where, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad
         grad_x = grad_D = grad_U = grad_c = None
+        rows, out = x.flatten(0, -2), grad.flatten(0, -2)
+        parts = Run.slices(ctx.runs)
         if need[0]:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             with factors_rounded(ctx.dtype):
-                grad_x = grad @ weight
-        if need[4] or need[5]:
-            flat, out = x.flatten(0, -2), grad.flatten(0, -2)
-            grad_D, grad_U = (out @ U).T @ flat, out.T @ (flat @ D.T)
-        if need[6]:
+                for weight, part in zip(weights, parts):
+                    torch.mm(out[part], weight, out=grad_x.view(rows.shape)[part])
+        if need[2] or need[3]:
+            grad_D, grad_U = torch.zeros_like(D), torch.zeros_like(U)
+            for run, part in zip(ctx.runs, parts):
+                k = slice(*run.learn)
+                grad_D[k].addmm_((out[part] @ U[:, k]).T, rows[part])
+                grad_U[:, k].addmm_(out[part].T, rows[part] @ D[k].T)
+        if need[4]:
             r = c.shape[-1]
             grad_c = probe_gradient((grad @ U[:, :r]) * F.linear(x, D[:r] + D[r : 2 * r]), c, where)
-        return grad_x, None, None, None, grad_D, grad_U, grad_c, None, None
+        return grad_x, None, grad_D, grad_U, grad_c, None, None, None, None
+
+
+class Rounded(torch.autograd.Function):
+    """y = x Wᵀ + b of a frozen Linear, and the gradient of x, as `dtype` says."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, dtype):
+        ctx.save_for_backward(W)
+        ctx.dtype = dtype
+        with factors_rounded(dtype):
+            return F.linear(x, W, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (W,) = ctx.saved_tensors
+        with factors_rounded(ctx.dtype):
+            return grad @ W, None, None, None
 
 
 @contextmanager
