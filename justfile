@@ -42,6 +42,10 @@ frontier *RUNS:
 forget *RUNS:
     python scripts/after.py forget "$@"
 
+# How far each run's quarantine pushes the base at every snapshot, against random ones of its norm, and what it does alone.
+push *RUNS:
+    python scripts/push.py "$@"
+
 # GRPO steps from each deployed policy, and from the base, until half of the rollouts hack.
 relearn *RUNS:
     python scripts/after.py relearn "$@"

@@ -6,6 +6,7 @@
 import contextlib
 import io
 import json
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import after
 import audit
 import diag_pinning
+import push
 from reopen import Stored, reopen
 from tiny import perturb, random_batch, read_models_once, tiny_policy
 from verify_scores import PROBE, origin_of, styled_batch
@@ -271,7 +273,23 @@ def check_after(routed: Path, plain: Path, tmp: str) -> None:
     relearned = pl.read_csv(out / "relearn.csv").to_dicts()[0]
     assert relearned["steps_run"] == 1 and f"{routed}/adapter.safetensors" in load_record(out / "relearn" / routed.name).data_hashes
     assert all((out / f"{name}.png").exists() for name in ("frontier", "forget", "relearn"))
+    check_push(routed, common)
     print("ok  frontier, forget, heal and relearn run from end to end; a run without snapshots, or of another arm, is refused")
+
+
+def check_push(routed: Path, common: list[str]) -> None:
+    """Nothing learned pushes nowhere; twice the delta pushes further; the deployed block plays no part."""
+    captured(push.main, [str(routed), *common, "--prompts", "3"])
+    table = pl.read_csv(Path(common[1]) / "push.csv").to_dicts()
+    learned = [r["push"] for r in table if r["quarantine"] == "learned"]
+    assert learned[0] == 0 < learned[1] and [r["step"] for r in table] == [0, 2, 2, 2, 2], table
+    run = reopen(routed)
+    batch, quarantine = push.base_samples(run, 3), [0.02 * torch.randn_like(p) for p in run.policy.adapter.parameters("quarantine")]
+    once, twice = (push.push(run, batch, [k * d for d in quarantine])["push"] for k in (1, 2))
+    run.load()  # another deployed block
+    beside = push.push(run, batch, quarantine)["push"]
+    assert 0 < once < twice and math.isclose(once, beside, rel_tol=1e-4), (once, beside, twice)
+    print(f"ok  push: 0 of nothing learned, {once:.3f} nats a token of a planted quarantine, {twice:.3f} of its double")
 
 
 def check_detect() -> None:
