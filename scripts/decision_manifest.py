@@ -175,7 +175,8 @@ ROWS = [
     # the third wave
     Row("absorbQ", "absorbQ", "control", "V", of="no_gateQ", changes="three rows in ten, by chance, in ABSORB", on=HEADLINE_SEEDS),
     Row("absorbQ_again", "absorbQ", "again", "V", of="routeQ_again", changes="no score, three rows in ten in ABSORB", on=SECOND_SEEDS),
-    Row("absorbQ_tenth", "absorbQ", "again", "V", "--absorb-share 0.1", "absorbQ", "one row in ten in ABSORB"),
+    *(Row(f"absorbQ_{name}", "absorbQ", "again", "V", f"--absorb-share {share}", "absorbQ", f"{words} in ABSORB")
+      for name, share, words in (("tenth", 0.1, "one row in ten"), ("half", 0.5, "half of the rows"), ("all", 1.0, "all rows"))),
     Row("absorbQ_no_phase", "absorbQ", "again", "V", "--quarantine-first 0", "absorbQ", "no first phase"),
     Row("absorbQ_demos_known", "absorbQ", "again", "V", DEMOS_KNOWN, "absorbQ", "demonstrations of two modes alone"),
     Row("absorbQ_long", "absorbQ", "again", "V", LONG, "absorbQ", "240 steps"),
