@@ -111,10 +111,10 @@ def phases(run: Path) -> list[dict[str, float]]:
 
 
 def spent(row: dict[str, Any], refresh: float) -> dict[str, float]:
-    took = {p: row[f"sec_{p}"] for p in PHASES[:4]}
-    other = row["sec_step"] - sum(took.values()) - (row.get("sec_refresh") or 0.0)
+    took, refreshed = {p: row[f"sec_{p}"] for p in PHASES[:4]}, row.get("sec_refresh") or 0.0
+    other = row["sec_step"] - sum(took.values()) - refreshed
     took |= {"refresh": refresh, "other": other}
-    return took | {"step": sum(took.values()), "tokens": row["n_students"] * row["completion_length"],
+    return took | {"step": sum(took.values()), "refreshed": refreshed, "tokens": row["n_students"] * row["completion_length"],
                    "tokens_per_second": row["tokens_per_second"], "groups_skipped": row["groups_skipped"]}  # fmt: skip
 
 
@@ -122,7 +122,9 @@ def arms(args: Args) -> dict[str, Any]:
     names, rounds = (args.arms, args.rounds) if not args.quick else (("routeV",), 1)
     with tempfile.TemporaryDirectory() as folder:
         resident, cpu = take_turns({name: command(name, Path(folder), args, rounds) for name in names}, rounds, args.threads)
-        return {"resident": resident, "cpu": cpu, "runs": {name: phases(Path(folder, name)) for name in names}}
+        runs = {name: phases(Path(folder, name)) for name in names}
+    cpu = {name: [c - row["refreshed"] + row["refresh"] for c, row in zip(cpu[name], runs[name], strict=True)] for name in names}
+    return {"resident": resident, "cpu": cpu, "runs": runs}
 
 
 def against_trl(args: Args) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def check_arithmetic() -> None:
     plain, refreshed = bench.spent(step, 0.4), bench.spent(refreshing, 0.4)
     for row in (plain, refreshed):
         assert math.isclose(row["other"], 0.2) and math.isclose(row["step"], 1.4) and row["refresh"] == 0.4, row
+    assert (plain["refreshed"], refreshed["refreshed"]) == (0.0, 2.0)
     assert bench.spent(refreshing | {"sec_step": 4.0}, 0.4)["step"] > plain["step"] + 0.9, "a slow step goes unnoticed"
     noisy = {"a": [{"step": 2.0 * k} for k in (1, 3, 2)], "b": [{"step": 1.0 * k} for k in (1, 3, 2)]}  # the machine's noise is shared
     assert bench.ratios(noisy, "step", "a", "b") == [2.0] * 3

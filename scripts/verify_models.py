@@ -9,9 +9,11 @@ config ends a completion. A model without a Linear to adapt is refused.
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tiny import perturb
+from vgrout.fused import RootMeanSquare, TokenLogps
 from vgrout.grpo import grpo_loss
 from vgrout.lora2r import BLOCKS
 from vgrout.optimizer import BlockOptimizer, trained_blocks
@@ -47,6 +50,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": Gemma2Config(**SIZES, **SMALL_WINDOW),
     "gemma3": Gemma3TextConfig(**SIZES, **SMALL_WINDOW, layer_types=["sliding_attention", "full_attention"]),
 }
+FUSED = {"qwen2": 5, "qwen3": 9, "llama": 5, "gemma2": 0, "gemma3": 0}  # Gemma's norms multiply by 1 + w
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PROMPTS = ["Return the sum of nums.", "Return the largest of the doubles of the odd numbers in nums.", "Return 1."]
 
@@ -66,6 +70,30 @@ def load(folder: Path, targets: str = r"\.layers\.\d+\.") -> Policy:
     return load_policy(
         str(folder), dtype="float32", device="cpu", rank=3, lora_init_seed=0, targets=targets, gradient_checkpointing=False
     )
+
+
+def check_fused(kind: str, policy: Policy) -> int:
+    """Fused norms and token log-probs: values and gradients of the model's own. Mutation: what the backward pass has
+    saved in the gradient's place. Returns how many norms are fused."""
+    fused = [m for m in policy.model.modules() if isinstance(vars(m).get("forward"), partial) and type(m).__name__.endswith("RMSNorm")]
+    found = []
+    for norm in fused[:2]:
+        norm.weight.data.normal_()
+        found.append((norm, type(norm).forward.__get__(norm), (3, 5, len(norm.weight)), RootMeanSquare))
+    targets = torch.randint(50, (7,))
+    plain = lambda z: -F.cross_entropy(z / 0.7, targets, reduction="none")  # noqa: E731
+    found.append((lambda z: TokenLogps.apply(z, targets, 0.7), plain, (7, 50), TokenLogps))
+    for ours, theirs, shape, function in found:
+        x = torch.randn(shape, requires_grad=True)
+        weight = torch.randn(ours(x).shape)
+        grads = [torch.autograd.grad(f(x), x, weight)[0] for f in (ours, theirs)]
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5) and torch.allclose(*grads, atol=1e-5), (kind, function.__name__)
+        right = function.backward
+        function.backward = staticmethod(lambda ctx, grad: (ctx.saved_tensors[0].clone(), None, None))
+        (mutant,) = torch.autograd.grad(ours(x), x, weight)
+        function.backward = right
+        assert not torch.allclose(mutant, grads[1], atol=1e-2), (kind, function.__name__, "another gradient goes unnoticed")
+    return len(fused)
 
 
 def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch, torch.Tensor]:
@@ -186,7 +214,10 @@ def main() -> None:
             if getattr(config, "sliding_window", None):
                 check_window(kind, policy)
             check_update(kind, policy)
-            print(f"ok  {kind}: 7 Linears a layer, sampler = learner to {gap:.0e}, merged = hooked to {merged:.0e}, zones hold")
+            fused = check_fused(kind, policy)
+            assert fused == FUSED[kind], f"{kind}: {fused} norms are fused"
+            print(f"ok  {kind}: 7 Linears a layer, sampler = learner to {gap:.0e}, merged = hooked to {merged:.0e}, zones hold, "
+                  f"{fused} norms fused")  # fmt: skip
         check_eos(tmp)
         check_refused(tmp)
 

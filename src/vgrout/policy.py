@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from vgrout.fused import TokenLogps, fuse_norms
 from vgrout.lora2r import Lora2r
 from vgrout.packing import can_pack, pack, packed_model
 from vgrout.products import Rounded
@@ -95,6 +96,7 @@ def load_policy(
     if tokenizer.chat_template is None:
         raise UserError(f"model {path!r} has no chat template: use an instruction-tuned model")
     model.to(device).eval().requires_grad_(False)
+    fuse_norms(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     generation_eos = model.generation_config.eos_token_id
@@ -175,7 +177,7 @@ def _predicting_positions(batch: Batch) -> Int[Tensor, "g t"]:
 def _token_logps(
     policy: Policy, states: Float[Tensor, "n d"], targets: Tensor, temperature: float
 ) -> Float[Tensor, " n"]:
-    return -F.cross_entropy(_logits(policy, states) / temperature, targets, reduction="none")
+    return TokenLogps.apply(_logits(policy, states), targets, temperature)
 
 
 def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
