@@ -132,6 +132,7 @@ ROWS = [
     Row("random_gate", "random_gate", "control", "A5", of="routeV", changes="chance, at the real share"),
     Row("random_gateQ", "random_gateQ", "control", "A5", of="routeQ", changes="chance, at the real share"),
     Row("routeA", "routeA", "method", "A5"),
+    *draws("placeboA", "placeboA", "routeA", "A5"),
     Row("routeL", "routeL", "method", "A5"),
     *draws("placeboL", "placeboL", "routeL", "A5"),
     # baselines and upper bounds
