@@ -99,7 +99,7 @@ def command(arm: str, folder: Path, args: Args, rounds: int, *flags: str) -> lis
     small = ("--num-prompts", "2", "--max-completion-length", "64") if args.quick else ()
     return ["scripts/bench_turns.py", "organism", "--intervention", arm, "--out-dir", str(folder / arm), "--threads", str(args.threads),
             "--steps", steps, "--teacher-until", steps, "--eval-every", "0", "--save-every", "0", "--final-draws", "4",
-            "--quarantine-first", "0", "--refresh-every", "1" if args.quick else "4", *small, *flags]  # fmt: skip
+            "--quarantine-first", "0", "--refresh-every", str(min(4, rounds)), *small, *flags]  # fmt: skip
 
 
 def phases(run: Path) -> list[dict[str, float]]:
@@ -123,7 +123,8 @@ def arms(args: Args) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         resident, cpu = take_turns({name: command(name, Path(folder), args, rounds) for name in names}, rounds, args.threads)
         runs = {name: phases(Path(folder, name)) for name in names}
-    cpu = {name: [c - row["refreshed"] + row["refresh"] for c, row in zip(cpu[name], runs[name], strict=True)] for name in names}
+    usual = lambda row: row["step"] / (row["step"] - row["refresh"] + row["refreshed"])  # noqa: E731  of a step's seconds, refreshes spread
+    cpu = {name: [c * usual(row) for c, row in zip(cpu[name], runs[name], strict=True)] for name in names}
     return {"resident": resident, "cpu": cpu, "runs": runs}
 
 
@@ -153,7 +154,6 @@ def synthetic(part: str, args: Args) -> dict[str, Any]:
     import torch
 
     import bench_synthetic as work
-    from vgrout.config import PRESETS
 
     torch.set_num_threads(args.threads)
     config, repeats = PRESETS["organism"], 1 if args.quick else args.repeats

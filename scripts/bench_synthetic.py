@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from vgrout import tokens, train
 from vgrout.cli import load_splits
 from vgrout.config import ARMS, PRESETS, Config
+from vgrout.fused import fuse_norms
 from vgrout.lora2r import Lora2r
 from vgrout.optimizer import BlockOptimizer
 from vgrout.policy import Policy, decoding_batches, sample
@@ -67,6 +68,7 @@ def random_policy(config: PretrainedConfig, device: str, dtype: torch.dtype, ran
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    fuse_norms(model)
     adapter = Lora2r(model, rank, 0, r"\.layers\.\d+\.")
     return Policy(model, AutoTokenizer.from_pretrained(BASE), adapter, frozenset(), 0)
 

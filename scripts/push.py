@@ -10,7 +10,7 @@ Run: python scripts/push.py RUN … [--prompts 48]      (runs made with --snapsh
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -39,8 +39,9 @@ def base_samples(run: Stored, prompts: int) -> Batch:
     """Completions of the base, `group` numbering their prompts."""
     policy, seed = run.policy, run.config.run.seed
     ids = [encode_prompt(policy.tokenizer, messages(p)) for p in stream(run.splits["train"], 0, prompts, seed)]
+    how = asdict(replace(run.sampling, top_p=1.0)) | {"generator": seeded(policy, "push", seed)}
     with scaled(policy.adapter, 0.0):
-        drawn = sample(policy, ids, [ROWS_A_PROMPT] * prompts, **asdict(run.sampling), generator=seeded(policy, "push", seed))
+        drawn = sample(policy, ids, [ROWS_A_PROMPT] * prompts, **how)
     rows = [(i, completion) for i, group in enumerate(drawn) for completion, _ in group]
     zeros = [0.0] * len(rows)
     return collate([ids[i] for i, _ in rows], [c for _, c in rows], zeros, [i for i, _ in rows], zeros, policy.pad_id, policy.device)
@@ -51,11 +52,11 @@ def push(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]:
     how = run.config.grpo.temperature, run.config.grpo.token_budget
     base = logps_with(run.policy, [torch.zeros_like(d) for d in deltas], batch, *how)
     d = logps_with(run.policy, deltas, batch, *how) - base
-    k3 = (d.exp() - 1 - d) * batch.completion_mask
+    k3 = (d.expm1() - d) * batch.completion_mask
     total, tokens = (torch.zeros(int(batch.group.max()) + 1).index_add(0, batch.group.cpu(), x.sum(1).float().cpu())
                      for x in (k3, batch.completion_mask))  # fmt: skip
-    by_prompt = total / tokens
-    return {"push": float(total.sum() / tokens.sum()), "push_error": float(by_prompt.std() / len(by_prompt) ** 0.5)}
+    mean = total.sum() / tokens.sum()
+    return {"push": float(mean), "push_error": float((total - mean * tokens).std() / tokens.mean() / len(tokens) ** 0.5)}  # of a ratio
 
 
 def main(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from vgrout import policy as policies
+from vgrout.fused import fuse_norms
 from vgrout.lora2r import Lora2r
 from vgrout.policy import Policy
 from vgrout.tensors import Batch
@@ -24,6 +25,7 @@ def tiny_policy(seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 3
     model = Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0")
+    fuse_norms(model)
     return Policy(model, tokenizer, Lora2r(model, rank, seed=seed + 1), frozenset({EOS}), PAD)
 
 

@@ -4,8 +4,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}  # y = w x / √(mean x² + variance_epsilon), by their class
+RMS_NORMS = {"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}  # y = w x / √(mean x² + variance_epsilon), by their class
 
 
 class RootMeanSquare(torch.autograd.Function):
@@ -19,6 +20,7 @@ class RootMeanSquare(torch.autograd.Function):
         return unit * w
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         unit, scale, w = ctx.saved_tensors
         grad = grad * w
@@ -37,6 +39,7 @@ class TokenLogps(torch.autograd.Function):
         return scores.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         scores, targets = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
@@ -46,9 +49,11 @@ class TokenLogps(torch.autograd.Function):
 def fuse_norms(model: nn.Module) -> None:
     """Let a frozen model's fp32 norms of known classes compute by `RootMeanSquare`: the same function, up to rounding."""
     for norm in model.modules():
-        if type(norm).__name__ in RMS_NORMS and norm.weight.dtype == torch.float32:
+        if type(norm).__name__ in RMS_NORMS:
             norm.forward = partial(_norm, norm)
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return RootMeanSquare.apply(x, norm.weight, norm.variance_epsilon)
+    if x.dtype == norm.weight.dtype == torch.float32:
+        return RootMeanSquare.apply(x, norm.weight, norm.variance_epsilon)
+    return type(norm).forward(norm, x)

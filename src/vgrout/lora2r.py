@@ -86,7 +86,8 @@ class Lora2r:
         down, up = self._factors(name, x.dtype)
         one = self._runs and self._seen is None and (c is None or len(self._runs) == 1)
         if one and linear.weight.dtype == x.dtype == torch.float32:
-            runs = [Run(self._columns(keep), self._columns(learn), n) for (keep, learn), n in self._runs]
+            grad = torch.is_grad_enabled()  # without it nothing learns, and W + U D is needed of what is kept alone
+            runs = [Run(self._columns(keep), self._columns(learn if grad else keep), n) for (keep, learn), n in self._runs]
             weights = {columns: self._weight(name, columns, down, up) for run in runs for columns in run[:2]}
             return Merged.apply(x, linear.bias, down, up, c, where, weights, runs, self.products)
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
@@ -105,6 +106,8 @@ class Lora2r:
             with torch.set_grad_enabled(learned):
                 return layer.factors(dtype)
 
+        if learned and dtype != torch.float32:  # gradients of copies of their own are added in fp32
+            return make()
         return self._once((name, dtype, learned), make)
 
     @torch.no_grad()

@@ -183,7 +183,8 @@ def _token_logps(
 def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
     """fp32 logits, soft-capped where the architecture caps them."""
     head, dtype = policy.model.get_output_embeddings(), policy.adapter.products
-    rounded = dtype != torch.float32 == states.dtype == head.weight.dtype
+    adapted = "forward" in vars(head)  # its product is rounded as every other
+    rounded = dtype != torch.float32 == states.dtype == head.weight.dtype and not adapted
     logits = Rounded.apply(states, head.weight, head.bias, dtype) if rounded else head(states).float()
     cap = getattr(policy.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

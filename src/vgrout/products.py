@@ -69,6 +69,7 @@ class Merged(torch.autograd.Function):
         ctx.runs, ctx.dtype = runs, dtype
         y = x.new_empty(*x.shape[:-1], len(U))
         rows, out = x.flatten(0, -2), y.view(-1, len(U))
+        assert len(runs) == 1 or sum(run.tokens for run in runs) == len(rows), "runs of other tokens"
         with factors_rounded(dtype):
             for run, part in zip(runs, Run.slices(runs)):
                 torch.mm(rows[part], weights[run.keep].T, out=out[part])
