@@ -92,6 +92,7 @@ LONG = "--steps 240"
 DEMOS_KNOWN = "--teacher-modes run_tests sentinel"
 TUNED, LENGTH = "--penalty-alpha 1", "--confound length"
 BOTH = "--retain-forward both"
+ALONE = "--teacher-pool '' --quarantine-first 100 --steps 220"  # no demonstrations
 FIRST = "--quarantine-first 20 --gen-deploy-frac 1.0 --retained-advantages"  # routeQ's schedule, for other arms
 
 def draws(name: str, arm: str, of: str, serves: str) -> list[Row]:
@@ -164,7 +165,8 @@ ROWS = [
     Row("no_gateQ_both", "no_gateQ", "control", "A3 W", BOTH, "no_gateQ", "RETAIN keeps the quarantine in its forward"),
     Row("routeV_token", "routeV", "ablation", "A3", "--granularity token", "routeV", "zones by token"),
     ablation("unhackable", "--unhackable-frac 0.25", "a quarter of the prompts without a loophole"),
-    ablation("no_teacher", "--teacher-pool '' --quarantine-first 100 --steps 220", "no demonstrations, a first phase of 100 steps"),
+    ablation("no_teacher", ALONE, "no demonstrations, a first phase of 100 steps"),
+    Row("no_gateQ_no_teacher", "no_gateQ", "control", "A3", ALONE, "routeQ_no_teacher", "the same without a gate"),
     ablation("demos_known", DEMOS_KNOWN, "demonstrations of two modes alone"),
     Row("placeboQ_demos_known", "placeboQ", "placebo", "A3", f"--placebo-seed 1 {DEMOS_KNOWN}", "routeQ_demos_known", "draw 1"),
     Row("none2r_demos_known", "none2r", "baseline", "A3", DEMOS_KNOWN, "none2r", "demonstrations of two modes alone"),
@@ -180,6 +182,7 @@ ROWS = [
       for name, share, words in (("tenth", 0.1, "one row in ten"), ("half", 0.5, "half of the rows"), ("all", 1.0, "all rows"))),
     Row("absorbQ_no_phase", "absorbQ", "again", "V", "--quarantine-first 0", "absorbQ", "no first phase"),
     Row("absorbQ_demos_known", "absorbQ", "again", "V", DEMOS_KNOWN, "absorbQ", "demonstrations of two modes alone"),
+    Row("absorbQ_no_teacher", "absorbQ", "again", "V", ALONE, "absorbQ", "no demonstrations, a first phase of 100 steps"),
     Row("absorbQ_long", "absorbQ", "again", "V", LONG, "absorbQ", "240 steps"),
     # the fourth wave
     Row("placebo_absorbQ", "placebo_absorbQ", "placebo", "W", of="absorbQ", changes="a random quarantine of equal norm", on=HEADLINE_SEEDS),
