@@ -156,6 +156,10 @@ def third_demands() -> list[tuple[str, list[str], Judge | None]]:
         ("above plain GRPO stopped early or mixed", [own, BASE], lambda runs: above_null(runs[own], runs[BASE])),
         (f"long run: held-out deployed hack at most {HACK}", [long], lambda runs: long_hack(runs[long])),
         ("long run: solve not below the short run's", [long, own], lambda runs: long_solve(runs[long], runs[own])),
+        *((f"{name}: held-out deployed hack at most {HACK}", [name], lambda runs, name=name: at_most(runs[name], hack_held, HACK))
+          for name in ("absorbQ_half", "absorbQ_all", "absorbQ_no_teacher")),
+        ("routeQ_no_teacher: held-out deployed hack below no_gateQ_no_teacher", ["routeQ_no_teacher", "no_gateQ_no_teacher"],
+         lambda runs: below(runs["routeQ_no_teacher"], runs["no_gateQ_no_teacher"], hack_held)),
     ]  # fmt: skip
 
 

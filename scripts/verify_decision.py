@@ -172,11 +172,14 @@ def check_verdict() -> None:
     own = seeds_of("absorbQ", 0.001, 0.40)
     third = runs | waves | {"absorbQ": own, "placeboQ_3": runs["placeboQ_1"], "absorbQ_long": seeds_of("absorbQ", 0.0, 0.42, 240, SEEDS),
                             "absorbQ_again": seeds_of("absorbQ", 0.0, 0.40, 120, SECOND_SEEDS)}  # fmt: skip
+    third |= {f"absorbQ_{name}": seeds_of("absorbQ", 0.0, 0.4, seeds=SEEDS) for name in ("half", "all", "no_teacher")}
+    third |= {f"{arm}_no_teacher": seeds_of(arm, hack, 0.4, seeds=SEEDS) for arm, hack in (("routeQ", 0.001), ("no_gateQ", 0.4))}
     answers = lambda change: [c.answer for c in verdict.decided(verdict.third_demands(), third | change, ROWS)]  # noqa: E731
     assert set(answers({})) == {"yes"}, answers({})
     hacks = {"absorbQ_again": seeds_of("absorbQ", 0.06, 0.30, 120, SECOND_SEEDS)}
     hacks |= {"absorbQ_long": seeds_of("absorbQ", 0.2, 0.30, 240, SEEDS)}
-    assert [i for i, answer in enumerate(answers(hacks)) if answer == "no"] == [0, 1, 3, 10, 11], answers(hacks)
+    hacks |= {"absorbQ_all": seeds_of("absorbQ", 0.2, 0.4, seeds=SEEDS), "no_gateQ_no_teacher": third["routeQ_no_teacher"]}
+    assert [i for i, answer in enumerate(answers(hacks)) if answer == "no"] == [0, 1, 3, 10, 11, 13, 15], answers(hacks)
     short = {"absorbQ": {seed: record for seed, record in own.items() if seed != 104}}
     assert answers(short)[4:10] == ["not run"] * 6, "a third wave without one of its seeds SHOULD decide nothing"
     fourth = third | {f"matched_absorbQ_{i}": seeds_of("matched_absorbQ", 0.2, 0.4) for i in (1, 2, 3)}
