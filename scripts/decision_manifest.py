@@ -163,6 +163,9 @@ ROWS = [
     ablation("signed", "--signed", "flagged rows with A < 0 are retained"),
     ablation("both", BOTH, "RETAIN keeps the quarantine in its forward"),
     Row("no_gateQ_both", "no_gateQ", "control", "A3 W", BOTH, "no_gateQ", "RETAIN keeps the quarantine in its forward"),
+    *(Row(f"no_gateQ_both_{name}", "no_gateQ", "control", "W", f"{BOTH} {flags}", "no_gateQ_both", changes)
+      for name, flags, changes in (("free", "--beta 0", "… and no KL to the base"),
+                                   ("trained", "--gen-deploy-frac 0", "… and sampled as trained"))),
     Row("routeV_token", "routeV", "ablation", "A3", "--granularity token", "routeV", "zones by token"),
     ablation("unhackable", "--unhackable-frac 0.25", "a quarter of the prompts without a loophole"),
     ablation("no_teacher", ALONE, "no demonstrations, a first phase of 100 steps"),

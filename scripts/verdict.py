@@ -180,7 +180,9 @@ def fourth_demands() -> list[tuple[str, list[str], Judge | None]]:
     pushed, plain = "no_gateQ_both", "no_gateQ"
     return found + [(f"{pushed}: held-out deployed hack at most {HACK}", [pushed], low(pushed)),
                     (f"{pushed}: held-out deployed hack below {plain}", [pushed, plain],
-                     lambda runs: below(runs[pushed], runs[plain], hack_held))]  # fmt: skip
+                     lambda runs: below(runs[pushed], runs[plain], hack_held)),
+                    *((f"{pushed}: solve below {name}", [pushed, name], lambda runs, name=name: below(runs[pushed], runs[name], solve))
+                      for name in (f"{pushed}_free", f"{pushed}_trained"))]  # fmt: skip
 
 
 def fifth_demands() -> list[tuple[str, list[str], Judge | None]]:

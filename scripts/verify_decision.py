@@ -190,12 +190,14 @@ def check_verdict() -> None:
     fourth |= {"reset_absorbQ": seeds_of("reset_absorbQ", 0.001, 0.4, seeds=SEEDS)}
     fourth |= {"solver_absorbQ": seeds_of("solver_absorbQ", 0.4, 0.3, seeds=SEEDS)}
     fourth |= {"no_gateQ_both": seeds_of("no_gateQ", 0.001, 0.4, seeds=SEEDS)}
+    fourth |= {f"no_gateQ_both_{name}": seeds_of("no_gateQ", 0.001, 0.5, seeds=SEEDS) for name in ("free", "trained")}
     answers = lambda change: [c.answer for c in verdict.decided(verdict.fourth_demands(), fourth | change, ROWS)]  # noqa: E731
-    assert answers({}) == ["yes"] * 11 + ["no"] * 2 + ["yes", "no"] + ["yes"] * 2, answers({})
+    assert answers({}) == ["yes"] * 11 + ["no"] * 2 + ["yes", "no"] + ["yes"] * 4, answers({})
     equal = {"matched_absorbQ_2": seeds_of("matched_absorbQ", 0.001, 0.4), "filterQ": seeds_of("filterQ", 0.2, 0.2, seeds=SEEDS)}
     equal |= {"solver_absorbQ": seeds_of("solver_absorbQ", 0.001, 0.4, seeds=SEEDS)}
     equal |= {"no_gateQ_both": seeds_of("no_gateQ", 0.5, 0.4, seeds=SEEDS)}
-    assert [i for i, (a, b) in enumerate(zip(answers({}), answers(equal))) if a != b] == [2, 6, 7, 8, 15, 16], "as low SHOULD fail"
+    equal |= {"no_gateQ_both_trained": seeds_of("no_gateQ", 0.001, 0.4, seeds=SEEDS)}
+    assert [i for i, (a, b) in enumerate(zip(answers({}), answers(equal))) if a != b] == [2, 6, 7, 8, 15, 16, 18], "as low SHOULD fail"
     by_length = lambda gate, penalty: {"length_gateQ": seeds_of("confound_gateQ", *gate),  # noqa: E731
                                        "length_gateQ_again": seeds_of("confound_gateQ", *gate, 120, SECOND_SEEDS),
                                        "length_advmodL": seeds_of("confound_advmodL", *penalty, seeds=SEEDS)}  # fmt: skip
