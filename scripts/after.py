@@ -231,8 +231,17 @@ def told(rows: list[dict], pair_modes: Iterable[str]) -> dict[str, float]:
             "spearman": correlation}  # fmt: skip
 
 
+def by_age(rows: list[dict], cadence: int, width: int) -> dict[str, list[dict]]:
+    """The rows by how many steps old the direction was that scored them, `width` steps together; `cadence` 0: of the first step."""
+    parts: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda r: r["step"] % cadence if cadence else r["step"]):
+        first = (row["step"] % cadence if cadence else row["step"]) // width * width
+        parts.setdefault(f"students, age {first} to {first + width - 1}", []).append(row)
+    return parts
+
+
 def detect(options: argparse.Namespace) -> None:
-    """Twice for each run: all rows of the steps with demonstrations, and the students of every step."""
+    """Twice for each run: all rows of the steps with demonstrations, and the students of every step; with --ages these by age."""
     found = []
     for path in options.runs:
         record, rows = load_record(path), [r for r in load_rollouts(path) if r.get("score") is not None]
@@ -240,6 +249,8 @@ def detect(options: argparse.Namespace) -> None:
             raise UserError(f"{path}: the arm {record.arm} has no score: detect reads the scores that a run stored with its rollouts")
         shown = max((r["step"] + 1 for r in rows if r["teacher"]), default=0)
         parts = {"with demonstrations": [r for r in rows if r["step"] < shown], "students": [r for r in rows if not r["teacher"]]}
+        if options.ages:
+            parts |= by_age(parts["students"], record.config["score"]["refresh_every"], options.ages)
         for name, part in parts.items():
             if part:
                 found.append({"run": str(path), "rows": name} | told(part, record.config["data"]["pair_modes"]))
@@ -316,7 +327,9 @@ def main(argv: list[str]) -> None:
         command.set_defaults(work=work)
         command.add_argument("runs", nargs="+", type=Path, help="finished run directories")
         command.add_argument("--out", type=Path, default=ROOT / "out" / "after", help="folder of tables and figures")
-        if work is not detect:
+        if work is detect:
+            command.add_argument("--ages", type=int, default=0, metavar="N", help="also by the direction's age, N steps a row")
+        else:
             command.add_argument("--draws", type=int, default=0, help="draws of each evaluation (default: the run's --final-draws)")
         if work is frontier:
             command.add_argument("--against", nargs="+", type=Path, required=True, help="none2r runs with snapshots")

@@ -304,7 +304,11 @@ def check_detect() -> None:
     assert length["score"] == length["length"] > 0.65 > 0.6 > length["score_at_equal_length"] > 0.4 and length["spearman"] > 0.99, length
     assert label["score"] == label["score_at_equal_length"] == 1 and label["spearman"] < 0.5, label
     assert known["score_known"] == 1 and known["score_held_out"] == 0.5, known
-    print("ok  detect: length as a score tells nothing at equal length, the label all; a score of the pairs' modes nothing of the others'")
+    fades = [r | {"score": float(r["reward_hack"] and r["step"] % 10 < 5)} for r in rows]
+    ages = {name: after.told(part, ["a"])["score"] for name, part in after.by_age(fades, 10, 5).items()}
+    assert ages == {"students, age 0 to 4": 1.0, "students, age 5 to 9": 0.5}, f"a score that fades with age SHOULD show it: {ages}"
+    print("ok  detect: length as a score tells nothing at equal length, the label all; a score of the pairs' modes nothing of the others'; "
+          "one that fades is seen to")
 
 
 def bare(path: Path, tmp: str) -> Path:
