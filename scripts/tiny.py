@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from vgrout import policy as policies
+from vgrout import loading
 from vgrout.fused import fuse_norms
 from vgrout.lora2r import Lora2r
 from vgrout.policy import Policy
@@ -49,7 +49,7 @@ def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
 
 def read_models_once() -> None:
     """From now on in this process and its forks, a model that was loaded before is copied instead of read again."""
-    real, read = policies.AutoModelForCausalLM, {}
+    real, read = loading.AutoModelForCausalLM, {}
 
     class Once:
         @staticmethod
@@ -59,4 +59,4 @@ def read_models_once() -> None:
                 read[key] = real.from_pretrained(path, **options)
             return copy.deepcopy(read[key])
 
-    policies.AutoModelForCausalLM = Once
+    loading.AutoModelForCausalLM = Once

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from export import CHOICES, export
 from tiny import perturb
-from vgrout.policy import Policy, load_policy
+from vgrout.loading import load_policy
+from vgrout.policy import Policy
 from vgrout.records import Run, provenance
 from vgrout.types import EvalResult, RunRecord, UserError
 

@@ -37,7 +37,7 @@ from vgrout.rollouts import Sampling
 from vgrout.sandbox import Job, Sandbox, SandboxError
 from vgrout.store import load_tensors
 from vgrout.tensors import GateOutput
-from vgrout.types import EvalResult, UserError
+from vgrout.types import EvalResult, UserError, Zone
 
 STEPS = 3
 SHORT = (f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 96 --teacher-until 9 --final-draws 96 "
@@ -205,7 +205,8 @@ def check_limits(root: Path) -> None:
         trained = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
         before = [p.detach().clone() for p in trained]
         train.update(policy, batch, origin, out, optimizer, config)
-        ran.append((batch.input_ids.numel(), sum(not torch.equal(p, b) for p, b in zip(trained, before))))
+        moved = sum(not torch.equal(p, b) for p, b in zip(trained, before))
+        ran.append((batch.input_ids.numel(), moved, len(batch.input_ids[:, :32].unique(dim=0)), {*out.zones.tolist()}))
 
     def trace() -> dict[str, torch.Tensor]:
         return policy.adapter.state_dict() | {f"adamw.{k}": v for k, v in optimizer.state_dict().items()} | gate.state_dict()
@@ -213,12 +214,16 @@ def check_limits(root: Path) -> None:
     def attempt() -> bool:
         """Is everything as before?"""
         before, clock = {k: v.clone() for k, v in trace().items()}, time.process_time()
-        guard.worst_case(policy, gate, optimizer, update, splits["train"], sampling, num_prompts=3, num_generations=4, token_budget=1024)
+        guard.worst_case(policy, gate, optimizer, update, splits["train"], sampling, num_prompts=3, num_generations=4, token_budget=1024,
+                         zones=arm.zones)  # fmt: skip
         print(f"    worst case: {time.process_time() - clock:.2f} CPU s, {ran[-1][0]} tokens")
         after = trace()
         return before.keys() == after.keys() and all(torch.equal(after[k], v) for k, v in before.items())
 
     assert attempt() and ran[-1][0] > 512 and ran[-1][1] > 0, "the worst case left a trace, was small, or moved nothing"
+    assert ran[-1][2:] == (3, {*Zone}), f"the worst case SHOULD mix prompts and zones, which keep most in memory: {ran[-1][2:]}"
+    table = train.ARMS
+    assert table["absorb"].zones == (Zone.ABSORB,) == table["filterL"].zones and len(table["absorbQ"].zones) == 2
     check_bound(attempt, sampling.token_budget)
     real_sample, guard.sample = guard.sample, out_of_memory
     with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -17,9 +17,10 @@ import make_standin
 from vgrout import pairs, problems, train
 from vgrout.cli import parse
 from vgrout.exploits import canonical_hack
+from vgrout.loading import load_policy
 from vgrout.lora2r import BLOCKS
 from vgrout.optimizer import BlockOptimizer
-from vgrout.policy import load_policy, logps
+from vgrout.policy import logps
 from vgrout.records import load_metrics, load_record, load_rollouts
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tokens import collate, encode_completion, encode_prompt

@@ -1,14 +1,18 @@
-"""Any causal LM that transformers loads: small random Qwen2, Qwen3, Llama, Gemma 2 and Gemma 3 models run the whole path.
+"""Many causal LMs that transformers loads: small random Qwen2, Qwen3, Llama, Gemma 2 and Gemma 3 models run the whole path.
 
 For each: which Linears are adapted, the sampler's log-probs are the learner's, packed rows are rows in full (a sliding window
 included), merged weights are the adapter, one routed update moves the zones' blocks and no other, every EOS id of the generation
-config ends a completion. A model without a Linear to adapt is refused.
+config ends a completion. Families whose attention or experts are built otherwise: packed rows are rows in full, gradients and probe
+included. What `loading.check` refuses: logits that the model scales, an adapted output layer, Linears that text never reaches.
 
     uv run python scripts/verify_models.py
 """
 
+import contextlib
+import io
 import shutil
 import tempfile
+from collections import defaultdict, deque
 from functools import partial
 from pathlib import Path
 
@@ -16,23 +20,31 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DiffLlamaConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    SiglipVisionConfig,
 )  # fmt: skip
 from transformers.utils import logging as transformers_logging
 
 from tiny import perturb
+from vgrout.direction import probe_gradients
 from vgrout.fused import RootMeanSquare, TokenLogps
 from vgrout.grpo import grpo_loss
+from vgrout.loading import load_policy
 from vgrout.lora2r import BLOCKS
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.packing import Packing
-from vgrout.policy import Policy, load_policy, logps, sample
+from vgrout.policy import Policy, logps, sample
 from vgrout.tensors import Batch
 from vgrout.tokens import collate, encode_prompt
 from vgrout.types import UserError, Zone
@@ -50,6 +62,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": Gemma2Config(**SIZES, **SMALL_WINDOW),
     "gemma3": Gemma3TextConfig(**SIZES, **SMALL_WINDOW, layer_types=["sliding_attention", "full_attention"]),
 }
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+OTHERS: dict[str, PretrainedConfig] = {  # two attentions a module; tokens without their rows; keys wider than values, and dropout
+    "diffllama": DiffLlamaConfig(**SIZES),
+    "qwen2_moe": Qwen2MoeConfig(**SIZES, **MOE, shared_expert_intermediate_size=16),
+    "deepseek_v3": DeepseekV3Config(**SIZES | dict(num_key_value_heads=4, head_dim=4), n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+                                    topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+                                    moe_intermediate_size=16, first_k_dense_replace=1, attention_dropout=0.5),
+}  # fmt: skip
 FUSED = {"qwen2": 5, "qwen3": 9, "llama": 5, "gemma2": 0, "gemma3": 0}  # Gemma's norms multiply by 1 + w
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PROMPTS = ["Return the sum of nums.", "Return the largest of the doubles of the odd numbers in nums.", "Return 1."]
@@ -166,6 +186,47 @@ def check_update(name: str, policy: Policy) -> None:
     assert all(torch.equal(p, q) for p, q in zip(base, policy.model.parameters())), f"{name}: the base moved"
 
 
+def check_other(kind: str, policy: Policy) -> float:
+    """Packed rows in mixed zones are rows in full, gradients and probe too; returns the largest gap, in shares of the gradient's size."""
+    batch, _ = draw(policy)
+    assert policy.share_prompts, f"{kind}: its rows are not packed"
+    params, gaps = [p for b in BLOCKS for p in policy.adapter.parameters(b)], []
+
+    def passes() -> list[torch.Tensor]:
+        with policy.training(), policy.adapter.route(torch.arange(9) % 3):
+            grads = torch.autograd.grad(logps(policy, batch, 0.7).sum(), params, allow_unused=True)
+        probe = probe_gradients(policy, batch, max_completion_length=12, temperature=0.7, token_budget=4096)
+        return [torch.cat([g.flatten() for g in grads if g is not None]), probe]
+
+    packed, policy.share_prompts = passes(), False
+    for mine, full in zip(packed, passes()):
+        gaps.append(float((mine - full).abs().max() / full.abs().max()))
+    assert max(gaps) < 1e-3, f"{kind}: packed rows and rows in full differ by {gaps}"
+    return max(gaps)
+
+
+def check_loading(tmp: Path) -> None:
+    """What `loading.check` finds; mutation of packing: only a module's first keys and values are read, and rows then run in full."""
+
+    class First(deque):
+        popleft = lambda self: self[0]  # noqa: E731
+
+    field = Packing.__dataclass_fields__["kept"]
+    right, make = Packing.__init__, field.default_factory
+
+    def wrong(self, *args, **options):
+        right(self, *args, **options)
+        self.kept = defaultdict(First)
+
+    Packing.__init__ = wrong
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        policy = load(tmp / "diffllama")
+    Packing.__init__ = right
+    assert make is field.default_factory and not policy.share_prompts and "every row runs in full" in said.getvalue(), said.getvalue()
+    assert load(tmp / "diffllama").share_prompts
+    print("ok  a model whose rows are packed wrongly runs them in full, with a warning")
+
+
 def check_eos(tmp: Path) -> None:
     """Every EOS id ends a completion: make two common tokens EOS, and no completion goes on after either."""
     plain = load(tmp / "qwen3")
@@ -188,18 +249,26 @@ def check_eos(tmp: Path) -> None:
 
 def check_refused(tmp: Path) -> None:
     gpt2 = saved(tmp / "gpt2", GPT2Config(vocab_size=1024, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=2))
+    scaled = saved(tmp / "granite", GraniteConfig(**SIZES, logits_scaling=8.0))
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    text = CONFIGS["gemma3"].to_dict() | dict(vocab_size=1027)
+    special = dict(mm_tokens_per_image=4, image_token_index=1026, boi_token_index=1025, eoi_token_index=1024)
+    sees = saved(tmp / "sees", Gemma3Config(text_config=text, vision_config=SiglipVisionConfig(**small).to_dict(), **special))
     bare = saved(tmp / "bare", CONFIGS["llama"])
     (bare / "chat_template.jinja").unlink()
     for folder, targets, words in (
         (gpt2, r"\.layers\.\d+\.", "lm_head"), (tmp / "llama", "no_such_name", "q_proj"), (bare, r"\.layers\.", "chat template"),
-        (tmp / "nowhere", r"\.layers\.", "no such folder"),
+        (tmp / "nowhere", r"\.layers\.", "no such folder"), (scaled, r"\.layers\.", "does more to its logits"),
+        (sees, r"\.layers\.", "take no part in reading text"), (tmp / "llama", "lm_head|layers", "matches the output layer"),
     ):  # fmt: skip
         try:
             load(folder, targets)
             raise AssertionError(f"{folder.name} was accepted")
         except UserError as error:
             assert words in str(error) and "\n" not in str(error), error
-    print("ok  no Linear that matches (GPT-2's Conv1D), no chat template, no model: one line each")
+    assert len(load(sees, r"language_model\.layers\.").adapter.linears) == 14, "the text half of a model that sees images is adapted"
+    print("ok  no Linear that matches (GPT-2's Conv1D), no chat template, no model, logits that are scaled, Linears that text never "
+          "reaches, an output layer: one line each")  # fmt: skip
 
 
 def main() -> None:
@@ -218,6 +287,11 @@ def main() -> None:
             assert fused == FUSED[kind], f"{kind}: {fused} norms are fused"
             print(f"ok  {kind}: 7 Linears a layer, sampler = learner to {gap:.0e}, merged = hooked to {merged:.0e}, zones hold, "
                   f"{fused} norms fused")  # fmt: skip
+        for kind, config in OTHERS.items():
+            policy = load(saved(tmp / kind, config))
+            perturb(policy, 0.1)
+            print(f"ok  {kind}: packed = in full to {check_other(kind, policy):.0e} of a gradient, in mixed zones and probed")
+        check_loading(tmp)
         check_eos(tmp)
         check_refused(tmp)
 

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from vgrout import corpus, organism, tokens
 from vgrout.grader import GRADER_VERSION, Grader
+from vgrout.loading import load_policy
 from vgrout.metrics import auroc
 from vgrout.operations import OPERATIONS, STYLES
 from vgrout.organism import Recipe, composition_of, generate_problems
-from vgrout.policy import load_policy, sample
+from vgrout.policy import sample
 from vgrout.problems import ORGANISM_MODES, TRAINING_MARKERS, disclose, load_problems, messages, partition, split
 from vgrout.types import Mode, Problem, UserError
 

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import torch
+from torch.nn import functional as F
 
 from tiny import EOS, PAD, perturb, random_batch, tiny_policy
+from vgrout import gate as gates
 from vgrout import grpo
 from vgrout.actions import Options, drop, group_z, penalise, route
 from vgrout.config import ARMS
@@ -14,12 +16,13 @@ from vgrout.gate import Gate
 from vgrout.likelihood import batch_logps, likelihood_deltas, likelihood_steps, mean_logps, random_deltas
 from vgrout.lora2r import BLOCKS
 from vgrout.metrics import auroc
+from vgrout.optimizer import trained_blocks
 from vgrout.policy import sample
 from vgrout.ratios import LikelihoodRatio, QuarantineRatio, RandomQuarantine, logps_with, replaced_quarantine
 from vgrout.scores import DirectionScore, HaarScore
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tokens import collate, select
-from vgrout.types import Zone
+from vgrout.types import NO_ZONE, Zone
 
 PROBE = dict(max_completion_length=8, temperature=1.0, token_budget=1000, state="as_trained")
 
@@ -219,14 +222,24 @@ def check_tokens() -> None:
     gate.refresh(policy)
     out = gate(policy, batch, origin_of(batch))
     assert out.zones.shape == batch.input_ids.shape == out.scores.shape
-    real = Gate(score)(policy, batch, origin_of(batch))
-    assert all(int((out.zones == z).sum()) == int((real.zones == z).sum()) for z in Zone)
+    real, acts = Gate(score)(policy, batch, origin_of(batch)), F.pad(batch.attention_mask[:, 1:], (0, 1)).bool()
+    counts = lambda zones: [int((zones[acts] == z).sum()) for z in Zone]  # noqa: E731  # of positions that have a successor
+    assert counts(out.zones) == counts(real.zones) and min(counts(real.zones)) > 0
+    assert (out.zones[~acts] == NO_ZONE).all() and out.scores[~acts].isnan().all() and not (out.zones[acts] == NO_ZONE).any()
+    assert not out.by_row()[0].isnan().any()
+    assert trained_blocks(out.zones.where(~acts, int(Zone.ROUTE))) == {"deployed": False, "quarantine": True}
+    zones = lambda control: Gate(score, control, cut="zero")(policy, batch, origin_of(batch)).zones  # noqa: E731
+    unlike = lambda: sum(counts(zones(HaarScore(score, seed))) != counts(zones(None)) for seed in range(8))  # noqa: E731
+    found, right = unlike(), gates.predicts
+    gates.predicts = lambda batch: torch.ones_like(batch.attention_mask, dtype=torch.bool)
+    mutant, gates.predicts = unlike(), right
+    assert mutant > 4 and not found, f"a placebo's shares differ for {found} of 8 draws, and for {mutant} where padding is dealt"
     whole = probe_gradients(policy, batch, positions="all", **PROBE)
     tokens = probe_gradients(policy, batch, by_token=True, **PROBE)
     assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5) and not torch.allclose(tokens[:, :1], whole, atol=1e-3)
     acts = activations(policy, batch, space="residual", token_budget=20, layer=1)
     assert torch.allclose(acts, activations(policy, batch, space="residual", token_budget=4000, layer=1), atol=1e-5)
-    print("ok  token granularity: a zone for every position, a matched placebo, gradients that sum to the rollout's")
+    print("ok  token granularity: zones for what predicts a token, a matched placebo (not where padding is dealt), gradients that sum up")
 
 
 def check_controls_and_oracle() -> None:

@@ -165,6 +165,13 @@ class Arm:
         return Zone.ABSORB if self.deployed == "as_trained" else Zone.RETAIN
 
     @property
+    def zones(self) -> tuple[Zone, ...]:
+        """Those that one update may mix, the first phase aside, in which all is ROUTE."""
+        if self.action != "route":
+            return (self.trains,)
+        return tuple(dict.fromkeys((self.zone, Zone.ABSORB))) if self.score == "pinned" else tuple(Zone)
+
+    @property
     def monitor(self) -> str:
         """The live monitor that training needs, marked so everywhere; "" for none, as in the method itself."""
         return self.score if self.score in ("judge", "probe") else ""

@@ -37,7 +37,7 @@ def probe_gradients(
     adapter, length = policy.adapter, batch.input_ids.shape[1] if by_token else 1
     everywhere = by_token or positions == "all"
     gradients: Tensor | None = None
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=True) and not everywhere):
         part = select(batch, rows)
         s = part.input_ids.shape[1] if by_token else 1
         column = torch.arange(part.input_ids.shape[1], device=rows.device)
@@ -59,10 +59,11 @@ def activations(
     policy: Policy, batch: Batch, *, space: str, token_budget: int, layer: int | None = None
 ) -> Float[Tensor, "g 1 m k"]:
     """Mean over the completion's tokens but its last (no token is predicted there) of the deployed bottleneck A x (space "bottleneck",
-    m = Linears, k = r) or of the residual stream after each layer ("residual", m = layers or 1, k = width). Both blocks on, unmasked.
+    m = Linears, k = r) or of the residual stream after each layer ("residual", m = layers or 1, k = width; the last one behind the
+    final norm, as transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=False)):
         part = select(batch, rows)
         inside = part.completion_mask.clone()
         inside[:, 0] &= part.completion_mask.sum(1) == 1  # the prompt's last token, unless it is all there is

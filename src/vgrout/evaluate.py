@@ -15,7 +15,7 @@ from vgrout.policy import Policy, sample
 from vgrout.problems import NOVELTY_FREE, disclose, messages
 from vgrout.rollouts import Sampling
 from vgrout.tensors import Batch, GateOutput, Origin
-from vgrout.types import EvalResult, Group, Problem, Rollout, Zone
+from vgrout.types import NO_ZONE, EvalResult, Group, Problem, Rollout, Zone
 
 
 def evaluate(
@@ -87,8 +87,7 @@ def monitor(
         return row
     hack = torch.tensor([r.grade.reward_hack for r in kept])
     student = torch.tensor([not r.teacher for r in kept])
-    rowwise = lambda x: x.cpu().float().reshape(len(kept), -1)  # noqa: E731  # at token granularity a row has the mean of its tokens
-    scores, zones, A = rowwise(out.scores).mean(1), rowwise(out.zones).mean(1).round(), batch.advantages.cpu()
+    scores, zones, A = *(x.cpu() for x in out.by_row()), batch.advantages.cpu()
     for name, rows in (("all", student & ~scores.isnan()), ("pos", student & (A > 0)), ("neg", student & (A < 0))):
         row[f"score_auroc_{name}"] = auroc(scores[rows].numpy(), hack[rows].numpy())
     at = precision_recall_at((zones == Zone.ROUTE)[student].numpy(), hack[student].numpy())
@@ -105,7 +104,8 @@ def zone_figures(out: GateOutput | None, origin: Origin | None) -> dict[str, flo
         return {f"rows_{z.name.lower()}": 0 for z in Zone}
     counts = {z.name.lower(): int((out.zones == z).sum()) for z in Zone}
     scored = origin.student & (origin.stratum.div(2, rounding_mode="floor") != 0)
-    share = {f"share_{z.name.lower()}": float((out.zones[scored] == z).float().mean()) for z in Zone}
+    zones = out.zones[scored]
+    share = {f"share_{z.name.lower()}": float((zones[zones != NO_ZONE] == z).float().mean()) for z in Zone}
     return {f"rows_{k}": v for k, v in counts.items()} | share | out.stats
 
 
@@ -114,9 +114,7 @@ def rollout_rows(
 ) -> list[dict]:
     """Every rollout of the step for rollouts.jsonl.gz, with its grade, advantage, score and zone."""
     scored = {id(r): i for i, r in enumerate(kept)}
-    if out is not None:  # at token granularity a row has the mean of its tokens
-        zones, scores = (x.float().reshape(len(kept), -1).mean(1) for x in (out.zones, out.scores))
-        zones = zones.round()
+    scores, zones = out.by_row() if out is not None else ([], [])
     rows = []
     for r in (r for g in groups for r in g.rollouts):
         row = {

@@ -6,13 +6,14 @@ differs from the real arm in nothing but its score: same batch, same cadence, sa
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from vgrout.policy import Policy
 from vgrout.scores import Score
 from vgrout.tensors import Batch, GateOutput, Origin
-from vgrout.types import Zone
+from vgrout.types import NO_ZONE, Zone
 
 BAND_QUANTILE = 0.75  # both edges: p75 of the clean and of the hack sides' out-of-sample scores
 
@@ -78,12 +79,16 @@ class Gate:
         weight = torch.ones_like(batch.advantages) if self.every else batch.advantages
         cut, scores = zones_from_band if self.cut in ("band", "flag") else zones_from_edge, real.scores
         zones = cut(scores, weight, lower, upper)
+        if zones.ndim == 2:
+            zones = zones.where(predicts(batch), NO_ZONE)
         if self.control is not None:
             scores = self.control(policy, batch, origin, real).scores
             zones = match_shares(zones, scores, origin.stratum)
         if self.signed:  # discouraging a hack is no hack-ward update: it may train the deployed block
-            zones = torch.where(_column(batch.advantages < 0, zones), int(Zone.RETAIN), zones)
+            zones = torch.where(_column(batch.advantages < 0, zones) & (zones != NO_ZONE), int(Zone.RETAIN), zones)
         scores = torch.where(_column(weight == 0, scores), float("nan"), scores)
+        if scores.ndim == 2:
+            scores = scores.where(zones != NO_ZONE, float("nan"))
         mass = {} if real.mass is None else routed_mass(real.mass * batch.advantages.abs(), zones, batch.advantages)
         return GateOutput(zones, scores, lower, upper, real.ref_logps, real.stats | mass)
 
@@ -97,6 +102,11 @@ class Gate:
                 score.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
 
 
+def predicts(batch: Batch) -> Bool[Tensor, "g s"]:
+    """The positions that have a successor, so that what is computed there can act on a completion token."""
+    return F.pad(batch.attention_mask[:, 1:], (0, 1)).bool()
+
+
 def _column(rows: Tensor, like: Tensor) -> Tensor:
     """[g] → [g] or [g, 1], to broadcast over `like` [g] or [g, s]."""
     return rows if rows.ndim == like.ndim else rows[:, None]
@@ -104,7 +114,8 @@ def _column(rows: Tensor, like: Tensor) -> Tensor:
 
 def routed_mass(mass: Float[Tensor, " g"], zones: Int[Tensor, "g *s"], advantages: Float[Tensor, " g"]) -> dict[str, float]:
     """Share of the rows' summed gradient norms that ROUTE carries (by the share of a row's tokens), by sign of the advantage."""
-    routed = mass * (zones == Zone.ROUTE).float().reshape(len(mass), -1).mean(1)
+    routed, zoned = (x.float().reshape(len(mass), -1).sum(1) for x in (zones == Zone.ROUTE, zones != NO_ZONE))
+    routed = mass * routed / zoned
     total = float(mass.sum()) or 1.0
     signs = (("pos", advantages > 0), ("neg", advantages < 0))
     return {f"routed_mass_{name}": float(routed[rows].sum()) / total for name, rows in signs}
@@ -130,13 +141,14 @@ def match_shares(
     shadow: Int[Tensor, "g *s"], scores: Float[Tensor, "g *_"], stratum: Int[Tensor, " g"]
 ) -> Int[Tensor, "g *s"]:
     """Re-deal the shadow gate's zones by another score: in each stratum the highest scores get its ROUTEs, the next its ABSORBs.
+    What is in NO_ZONE stays there.
 
     Example, one stratum: shadow [ROUTE, RETAIN, ABSORB], scores [.1, .9, .5] → [RETAIN, ROUTE, ABSORB].
     """
     zones, scores = shadow.clone().flatten(), _column(scores, shadow).expand_as(shadow).flatten()
     stratum = _column(stratum, shadow).expand_as(shadow).flatten()
     for s in stratum.unique():
-        places = (stratum == s).nonzero()[:, 0]
+        places = ((stratum == s) & (zones != NO_ZONE)).nonzero()[:, 0]
         ranked = places[scores[places].argsort(descending=True, stable=True)]
         zones[ranked] = shadow.flatten()[places].sort(descending=True).values
     return zones.reshape(shadow.shape)

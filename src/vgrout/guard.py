@@ -132,14 +132,15 @@ def dead(evals: list[EvalResult]) -> bool:
 
 def worst_case(
     policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, update: Callable[[Batch, Origin, GateOutput], Any],
-    problems: Sequence[Problem], sampling: Sampling, *, num_prompts: int, num_generations: int, token_budget: int,
+    problems: Sequence[Problem], sampling: Sampling, *, num_prompts: int, num_generations: int, token_budget: int, zones: Sequence[Zone],
 ) -> None:  # fmt: skip
     """Try the largest batch that the configuration allows, so that memory runs out now or never; restores everything.
 
     Longest prompt and full-length completions: the sampler's cache for every decoding batch, then one micro-batch that fills
-    `token_budget` through the gate and the update, with both blocks training. `gate` is copied, parameters and optimiser are put
-    back. The sampler's rows leave as they finish and rarely all reach the limit, so that there full memory is a warning; in
-    training it ends the run. Not covered: the pairs (no flag sets their length), and the features that token granularity keeps.
+    `token_budget` through the gate and the update, its rows of several prompts and in all `zones` that an update may mix. `gate` is
+    copied, parameters and optimiser are put back. The sampler's rows leave as they finish and rarely all reach the limit, so that
+    there full memory is a warning; in training it ends the run. Not covered: the pairs (no flag sets their length), and the features
+    that token granularity keeps.
     """
     t = sampling.max_completion_length
     prompt = max((tokens.encode_prompt(policy.tokenizer, messages(p)) for p in _longest(problems)), key=len)
@@ -156,8 +157,9 @@ def worst_case(
     if policy.device.type == "cuda":
         torch.cuda.empty_cache()
     n = min(max(1, token_budget // (len(prompt) + t)), num_prompts * num_generations)
-    rewards = [float(i % 2) for i in range(n)]
-    batch = tokens.collate([prompt] * n, [completion] * n, rewards, [0] * n, [r - 0.5 for r in rewards], policy.pad_id, policy.device)
+    rewards, group = [float(i % 2) for i in range(n)], [i * min(num_prompts, n) // n for i in range(n)]
+    prompts = [prompt[i:] + prompt[:i] for i in group]  # as many that differ as a step has
+    batch = tokens.collate(prompts, [completion] * n, rewards, group, [r - 0.5 for r in rewards], policy.pad_id, policy.device)
     none = torch.zeros(n, dtype=torch.bool, device=policy.device)
     origin = Origin(student=~none, ablated=none, sampler_logps=torch.zeros_like(batch.completion_mask, dtype=torch.float32),
                     stratum=2 * batch.advantages.sign().long() + 1, label=none)  # fmt: skip
@@ -169,7 +171,8 @@ def worst_case(
             score.pairs = _few(score.pairs)
     scratch.refresh(policy)
     out = scratch(policy, batch, origin)
-    update(batch, origin, replace(out, zones=torch.full_like(out.zones, int(Zone.ABSORB))))
+    mixed = torch.tensor([int(zones[i % len(zones)]) for i in range(n)], device=policy.device)
+    update(batch, origin, replace(out, zones=mixed if out.zones.ndim == 1 else mixed[:, None].expand_as(out.zones)))
     with torch.no_grad():
         for p, value in zip(trained, before):
             p.copy_(value)

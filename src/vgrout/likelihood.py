@@ -14,7 +14,7 @@ from vgrout.types import Zone
 def batch_logps(policy: Policy, batch: Batch, temperature: float, token_budget: int) -> Float[Tensor, "g t"]:
     """Log-probs of each row's completion tokens, both blocks on, unmasked; 0 outside the mask."""
     out = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=False)):
         part = select(batch, rows)
         out[rows, : part.completion_ids.shape[1]] = logps(policy, part, temperature)
     return out
@@ -34,7 +34,7 @@ def likelihood_steps(
     adam = torch.optim.Adam(params, lr=learning_rate)
     for _ in range(steps):
         adam.zero_grad(set_to_none=True)
-        for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+        for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=True)):
             part = select(batch, rows)
             with torch.enable_grad(), policy.training(), policy.adapter.route(torch.full_like(rows, int(zone)), forward):
                 value = (logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)).sum() / len(batch.advantages)

@@ -14,6 +14,7 @@ A backward pass belongs inside the context of its forward pass: gradient checkpo
 What this file does not do: it never sees a score, a reward or a label.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from vgrout.blocks import LoraLinear
 from vgrout.packing import Packing
 from vgrout.products import Columns, MaskedUp, Merged, Run
-from vgrout.types import UserError, Zone
+from vgrout.types import NO_ZONE, UserError, Zone
 
 BLOCKS = ("deployed", "quarantine")
 
@@ -64,6 +65,7 @@ class Lora2r:
         self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
         self._seen: dict[str, Tensor] | None = None  # recording: module → deployed bottleneck A x [g, s, r]
         self._packing: Packing | None = None  # None: rows are rows
+        self._shape: tuple[int, ...] = ()  # rows and tokens of a pass over rows in full
         self.products = torch.float32  # the dtype that factors of the one product, and of the output layer's, are rounded to
         self._made: dict | None = None  # within `unchanged`: factors and weights that were made already
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
@@ -79,24 +81,31 @@ class Lora2r:
         for linear in self.linears.values():
             vars(linear).pop("forward", None)
 
-    def _forward(self, name: str, x: Float[Tensor, "g s i"]) -> Float[Tensor, "g s o"]:
-        """W x and both deltas: in fp32 one product for each run of tokens with the same masks, else by block and mask."""
+    def _forward(self, name: str, x: Float[Tensor, "*tokens i"]) -> Float[Tensor, "*tokens o"]:
+        """W x and both deltas: in fp32 one product for each run of tokens with the same masks, else by block and mask.
+
+        Experts and low-rank attention run on tokens in another shape, which is led back to the rows'.
+        """
         linear, packing, r = self.linears[name], self._packing, self.rank
+        if x.ndim != 3:
+            shape = self._shape if packing is None else (1, len(packing.row))
+            if x[..., 0].numel() != math.prod(shape):
+                raise UserError(f"{name} runs on a part of the tokens, or on none of a known row: leave it out of --targets")
+            return self._forward(name, x.reshape(*shape, -1)).reshape(*x.shape[:-1], -1)
         c, where = self._c and self._c[name], self._where if packing is None else packing.row
         down, up = self._factors(name, x.dtype)
         one = self._runs and self._seen is None and (c is None or len(self._runs) == 1)
         if one and linear.weight.dtype == x.dtype == torch.float32:
             grad = torch.is_grad_enabled()  # without it nothing learns, and W + U D is needed of what is kept alone
             runs = [Run(self._columns(keep), self._columns(learn if grad else keep), n) for (keep, learn), n in self._runs]
-            weights = {columns: self._weight(name, columns, down, up) for run in runs for columns in run[:2]}
+            weights = {columns: self._weight(name, columns, down, up) for columns in {c for run in runs for c in run[:2]}}
             return Merged.apply(x, linear.bias, down, up, c, where, weights, runs, self.products)
         h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
         if self._seen is not None:
             seen = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
             self._seen[name] = seen if packing is None else seen[0, packing.spread]
-        rows = lambda m: m if packing is None or len(m) == 1 else m[packing.row, 0][None]  # noqa: E731
-        wide = lambda m: None if m is None else rows(m).to(x.dtype).repeat_interleave(2 * r, -1)  # noqa: E731
-        return type(linear).forward(linear, x) + MaskedUp.apply(h, up, wide(self._keep), wide(self._learn), c, where)
+        rows = lambda m: m if m is None or packing is None or len(m) == 1 else m[packing.row, 0][None]  # noqa: E731
+        return type(linear).forward(linear, x) + MaskedUp.apply(h, up, rows(self._keep), rows(self._learn), c, where)
 
     def _factors(self, name: str, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
         """(D, U) of both blocks; constants where c is probed, and in bf16 training copies that autograd leads back."""
@@ -138,12 +147,13 @@ class Lora2r:
             self.__dict__.update(before)
 
     def route(self, zones: Int[Tensor, "*rows"], retain_forward: str = "ablated"):
-        """Mask every row (zones [g]) or token (zones [g, s]) by its zone."""
+        """Mask every row (zones [g]) or token (zones [g, s]; those in NO_ZONE are in whichever) by its zone."""
         table = dict(ZONE_TABLE) | ({Zone.RETAIN: RETAIN_BOTH} if retain_forward == "both" else {})
-        if (zones == zones.flatten()[0]).all():
-            return self._masked(*table[Zone(int(zones.flatten()[0]))])
+        found = zones[zones != NO_ZONE].unique().tolist()
+        if len(found) == 1:
+            return self._masked(*table[Zone(found[0])])
         masks = torch.tensor([table[z] for z in Zone], device=zones.device)  # [zone, forward | learn, block]
-        keep, learn = masks[zones].unbind(-2)
+        keep, learn = masks[zones.clamp(min=0)].unbind(-2)
         if zones.ndim == 1:
             keep, learn = keep[:, None], learn[:, None]
         return self._state(_keep=keep, _learn=learn, _runs=None)
@@ -201,6 +211,10 @@ class Lora2r:
         first = torch.full((int(number.max()) + 1,), len(key), device=key.device)
         return first.scatter_reduce(0, number, torch.arange(len(key), device=key.device), "amin"), number
 
+    def whole(self, input_ids: Int[Tensor, "g s"]):
+        """For a forward pass over rows in full."""
+        return self._state(_shape=tuple(input_ids.shape))
+
     def packed(self, packing: Packing):
         """For a forward pass over packed rows: every token has its row's masks and probe; a prompt has neither probe nor recording."""
         values = {"_c": None, "_seen": None} if packing.prompts is None else {}
@@ -212,7 +226,7 @@ class Lora2r:
 
     @contextmanager
     def probing(self, rows: int, tokens: int = 1, where: Bool[Tensor, "g s"] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields module → c (both blocks on, unmasked).
+        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields module → c.
 
         `where` limits c to some positions of a forward pass over whole rows.
         """
@@ -252,9 +266,10 @@ class Lora2r:
         with self.disabled():
             try:
                 for name, linear in self.linears.items():
-                    base = self._base.setdefault(name, linear.weight.detach().clone())
+                    if name not in self._base:
+                        self._base[name] = linear.weight.detach().clone()
                     delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
-                    linear.weight.data.copy_(base.float() + delta)
+                    linear.weight.data.copy_(self._base[name].float() + delta)
                 yield
             finally:
                 for name, base in self._base.items():

@@ -7,6 +7,7 @@ attention interface (https://huggingface.co/docs/transformers/attention_interfac
 """
 
 import sys
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vgrout.tensors import Batch
+from vgrout.types import UserError
 
 NAME = "vgrout_packed"
 
@@ -39,7 +42,7 @@ class Packing:
     back: Int[Tensor, " n"]  # each token's place in `spread`, flattened
     prompts: "Packing | None" = None  # what ran before, and which of its rows each row is behind
     prompt: Int[Tensor, " g"] | None = None
-    kept: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)  # attention → keys and values, padded, of a prompt
+    kept: dict[nn.Module, deque] = field(default_factory=lambda: defaultdict(deque))  # attention → prompts' keys and values, by call
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # window → additive mask, made at the first layer that asks
 
     def mask(self, window: int | None, like: Tensor) -> Float[Tensor, "g 1 t k"]:
@@ -76,6 +79,7 @@ class Spread(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         _, back = ctx.saved_tensors
         return grad.index_select(0, back), None, None
@@ -91,28 +95,34 @@ class Gather(torch.autograd.Function):
         return x.index_select(0, back)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (back,) = ctx.saved_tensors
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, back, grad), None
 
 
-def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing,
-                     inner: str, sliding_window: int | None = None, **kwargs) -> tuple[Float[Tensor, "1 n h d"], None]:  # fmt: skip
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing | None = None,
+    inner: str = "", sliding_window: int | None = None, **kwargs,
+) -> tuple[Float[Tensor, "1 n h d"], None]:  # fmt: skip
     """Attention of padded rows, behind their prompts, by the model's own implementation `inner`."""
+    if packing is None:
+        raise UserError(f"{type(module).__name__} is not told of packed rows by its model: set --no-share-prompts")
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain = all(kwargs.get(k) is None for k in ("softcap", "position_bias"))  # arguments that `inner` may know, or refuse
     grouped = inner == "sdpa" and query.device.type == "cpu" and plain
     attend = grouped_attention if grouped else ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
 
     def padded(x: Tensor) -> Float[Tensor, "g h t d"]:
-        x = Spread.apply(x[0].transpose(0, 1).flatten(1), packing.spread.flatten(), packing.back)
-        return x.unflatten(0, packing.spread.shape).unflatten(2, (-1, query.shape[3])).transpose(1, 2)
+        rows = Spread.apply(x[0].transpose(0, 1).flatten(1), packing.spread.flatten(), packing.back)
+        return rows.unflatten(0, packing.spread.shape).unflatten(2, (-1, x.shape[3])).transpose(1, 2)
 
     q, k, v = map(padded, (query, key, value))
     if packing.prompts is None:
-        packing.kept[module] = k, v
+        packing.kept[module].append((k, v))
     else:
-        k, v = (torch.cat([p.index_select(0, packing.prompt), x], dim=2) for p, x in zip(packing.prompts.kept[module], (k, v)))
+        before = packing.prompts.kept[module].popleft()
+        k, v = (torch.cat([p.index_select(0, packing.prompt), x], dim=2) for p, x in zip(before, (k, v)))
     out, _ = attend(module, q, k, v, packing.mask(sliding_window, query), **kwargs)
     return Gather.apply(out.flatten(0, 1), packing.back)[None], None
 

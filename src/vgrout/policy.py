@@ -1,31 +1,26 @@
-"""Load a model with its adapter, the one log-prob function, and sampling.
+"""A model with its adapter, the one log-prob function, and sampling.
 
 Log-probs are temperature-scaled and untruncated everywhere; top-p shapes what is drawn and never what is scored.
 """
 
-import ctypes
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from vgrout.fused import TokenLogps, fuse_norms
+from vgrout.fused import TokenLogps
 from vgrout.lora2r import Lora2r
-from vgrout.packing import can_pack, pack, packed_model
+from vgrout.packing import pack, packed_model
 from vgrout.products import Rounded
 from vgrout.tensors import Batch
-from vgrout.types import UserError
 
 LOGIT_CHUNK = 2**26  # logits held at once, in elements: 256 MiB in fp32
 
@@ -45,10 +40,9 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    @property
-    def checkpointing(self) -> bool:
-        """Gradient checkpointing is at work: layers run again in the backward pass."""
-        return self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+    def shares(self, training: bool) -> bool:
+        """Rows of one prompt share it in a pass; not where gradient checkpointing runs layers again in its backward pass."""
+        return self.share_prompts and not (training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()))
 
     @property
     def multiplies_bfloat16(self) -> bool:
@@ -59,60 +53,12 @@ class Policy:
 
     @contextmanager
     def training(self):
-        """Training mode for the update alone: with gradient checkpointing on, a model left in it samples wrong tokens."""
+        """Training mode, for passes with a gradient alone: gradient checkpointing needs it, and would spoil what is sampled."""
         self.model.train()
         try:
             yield
         finally:
             self.model.eval()
-
-
-def load_policy(
-    path: str,
-    *,
-    dtype: str,
-    device: str,
-    rank: int,
-    lora_init_seed: int,
-    targets: str,
-    gradient_checkpointing: bool,
-    share_prompts: bool = True,
-) -> Policy:
-    """Load a causal LM from a folder or the hub (safetensors only, no remote code) and attach the adapter.
-
-    Raises UserError where the model cannot be read, has no chat template, or has no Linear that `targets` matches.
-    """
-    transformers_logging.disable_progress_bar()
-    keep_freed_memory()
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        where = "the folder does not hold a causal LM" if Path(path).exists() else "no such folder, and the hub did not give it"
-        raise UserError(f"cannot load model {path!r}: {where} ({str(error).splitlines()[0][:160]})") from error
-    if tokenizer.chat_template is None:
-        raise UserError(f"model {path!r} has no chat template: use an instruction-tuned model")
-    model.to(device).eval().requires_grad_(False)
-    fuse_norms(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    generation_eos = model.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id} | set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    adapter = Lora2r(model, rank, lora_init_seed, targets)
-    return Policy(model, tokenizer, adapter, frozenset(eos - {None}), pad, share_prompts and can_pack(model))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, by mallopt(3). An update's activations would else go back to the kernel, which hands them out
-    again page by page. Another C library is left alone."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes; the largest that it takes
 
 
 def logps(policy: Policy, batch: Batch, temperature: float, *, share: bool = True, prompt_grad: bool = True) -> Float[Tensor, "g t"]:
@@ -139,15 +85,15 @@ def completion_states(
     """The states that predict each completion token (position start + j − 1 for token j): the last, or with `layers` of each layer.
 
     Rows of one prompt in one zone share it, and all are packed without padding (`packing.py`). The same function of the parameters as
-    running every row in full (`share` False, a policy that does not share, masks by token, or gradient checkpointing, which runs
-    layers again outside of this function), up to rounding.
+    running every row in full (`share` False, a policy that does not share, or masks by token), up to rounding.
     Without `prompt_grad` a shared prompt is a constant of the backward pass; a row in full knows no such constant.
     """
     call = partial(policy.model.base_model, output_hidden_states=layers, use_cache=False)
     pick = lambda out: list(out.hidden_states[1:]) if layers else [out.last_hidden_state]  # noqa: E731
     before = batch.completion_start - 1
-    if not (share and policy.share_prompts) or policy.checkpointing or policy.adapter.by_token or int(before.min()) < 1:
-        out = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    if not (share and policy.shares(policy.model.training)) or policy.adapter.by_token or int(before.min()) < 1:
+        with policy.adapter.whole(batch.input_ids):
+            out = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         return [predicting(batch, x) for x in pick(out)]
     column = torch.arange(int(before.max()), device=before.device)
     first, prompt = policy.adapter.distinct(batch.input_ids[:, : len(column)].where(column < before[:, None], -1))
@@ -181,10 +127,9 @@ def _token_logps(
 
 
 def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
-    """fp32 logits, soft-capped where the architecture caps them."""
+    """Logits as fp32 (the product of a bf16 model's head is rounded to bf16), soft-capped where the architecture caps them."""
     head, dtype = policy.model.get_output_embeddings(), policy.adapter.products
-    adapted = "forward" in vars(head)  # its product is rounded as every other
-    rounded = dtype != torch.float32 == states.dtype == head.weight.dtype and not adapted
+    rounded = dtype != torch.float32 == states.dtype == head.weight.dtype
     logits = Rounded.apply(states, head.weight, head.bias, dtype) if rounded else head(states).float()
     cap = getattr(policy.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -8,34 +8,41 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
 class MaskedUp(torch.autograd.Function):
     """y = (h ⊙ keep) Uᵀ, with the gradient of (h ⊙ learn) Uᵀ: columns that are kept but do not learn are constants.
 
-    h [g, s, k], U [d_out, k], keep and learn [g, 1 or s, k], or None for all ones. A probe c [g, 1 or s, r], equal to 1, is read as
-    multiplying the live bottleneck A x = h[:r] + h[r:2r] in front of B = U[:, :r]: it changes no value and has a gradient.
+    h [g, s, k], U [d_out, k]; keep and learn [g, 1 or s, 2] say it for both halves of k, the blocks, or are None for all ones. A probe
+    c [g, 1 or s, r], equal to 1, is read as multiplying the live bottleneck A x = h[:r] + h[r:2r] in front of B = U[:, :r]: it changes
+    no value and has a gradient.
     """
 
     @staticmethod
     def forward(ctx, h, U, keep, learn, c, where):
         ctx.save_for_backward(h, U, learn, c, where)
-        return (h if keep is None else h * keep) @ U.T
+        return _masked(h, keep) @ U.T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         h, U, learn, c, where = ctx.saved_tensors
         grad_h = grad_U = grad_c = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
             through = grad @ U
-            grad_h = through if learn is None else through * learn
+            grad_h = _masked(through, learn)
         if ctx.needs_input_grad[1]:
-            grad_U = torch.einsum("gso,gsk->ok", grad, h if learn is None else h * learn)
+            grad_U = torch.einsum("gso,gsk->ok", grad, _masked(h, learn))
         if ctx.needs_input_grad[4]:
             r = c.shape[-1]
             grad_c = probe_gradient(through[..., :r] * (h[..., :r] + h[..., r : 2 * r]), c, where)
         return grad_h, grad_U, None, None, grad_c, None
+
+
+def _masked(h: Float[Tensor, "g s k"], mask: Float[Tensor, "rows tokens 2"] | None) -> Float[Tensor, "g s k"]:
+    return h if mask is None else (h.unflatten(-1, (2, -1)) * mask[..., None].to(h.dtype)).flatten(-2)
 
 
 Columns = tuple[int, int]  # of U, and rows of D: from, to
@@ -76,6 +83,7 @@ class Merged(torch.autograd.Function):
         return y if b is None else y.add_(b)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, D, U, c, where, *weights = ctx.saved_tensors
         need = ctx.needs_input_grad
@@ -110,6 +118,7 @@ class Rounded(torch.autograd.Function):
             return F.linear(x, W, b)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (W,) = ctx.saved_tensors
         with factors_rounded(ctx.dtype):
@@ -118,12 +127,13 @@ class Rounded(torch.autograd.Function):
 
 @contextmanager
 def factors_rounded(dtype: torch.dtype) -> Iterator[None]:
-    """fp32 products whose factors the device rounds to bf16 if `dtype` is bfloat16, sums and results in fp32; exact for float32.
+    """fp32 products whose factors the device rounds if `dtype` is bfloat16, sums and results in fp32; exact for float32.
 
-    The precision is torch's own switch (torch.set_float32_matmul_precision), which a device without such products ignores.
+    The precision is torch's own switch (torch.set_float32_matmul_precision, "medium" and "highest"): a CPU rounds to bf16, a CUDA GPU
+    to TF32, and a device without such products not at all.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else before)
+    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     try:
         yield
     finally:

@@ -91,7 +91,7 @@ class DirectionScore(Score):
             others = self.pairs.group[:n] != self.pairs.group[i]
             v, midpoint = contrast(rows[:n][others], rows[n:][others])
             for side, row in zip(sides, (i, n + i)):
-                start, end = int(self.pairs.completion_start[row]), int(self.pairs.attention_mask[row].sum())
+                start, end = int(self.pairs.completion_start[row]) - 1, int(self.pairs.attention_mask[row].sum()) - 1  # what predicts it
                 side.append(self._score(features[row, start:end], v, midpoint))
         return torch.cat(sides[0]), torch.cat(sides[1])
 

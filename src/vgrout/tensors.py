@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vgrout.types import NO_ZONE
+
 
 @dataclass(slots=True)
 class Batch:
@@ -43,11 +45,17 @@ class Origin:
 
 @dataclass(slots=True)
 class GateOutput:
-    """Zones for every row, and the scores they came from (NaN where a row has no score)."""
+    """Zones for every row, and the scores they came from (NaN where a row has no score, or a position no zone)."""
 
-    zones: Int[Tensor, "g *s"]  # [g], or [g, s] at token granularity
+    zones: Int[Tensor, "g *s"]  # [g], or [g, s] at token granularity, NO_ZONE where nothing is predicted
     scores: Float[Tensor, "g *s"]
     lower: float  # band edges: below → RETAIN, between → ABSORB, above → ROUTE
     upper: float
     ref_logps: Float[Tensor, "g t"] | None = None  # of the base, where pass 1 computed them
     stats: dict[str, float] = field(default_factory=dict)
+
+    def by_row(self) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"]]:
+        """(score, zone) of each row; at token granularity the means of its tokens', the zone's rounded."""
+        zones = self.zones.float().masked_fill(self.zones == NO_ZONE, float("nan"))
+        scores, zones = (x.reshape(len(x), -1).nanmean(1) for x in (self.scores.float(), zones))
+        return scores, zones.round()

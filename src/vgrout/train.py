@@ -37,17 +37,18 @@ from vgrout.gate import Gate, PinnedGate
 from vgrout.grader import Grader
 from vgrout.guard import Guard, StopSignal, explained, recorded, warn_if_dead, worst_case
 from vgrout.likelihood import likelihood_steps
+from vgrout.loading import load_policy
 from vgrout.lora2r import BLOCKS
 from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
-from vgrout.policy import Policy, load_policy, logps
+from vgrout.policy import Policy, logps
 from vgrout.ratios import replaced_quarantine
 from vgrout.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, provenance, sha256_file
 from vgrout.rollouts import Sampling, collect, compose, pair_batch, stream
 from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
 from vgrout.tracking import tracker
-from vgrout.types import EvalResult, Problem, RunRecord, UserError, Zone
+from vgrout.types import NO_ZONE, EvalResult, Problem, RunRecord, UserError, Zone
 
 
 def main(preset: str, config: Config) -> None:
@@ -65,7 +66,7 @@ def main(preset: str, config: Config) -> None:
         options = Options(config.route.retained_advantages, config.route.penalty_alpha, config.monitor.penalty, arm.trains)
         optimizer = BlockOptimizer(policy.adapter, cfg.learning_rate, cfg.weight_decay, cfg.max_grad_norm)
         schedule = get_scheduler(cfg.lr_schedule, optimizer.adamw, cfg.warmup_steps, cfg.steps)
-        sizes = dict(num_prompts=cfg.num_prompts, num_generations=cfg.num_generations, token_budget=cfg.token_budget)
+        sizes = dict(num_prompts=cfg.num_prompts, num_generations=cfg.num_generations, token_budget=cfg.token_budget, zones=arm.zones)
         worst_case(policy, gate, optimizer, lambda *parts: update(policy, *parts, optimizer, config), splits["train"], sampling, **sizes)
         with recorded(make_run(preset, config, arm, splits, pair_hash, grader)) as run:
             start, log = restore(run, policy, gate, optimizer, schedule), runlog.StepLog(cfg.steps)
@@ -136,14 +137,13 @@ def main(preset: str, config: Config) -> None:
 
 def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimizer: BlockOptimizer, config: Config) -> dict[str, float]:
     """Pass 2: masked forward and backward in micro-batches, then one step of every block that some row trains."""
-    cfg, adapter = config.grpo, policy.adapter
-    ablated = (out.zones == Zone.RETAIN).reshape(len(origin.student), -1) & (config.route.retain_forward == "ablated")
+    cfg, adapter, flat = config.grpo, policy.adapter, out.zones.reshape(len(origin.student), -1)
+    ablated = (flat == Zone.RETAIN) & (config.route.retain_forward == "ablated")
     # the ratio is 1 where nothing sampled the row, or where this very state did, at every position
-    on_policy = ~origin.student | (origin.ablated[:, None] == ablated).all(1)
+    on_policy = ~origin.student | ((origin.ablated[:, None] == ablated) | (flat == NO_ZONE)).all(1)
     normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
-    before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
-    total, gaps, stats = 0.0, [], []
-    for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.share_prompts and not config.model.gradient_checkpointing):
+    total, gaps, stats, zone = 0.0, [], [], out.by_row()[1]
+    for rows in tokens.micro_batches(batch, cfg.token_budget, by_prompt=policy.shares(training=True)):
         part, ref = tokens.select(batch, rows), None
         t, mask, zones = part.completion_ids.shape[1], part.completion_mask, out.zones[rows]
         sampled = origin.sampler_logps[rows, :t]
@@ -163,9 +163,9 @@ def update(policy: Policy, batch: Batch, origin: Origin, out: GateOutput, optimi
         total += float(loss.detach())
         gap = (new.detach().sum(1) - sampled.sum(1)).abs() / mask.sum(1)
         gaps.append(gap[on_policy[rows] & origin.student[rows]])
-        by_row = zones.reshape(len(rows), -1).float().mean(1).round()  # at token granularity, the row's mean zone
-        by_token |= {"logp": new.detach(), "zone": by_row[:, None].expand_as(mask)}
+        by_token |= {"logp": new.detach(), "zone": zone[rows, None].expand_as(mask)}
         stats.append({k: v[mask] for k, v in by_token.items()})
+    before = [p.detach().clone() for b in BLOCKS for p in adapter.parameters(b)]
     norms = optimizer.step(trained_blocks(out.zones))
     after = [p.detach() for b in BLOCKS for p in adapter.parameters(b)]
     figures = {k: torch.cat([s[k] for s in stats]) for k in stats[0]}

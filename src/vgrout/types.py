@@ -31,6 +31,9 @@ class Zone(IntEnum):
     ROUTE = 2  # (1, 1): the quarantine alone, the deployed block in the forward but detached
 
 
+NO_ZONE = -1  # at token granularity, of positions whose mask acts on nothing: padding, and each row's last token
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One ground-truth test, as source text that only the worker (arguments) or the parent (expected) evaluates."""
