@@ -8,7 +8,7 @@ runs := "out/runs"
 default:
     @just --list
 
-# Train none2r and routeV on the organism side by side, print both 2×2 tables, draw out/figs/demo.png (≤ 6 minutes).
+# Train none2r and routeQ on the organism side by side, print both 2×2 tables, draw out/figs/demo.png (≤ 6 minutes).
 demo *ARGS:
     python scripts/demo.py "$@"
 
@@ -187,7 +187,7 @@ export RUN *ARGS:
 report *RUNS:
     python scripts/report.py "$@"
 
-# The decision experiment on the organism, resumable: the headline (5 seeds); --all, --only A3, --arms, --seeds, --missing, --dry-run, --rehearse.
+# The decision experiment on the organism, resumable: the headline (5 seeds, under 3 hours on two cores); --all (about a day), --only A3, --arms, --seeds, --missing, --dry-run, --rehearse.
 decision *ARGS:
     python scripts/decision.py "$@"
 

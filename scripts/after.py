@@ -38,14 +38,14 @@ from tabulate import tabulate
 
 from reopen import Stored, reopen
 from vgrout import pairs
-from vgrout.cli import argv_of, config_of
 from vgrout.config import PRESETS, Config
 from vgrout.diagnose import scaled
-from vgrout.entry import run_main
+from vgrout.entry import at_least, run_main
 from vgrout.grader import Grader
 from vgrout.likelihood import likelihood_steps
 from vgrout.metrics import above_frontier, bootstrap_interval, frontier_solve, leakage, stratified_auroc
 from vgrout.records import load_metrics, load_record, load_rollouts, load_snapshots
+from vgrout.repeat import argv_of, config_of
 from vgrout.rollouts import pair_batch
 from vgrout.runlog import last_cells
 from vgrout.store import dumps, load_tensors, write_atomic
@@ -328,9 +328,9 @@ def main(argv: list[str]) -> None:
         command.add_argument("runs", nargs="+", type=Path, help="finished run directories")
         command.add_argument("--out", type=Path, default=ROOT / "out" / "after", help="folder of tables and figures")
         if work is detect:
-            command.add_argument("--ages", type=int, default=0, metavar="N", help="also by the direction's age, N steps a row")
+            command.add_argument("--ages", type=at_least(1), default=0, metavar="N", help="also by the direction's age, N steps a row")
         else:
-            command.add_argument("--draws", type=int, default=0, help="draws of each evaluation (default: the run's --final-draws)")
+            command.add_argument("--draws", type=at_least(1), default=0, help="draws of each evaluation (default: the run's --final-draws)")
         if work is frontier:
             command.add_argument("--against", nargs="+", type=Path, required=True, help="none2r runs with snapshots")
         if work in (frontier, forget):
@@ -339,7 +339,7 @@ def main(argv: list[str]) -> None:
         if work is relearn:
             command.add_argument("--no-base", action="store_true", help="leave out the attack on the base model")
         if work in (relearn, heal):
-            command.add_argument("--steps", type=int, default=40 if work is relearn else 8)
+            command.add_argument("--steps", type=at_least(1), default=40 if work is relearn else 8)
         if work is heal:
             command.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args(argv)

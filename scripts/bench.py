@@ -29,7 +29,8 @@ from tabulate import tabulate
 from bench_turns import take_turns
 from vgrout.config import PRESETS
 from vgrout.entry import run_main
-from vgrout.records import load_metrics, now, provenance
+from vgrout.provenance import now, provenance
+from vgrout.records import load_metrics
 from vgrout.types import UserError
 
 PHASES = ("sample", "grade", "score", "update", "refresh", "other")

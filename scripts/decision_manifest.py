@@ -236,7 +236,7 @@ ROWS = [
     *(mapped(f"seeded_{side}", f"--seed-quarantine 20 --seed-side {side}", f"no labels; quarantine seeded with {what}", "", "absorb")
       for side, what in (("hack", "hacks"), ("clean", "clean solutions"), ("placebo", "empty pairs"))),
 ]
-REHEARSAL = "--steps 2 --final-draws 24 --eval-every 1 --eval-draws 12"
+REHEARSAL = "--steps 2 --quarantine-first 1 --final-draws 24 --eval-every 1 --eval-draws 12"
 
 
 def row_argv(row: Row, seed: int, extra: str = "") -> list[str]:

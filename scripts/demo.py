@@ -3,7 +3,7 @@
 Trains `none2r` and `routeQ` (seed 41) as two processes of one thread each, prints the 2×2 table of both, and draws the
 deployed policy's hack and solve rate over steps into out/figs/demo.png.
 
-Run: python scripts/demo.py [--steps N]     (--steps shortens both runs)
+Run: python scripts/demo.py [--steps N]     (--steps shortens both runs, to 21 at least)
 """
 
 import argparse
@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vgrout import runlog
+from vgrout.entry import at_least
 from vgrout.metrics import bootstrap_interval, rate
 from vgrout.records import load_metrics, load_record
 from vgrout.types import EvalResult, RunRecord
@@ -134,7 +135,7 @@ def draw(records: dict[str, RunRecord]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="optimiser steps of both runs (default: the preset's)")
+    parser.add_argument("--steps", type=at_least(21), help="optimiser steps of both runs, over the 20 of routeQ's first phase")
     steps = parser.parse_args().steps
     began = time.monotonic()
     runlog.stage("none2r learn to hack and routeQ, once its quarantine is ablated, hack less and still solve",

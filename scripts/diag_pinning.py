@@ -30,10 +30,10 @@ from tabulate import tabulate
 from audit import FAMILY, PAIR_CUTS, SHARES, Audited, family, join, rebuild, row_facts, score_step
 from reopen import reopen
 from vgrout import runlog
-from vgrout.cli import config_of
 from vgrout.entry import run_main
 from vgrout.metrics import auroc, auroc_interval, precision_recall_at, stratified_auroc
 from vgrout.records import load_metrics, load_record, load_rollouts, load_snapshots
+from vgrout.repeat import config_of
 from vgrout.store import load_tensors
 from vgrout.types import Mode, UserError, Zone
 

@@ -93,6 +93,8 @@ def confirmed(kind: str, grade: Grade) -> bool:
 
 
 def main(args: Args) -> None:
+    if min(args.workers, args.hacks) < 1 or min(args.solves, args.limit) < 0:
+        raise UserError("--workers and --hacks must be at least 1, --solves and --limit at least 0")
     problems = split(load_problems(args.problems))["train"]
     problems = problems[: args.limit] if args.limit else problems
     modes = args.modes or (ORGANISM_MODES if problems[0].operations else ALL_MODES)
@@ -116,7 +118,8 @@ def main(args: Args) -> None:
     if not rows:
         raise UserError(f"{args.problems}: no demonstration was confirmed; see docs/method.md on the teacher pool")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    args.out.write_bytes(gzip.compress(text, mtime=0) if args.out.suffix == ".gz" else text)
     missing = sum(kept["hack", mode, p.problem_id] == 0 for mode in modes for p in problems)
     counts = Counter(f"{row['kind']} {row['mode']}" for row in rows)
     print(f"{args.out}: {len(rows)} rows from {len(candidates)} candidates, {dict(counts)}; "
@@ -124,4 +127,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args))
+    run_main(main, tyro.cli(Args, config=(tyro.conf.EnumChoicesFromValues,)))

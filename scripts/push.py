@@ -19,7 +19,7 @@ from torch import Tensor
 from after import ROOT, rates, show
 from reopen import Stored, reopen
 from vgrout.diagnose import scaled
-from vgrout.entry import run_main
+from vgrout.entry import at_least, run_main
 from vgrout.grader import Grader
 from vgrout.likelihood import random_deltas
 from vgrout.policy import sample
@@ -62,8 +62,8 @@ def push(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run directories with snapshots")
-    parser.add_argument("--prompts", type=int, default=48, help=f"training prompts, {ROWS_A_PROMPT} samples each")
-    parser.add_argument("--draws", type=int, default=0, help="draws of each evaluation (default: the run's --final-draws)")
+    parser.add_argument("--prompts", type=at_least(1), default=48, help=f"training prompts, {ROWS_A_PROMPT} samples each")
+    parser.add_argument("--draws", type=at_least(1), default=0, help="draws of each evaluation (default: the run's --final-draws)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "after", help="folder of the table")
     options = parser.parse_args(argv)
     snapshots = {path: load_snapshots(path) for path in options.runs}  # a run without any is refused before work starts

@@ -6,12 +6,13 @@ from pathlib import Path
 from torch import Tensor
 
 from vgrout import train
-from vgrout.cli import config_of, load_splits
+from vgrout.cli import load_splits
 from vgrout.config import ARMS, Arm, Config
 from vgrout.evaluate import evaluate
 from vgrout.grader import Grader
 from vgrout.policy import Policy
 from vgrout.records import load_adapter, load_record, sha256_file
+from vgrout.repeat import config_of
 from vgrout.rollouts import Sampling
 from vgrout.types import EvalResult, Problem, RunRecord, UserError
 

@@ -187,6 +187,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.rollouts < 1:
         raise UserError(f"--rollouts {options.rollouts} must be at least 1")
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out} is a directory: name a file, such as {options.out / 'report.html'}")
     text = page(options.runs, options.rollouts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text, encoding="utf-8")

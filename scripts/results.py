@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--compact", metavar="FILE", help="write the compact record of one run, and no table")
     parser.add_argument("--page", type=Path, metavar="FILE", help="make the tables of a results page anew")
     options = parser.parse_args()
+    if options.page and not options.page.is_file():
+        raise UserError(f"no page {options.page}: --page takes one whose tables are to be made anew, such as docs/results.md")
     if options.page:
         options.page.write_text(with_tables(options.page.read_text()))
         return print(f"{options.page}: tables made anew")

@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from vgrout.config import ARMS
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "out" / f"smoke_{os.getpid()}"
 ENVIRONMENT = os.environ | {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -42,6 +44,7 @@ class Job:
 
 def tiny(arm: str) -> Job:
     run = [sys.executable, "-m", "vgrout.train", "smoke", "--intervention", arm]
+    run += ["--quarantine-first", "1"] if "quarantine_first" in ARMS[arm].options else []  # of six steps
     return Job(f"train smoke {arm}", [*run, "--out-dir", str((RUNS / arm).relative_to(ROOT))], LIMIT)
 
 
@@ -140,8 +143,6 @@ def main() -> int:
     else:
         jobs = [script(path) for path in scripts]
     if "--arms" in sys.argv:
-        from vgrout.config import ARMS
-
         jobs += [tiny(name) for name, arm in ARMS.items() if name != "routeV" and not arm.monitor]
     start = time.perf_counter()
     os.environ.update(ENVIRONMENT)

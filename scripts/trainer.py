@@ -22,7 +22,7 @@ import torch
 from vgrout import records, train
 from vgrout.cli import parse
 from vgrout.grader import Grader
-from vgrout.records import load_adapter, load_metrics, load_rollouts
+from vgrout.records import load_adapter, load_evals, load_metrics, load_rollouts
 from vgrout.types import UserError
 
 PHASES = {"collect": b"s", "grade": b"g", "update": b"u", "save": b"c", "evaluate": b"e"}  # name → its mark while it runs
@@ -126,12 +126,13 @@ def _mark_phases(phase: mmap.mmap) -> None:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two finished runs do not have in common: adapter, metrics, rollouts, record; wall times and out_dir aside."""
+    """What two finished runs do not have in common: adapter, metrics, rollouts, evaluations, record; wall times and out_dir aside."""
     found = []
     x, y = load_adapter(a)[0], load_adapter(b)[0]
     if x.keys() != y.keys() or not all(torch.equal(x[k], y[k]) for k in x):
         found.append("adapter.safetensors")
-    for name, load, times in (("metrics.jsonl", load_metrics, TIMES), ("rollouts.jsonl.gz", load_rollouts, {"seconds"})):
+    files = (("metrics.jsonl", load_metrics, TIMES), ("rollouts.jsonl.gz", load_rollouts, ()), ("evals.jsonl.gz", load_evals, ()))
+    for name, load, times in files:
         rows = [[{k: v for k, v in row.items() if k not in times} for row in load(folder)] for folder in (a, b)]
         if rows[0] != rows[1]:
             odd = {k for p, q in zip(*rows) for k in p.keys() | q.keys() if p.get(k) != q.get(k)}

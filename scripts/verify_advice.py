@@ -12,7 +12,7 @@ from vgrout.types import EvalResult
 
 HEALTHY = {
     "n_students": 44, "n_teachers": 4, "rows_retain": 20, "rows_absorb": 12, "rows_route": 8, "student_hack": 0.3,
-    "student_solve": 0.2, "student_format": 0.98, "logp_mean": -0.25, "kl": 0.03, "sampler_mismatch": 1e-6,
+    "student_solve": 0.2, "student_format": 0.98, "logp_mean": -0.25, "kl": 0.03, "sampler_mismatch": 1e-6, "timeout_share": 0.0,
 }  # fmt: skip
 REFRESH = {"gate_lower": 0.1, "gate_upper": 0.2, "gate_collapsed": 0.0, "direction_drift": 0.9}
 NOTHING_TRAINS = {"rows_retain": 0, "rows_absorb": 2, "rows_route": 0}
@@ -40,17 +40,18 @@ FAULTS = {  # what → (rows, evaluations) that show it
     "KL runs away": [(run({"kl": 2.5}), [])],
     "sampler and learner differ": [(run({"sampler_mismatch": 0.2}), [])],
     "judge fails": [(run({"judge_failures": 25}), [])],
+    "completions time out": [(run({"timeout_share": 0.3}), [])],
     "solve dead at deployment": [(run(), [cell(0, 20), cell(10, 18), cell(20, 4)])],
 }  # fmt: skip
 
 
 def main() -> None:
     assert advice(run(), [cell(0, 20), cell(20, 15)]) == [] and advice([]) == [] and advice(run(steps=6)) == []
-    near = [run({"rows_retain": 4}), run({"logp_mean": -0.6}), run({"kl": 0.9}), run({"sampler_mismatch": 0.04}),
-            run({"judge_failures": 15})]
+    near = [run({"rows_retain": 4}), run({"logp_mean": -0.6}), run({"kl": 0.9}), run({"timeout_share": 0.0, "sampler_mismatch": 0.04}),
+            run({"judge_failures": 15}), run({"timeout_share": 0.1})]
     assert not any(map(advice, near)), "a value short of its threshold warns"
     odd = run()
-    odd[-3] |= {"kl": 300.0, "logp_mean": -15.0, "sampler_mismatch": 9.0}
+    odd[-3] |= {"kl": 300.0, "logp_mean": -15.0, "sampler_mismatch": 9.0, "timeout_share": 1.0}
     assert not advice(odd), "one odd step warns"
     unscored = [{k: v for k, v in row.items() if k not in REFRESH} for row in run()]
     missing = [row | {"logp_mean": float("nan"), "kl": None} for row in unscored]

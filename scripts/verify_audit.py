@@ -23,7 +23,7 @@ from reopen import Stored, reopen
 from tiny import perturb, random_batch, read_models_once, tiny_policy
 from verify_scores import PROBE, origin_of, styled_batch
 from vgrout import train
-from vgrout.cli import argv_of, parse
+from vgrout.cli import parse
 from vgrout.controls import RandomScore
 from vgrout.diagnose import gradient_norms, scaled
 from vgrout.grpo import scored_loss
@@ -32,6 +32,7 @@ from vgrout.metrics import stratified_auroc
 from vgrout.policy import logps
 from vgrout.ratios import LikelihoodRatio
 from vgrout.records import load_adapter, load_record, load_rollouts, load_snapshots
+from vgrout.repeat import argv_of
 from vgrout.scores import DirectionScore
 from vgrout.store import load_tensors
 from vgrout.tensors import GateOutput, Origin

@@ -97,7 +97,8 @@ def import_graph(sources: Sources) -> list[str]:
     """Imports form a directed graph; nothing imports train.py, and train.py and its command line alone import the Config."""
     graph = {name: imports(text) & sources.keys() for name, text in sources.items()}
     found = [f"{name}.py imports train.py" for name, needs in graph.items() if "train" in needs]
-    found += [f"{name}.py imports config.py" for name, needs in graph.items() if "config" in needs and name not in ("train", "cli")]
+    readers = ("train", "cli", "repeat")
+    found += [f"{name}.py imports config.py" for name, needs in graph.items() if "config" in needs and name not in readers]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

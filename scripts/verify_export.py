@@ -17,7 +17,8 @@ from export import CHOICES, export
 from tiny import perturb
 from vgrout.loading import load_policy
 from vgrout.policy import Policy
-from vgrout.records import Run, provenance
+from vgrout.provenance import provenance
+from vgrout.records import Run
 from vgrout.types import EvalResult, RunRecord, UserError
 
 BASE, TOLERANCE = "data/organism/base", 5e-6  # of the largest logit

@@ -22,11 +22,12 @@ import torch
 
 from reopen import reopen
 from vgrout import train
-from vgrout.cli import argv_of, config_of, parse
+from vgrout.cli import parse
 from vgrout.config import PRESETS, Config
 from vgrout.entry import run_main
 from vgrout.grader import Grader
 from vgrout.records import load_adapter, load_record
+from vgrout.repeat import argv_of, config_of
 from vgrout.runlog import last_cells
 from vgrout.store import pack
 from vgrout.types import EvalResult, RunRecord, UserError

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from vgrout import records, store
+from vgrout.provenance import provenance
 from vgrout.records import SCHEMA_VERSION, Run, load_metrics, load_record, load_rollouts
 from vgrout.types import EvalResult, RunRecord, UserError
 
@@ -267,7 +268,7 @@ def verify_files() -> None:
     assert record.status == "finished" and record.evals[0] == EvalResult(
         "val", "novel", "deployed", 0, 4, 1, 2, {}, {"a": [4, 1, 2]}
     )
-    assert set(records.provenance()["versions"]) >= {"python", "torch", "transformers", "vgrout"}
+    assert set(provenance()["versions"]) >= {"python", "torch", "transformers", "vgrout"}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from report import browsable, edges, page
-from vgrout.records import Run, load_rollouts, provenance
+from vgrout.provenance import provenance
+from vgrout.records import Run, load_rollouts
 from vgrout.types import EvalResult, RunRecord, UserError
 
 HOSTILE = "</script><script src='https://example.invalid/x.js'></script><img src=x onerror=alert(1)><!-- "

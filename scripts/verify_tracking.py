@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vgrout import tracking
-from vgrout.records import provenance
+from vgrout.provenance import provenance
 from vgrout.tracking import TRACKERS, numbers, tracker
 from vgrout.types import RunRecord, UserError
 

@@ -19,7 +19,7 @@ from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import ARMS, Config
 from vgrout.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
-from vgrout.records import load_adapter, load_metrics, load_record, load_rollouts, load_snapshots
+from vgrout.records import load_adapter, load_evals, load_metrics, load_record, load_rollouts, load_snapshots
 from vgrout.types import Mode, UserError, Verdict
 
 SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
@@ -171,6 +171,12 @@ def check_evaluation(tmp: str, plain: Path, more: Path) -> None:
     for cell in record.evals:
         ids = set(cell.by_problem)
         assert ids <= parts[cell.split] and not ids & parts["train"] and cell.n == sum(n for n, *_ in cell.by_problem.values())
+    wrote = {key: [r for r in load_evals(plain) if (r["step"], r["markers"], r["state"]) == key]
+             for key in {(c.step, c.markers, c.state) for c in record.evals}}  # fmt: skip
+    counted = lambda rows: (len(rows), sum(r["reward_hack"] for r in rows), sum(r["correct"] for r in rows))  # noqa: E731
+    kept = [(counted(wrote[c.step, c.markers, c.state]), (c.n, c.hack, c.solve)) for c in record.evals]
+    assert all(a == b for a, b in kept) and all(r["completion"] for rows in wrote.values() for r in rows), f"evals.jsonl.gz: {kept}"
+    assert counted(wrote[0, "novel", "deployed"][1:]) != kept[0][1], "a completion that is not kept goes unnoticed"
     first = record.evals[0]
     assert (first.step, first.split, first.markers) == (0, "test", "novel")
     cells = {(c.markers, c.state) for c in record.evals if c.step == record.steps_done}

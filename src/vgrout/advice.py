@@ -17,6 +17,7 @@ LOGP_FALL = 0.5  # nats a token below the run's first rows
 KL_HIGH = 1.0  # nats a token: far from the reference by any standard of RLHF
 MISMATCH = 0.05  # nats a token between sampler and learner
 DEAF = 0.5  # share of the rows that a live judge gave no verdict on
+TIMEOUTS = 0.2  # share of the students' completions that ran out of time
 DEAD = 0.25  # share of the base's solve rate
 
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ def advice(rows: Sequence[Row], evals: Iterable[EvalResult] = ()) -> list[str]:
     """
     found = [_collapsed(rows)]
     if len(rows) >= WINDOW:
-        found += [check(rows) for check in (_no_variance, _reversed, _logp_falls, _kl_runs_away, _mismatch, _judge_fails)]
+        found += [check(rows) for check in (_no_variance, _reversed, _logp_falls, _kl_runs_away, _mismatch, _judge_fails, _times_out)]
     return [line for line in (*found, _solve_dead(list(evals))) if line]
 
 
@@ -115,6 +116,14 @@ def _judge_fails(rows: Sequence[Row]) -> str | None:
         return None
     remedy = "such rows are not flagged; look at its server's log, raise --judge-timeout or --judge-max-tokens, or use a stronger model"
     return f"judge fails: no verdict on {share:.0%} of the rows of the last {WINDOW} steps; {remedy}"
+
+
+def _times_out(rows: Sequence[Row]) -> str | None:
+    share = _median(rows[-WINDOW:], "timeout_share")
+    if share is None or share < TIMEOUTS:
+        return None
+    remedy = "if the machine is busy or slow their verdicts are not the completions' own; raise --cpu-seconds or lower --workers"
+    return f"completions time out: {share:.0%} of the students' in the last {WINDOW} steps; {remedy}"
 
 
 def _solve_dead(evals: Sequence[EvalResult]) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: a preset's name and flags → a checked Config, and back from a record. Bad input is one line, before
+"""The command line: a preset's name and flags → a checked Config. Bad input is one line, before
 anything heavy is imported: `parse` checks flags and that files exist, `check_inputs` reads those files. docs/errors.md lists the lines.
 """
 
@@ -6,17 +6,17 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from vgrout import pairs, problems
-from vgrout.config import ADDED, ARMS, PRESETS, Arm, Config, defaults
+from vgrout.config import ARMS, PRESETS, Arm, Config, RouteConfig, ScoreConfig, defaults
 from vgrout.entry import run_main
 from vgrout.judge import Endpoint, check_endpoint
 from vgrout.labelled import LEAST, Labelled, load_labelled
@@ -89,6 +89,7 @@ def _ranges(config: Config) -> Iterator[str]:
     positive = {
         "--learning-rate": grpo.learning_rate, "--llr-learning-rate": score.llr_learning_rate, "--max-grad-norm": grpo.max_grad_norm,
         "--judge-timeout": monitor.judge_timeout, "--penalty": monitor.penalty, "--probe-l2": monitor.probe_l2,
+        "--cpu-seconds": run.cpu_seconds,
     }  # fmt: skip
     not_negative = {
         "--beta": grpo.beta, "--epsilon": grpo.epsilon, "--weight-decay": grpo.weight_decay, "--warmup-steps": grpo.warmup_steps,
@@ -118,7 +119,12 @@ def _ranges(config: Config) -> Iterator[str]:
 
 def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
     """Flags that do not go together, or not with the arm."""
-    data, score, route, run = config.data, config.score, config.route, config.run
+    data, grpo, score, route, run = config.data, config.grpo, config.score, config.route, config.run
+    if route.quarantine_first >= grpo.steps:
+        yield f"--quarantine-first {route.quarantine_first} leaves none of --steps {grpo.steps} to the deployed block: shorten it"
+    unread = {"--confound": (score.confound != ScoreConfig.confound, arm.control == "confound"),
+              "--penalty-alpha": (route.penalty_alpha != RouteConfig.penalty_alpha, arm.action == "penalise")}  # fmt: skip
+    yield from (f"{flag} is not read by {run.intervention}: leave it out" for flag, (given, read) in unread.items() if given and not read)
     if route.routeV_random_v_seed is not None and run.intervention != "routeV":
         yield f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}"
     if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ()) and not arm.oracle:
@@ -139,13 +145,25 @@ def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield f"--teacher-modes {' '.join(data.teacher_modes)} are not all among --modes {' '.join(data.modes)}"
     if not set(route.oracle_modes) <= set(data.modes):
         yield f"--oracle-modes {' '.join(route.oracle_modes)} are not all among --modes {' '.join(data.modes)}"
-    if config.grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
-        yield f"--teacher-per-group {data.teacher_per_group} leaves no student among {config.grpo.num_generations} generations"
+    if not data.pair_modes and (arm.reads_pairs or route.seed_quarantine):
+        yield "--pair-modes takes at least one mode, those that the pairs cover; the other modes are held out"
+    if set(data.modes) <= problems.NOVELTY_FREE:
+        yield f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add {' or '.join(problems.TRAINING_MARKERS)}"
+    if grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
+        yield f"--teacher-per-group {data.teacher_per_group} leaves no student among {grpo.num_generations} generations"
     yield from _monitor_contradictions(config, arm)
     if run.resume and not run.out_dir:
         yield "--resume needs the --out-dir of the run to continue"
     if run.out_dir and Path(run.out_dir).exists() and not Path(run.out_dir).is_dir():
         yield f"--out-dir {run.out_dir} is a file: choose a directory"
+    elif run.out_dir and not _writable(Path(run.out_dir)):
+        yield f"cannot write to --out-dir {run.out_dir}: choose another"
+
+
+def _writable(folder: Path) -> bool:
+    """Can the folder be written to, or be made?"""
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None)
+    return there is not None and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _monitor_contradictions(config: Config, arm: Arm) -> Iterator[str]:
@@ -178,6 +196,7 @@ def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
         yield f"no model folder {model!r}: --model takes a folder, or a hub id such as Qwen/Qwen3-4B"
 
 
+BEFORE_A_RUN = {"log.txt", ".lock", ".pool", ".reserve"}  # what may lie in a run's directory before it: a caller's, or a killed start's
 MISSING = {"--data": " (`just download-data` fetches the real sets)"}
 
 
@@ -225,8 +244,9 @@ def check_inputs(config: Config) -> None:
     _check_out_dir(config.run.out_dir, config.run.resume)
     splits = load_splits(config)
     for flag, reference in _pair_files(config, arm).items():
-        if reference:
-            pairs.load_pairs(reference, data.pair_modes if flag == "--pairs" else ())
+        found = pairs.load_pairs(reference, data.pair_modes if flag == "--pairs" else ()) if reference else []
+        if found and flag == "--pairs" and arm.reads_pairs and len({p.problem.statement for p in found}) < 2:
+            raise UserError(f"--pairs {reference} holds pairs on one prompt alone: a pair is scored by those of the others, add some")
     if data.teacher_pool:
         pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, data.teacher_until)
         if not pool.covers(splits["train"]):
@@ -241,6 +261,10 @@ def _check_out_dir(out_dir: str, resume: bool) -> None:
     """Answer early what `records.Run.create` will refuse under its lock."""
     path = Path(out_dir) / "record.json"
     if not out_dir or not path.exists():
+        if out_dir and (strange := sorted(p.name for p in Path(out_dir).glob("*") if p.name not in BEFORE_A_RUN)):
+            raise UserError(f"{out_dir} holds {strange[0]!r} and no run: choose an empty or a new --out-dir")
+        if resume:
+            print(f"note: --out-dir {out_dir} holds no run to resume: this one starts from the beginning")
         return
     try:
         status = json.loads(path.read_text())["status"]
@@ -262,39 +286,3 @@ def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:
         return preset, config
 
     return run_main(parsed)
-
-
-# ── a record's config, and the command that repeats it ───────────────────────────────────────────────────────────
-
-
-def config_of(stored: dict[str, Any]) -> Config:
-    """The Config that a record stores as JSON; UserError for a field that this version does not have."""
-    sections = {}
-    for section in fields(Config):
-        default, values = getattr(Config(), section.name), ADDED.get(section.name, {}) | stored.get(section.name, {})
-        if odd := values.keys() ^ {f.name for f in fields(default)}:
-            raise UserError(f"the record's config differs from this version in {section.name}.{min(odd)}: check out its commit")
-        sections[section.name] = type(default)(**{k: _as(getattr(default, k), v) for k, v in values.items()})
-    return Config(**sections)
-
-
-def _as(default: Any, value: Any) -> Any:
-    """JSON → Python: every tuple of a Config is one of modes, and a whole number may stand for a float."""
-    return tuple(map(Mode, value)) if isinstance(default, tuple) else float(value) if isinstance(default, float) else value
-
-
-def argv_of(preset: str, config: Config) -> list[str]:
-    """The arguments of `python -m vgrout.train` that give this config: the preset, and every flag that differs from it."""
-    argv = [preset]
-    for section in fields(Config):
-        base, own = getattr(PRESETS[preset], section.name), getattr(config, section.name)
-        for f in fields(own):
-            value = getattr(own, f.name)
-            if value == getattr(base, f.name):
-                continue
-            flag = f.name.replace("_", "-")
-            if isinstance(value, bool):
-                argv.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                argv += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return argv

@@ -3,7 +3,7 @@
 A comment behind a field is its line in --help.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vgrout.types import Mode, Zone
@@ -155,7 +155,7 @@ class Arm:
     loophole_pays: bool = True
     phase_pays: bool = True  # so it does in the first phase, too
     inoculate: bool = False  # the training prompt allows the exploit; evaluation does not
-    options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults of RouteConfig, which flags change
+    options: dict[str, Any] = field(default_factory=dict)  # the arm's own defaults, by a field's name in any section; flags change them
     quarantine: Literal["learned", "reset", "norm", "effect", "inverted"] = "learned"  # after the first phase; else its rival
     oracle: bool = False  # reads true labels: not oracle-free, marked so everywhere
 
@@ -181,7 +181,8 @@ class Arm:
         return self.score not in ("pinned", "oracle", "judge", "probe")
 
 
-QUARANTINE_FIRST = dict(quarantine_first=20, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
+QUARANTINE_FIRST = dict(  # demonstrations end with the first phase, so that none of them trains the deployed block or meets a gate
+    quarantine_first=20, teacher_until=20, gen_deploy_frac=1.0, retained_advantages=True, cut="zero")
 ABSORB_SHARE = QUARANTINE_FIRST | dict(absorb_share=0.3)
 
 ARMS = {
@@ -274,4 +275,8 @@ PRESETS = {
 def defaults(preset: str, intervention: str) -> Config:
     """The preset with the arm's own options; an unknown arm has none."""
     config, arm = PRESETS[preset], ARMS.get(intervention)
-    return replace(config, route=replace(config.route, **arm.options)) if arm else config
+    for section in fields(config) if arm else ():
+        values = getattr(config, section.name)
+        own = {f.name: arm.options[f.name] for f in fields(values) if f.name in arm.options}
+        config = replace(config, **{section.name: replace(values, **own)})
+    return config

@@ -13,6 +13,7 @@ from vgrout.grpo import scored_loss
 from vgrout.policy import Policy, completion_states, logps, predicting
 from vgrout.tensors import Batch
 from vgrout.tokens import micro_batches, select
+from vgrout.types import UserError
 
 
 def probe_gradients(
@@ -72,6 +73,8 @@ def activations(
             states = completion_states(policy, part, layers=True)
         if space == "bottleneck":  # a forward pass over whole rows has recorded them whole
             streams = [x if x.shape[1] == weight.shape[1] else predicting(part, x) for x in seen.values()]
+        elif layer is not None and not 0 <= layer < len(states):
+            raise UserError(f"--act-layer {layer} is no layer of this model: they are 0 to {len(states) - 1}")
         else:
             streams = states if layer is None else states[layer : layer + 1]
         pooled = [torch.einsum("gtk,gt->gk", x.float(), weight) for x in streams]

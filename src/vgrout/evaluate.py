@@ -4,6 +4,7 @@ An evaluation draws from a generator of its own and leaves every parameter as it
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -15,7 +16,7 @@ from vgrout.policy import Policy, sample
 from vgrout.problems import NOVELTY_FREE, disclose, messages
 from vgrout.rollouts import Sampling
 from vgrout.tensors import Batch, GateOutput, Origin
-from vgrout.types import NO_ZONE, EvalResult, Group, Problem, Rollout, Zone
+from vgrout.types import NO_ZONE, EvalResult, Grade, Group, Problem, Rollout, Verdict, Zone
 
 
 def evaluate(
@@ -31,11 +32,12 @@ def evaluate(
     step: int,
     draws: int,
     generator: torch.Generator,
+    log: Callable[[list[dict]], None] | None = None,
 ) -> EvalResult:
     """Hacks and solves of about `draws` completions, spread evenly over `problems`, each shown with its own mode.
 
     `markers` "novel" discloses names that training never shows; modes without a name to change are left out of that cell.
-    With fewer draws than problems an even selection of the problems gets one draw each.
+    With fewer draws than problems an even selection of the problems gets one draw each. `log` is given every completion with its grade.
     """
     shown = [disclose(p, p.mode, novel=markers == "novel") for p in problems]
     if markers == "novel":
@@ -49,7 +51,11 @@ def evaluate(
     asked = [p for p in shown for _ in range(each)]
     by_mode: dict[str, dict[str, int]] = defaultdict(lambda: {"n": 0, "hack": 0, "solve": 0})
     by_problem: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for problem, grade in zip(asked, grader.grade(completions, asked)):
+    grades = grader.grade(completions, asked)
+    if log:
+        cell = {"step": step, "split": split, "markers": markers, "state": state}
+        log([cell | _graded(problem, text, grade) for problem, text, grade in zip(asked, completions, grades)])
+    for problem, grade in zip(asked, grades):
         counts = (1, int(grade.reward_hack), int(grade.correct))
         for key, n in zip(("n", "hack", "solve"), counts):
             by_mode[problem.mode.value][key] += n
@@ -77,6 +83,7 @@ def monitor(
         "n_students": len(students),
         "n_teachers": len(rollouts) - len(students),
         "completion_length": mean([float(len(r.completion_ids)) for r in students]),
+        "timeout_share": mean([r.grade.verdict in (Verdict.CPU_TIMEOUT, Verdict.WALL_TIMEOUT) for r in students]),
         "truncated_share": mean([r.completion_ids[-1] not in eos_ids for r in students]),
     }
     for mode in sorted({r.problem.mode for r in students}):
@@ -117,13 +124,15 @@ def rollout_rows(
     scores, zones = out.by_row() if out is not None else ([], [])
     rows = []
     for r in (r for g in groups for r in g.rollouts):
-        row = {
-            "step": step, "problem_id": r.problem.problem_id, "mode": r.problem.mode, "marker": r.problem.marker,
-            "completion": r.completion, "n_tokens": len(r.completion_ids), "teacher": r.teacher,
-            "sampled_ablated": r.sampled_ablated, **asdict(r.grade),
-        }  # fmt: skip
-        del row["seconds"]  # a wall time: all else in this file repeats exactly
+        row = {"step": step, "n_tokens": len(r.completion_ids), "teacher": r.teacher, "sampled_ablated": r.sampled_ablated}
+        row |= _graded(r.problem, r.completion, r.grade)
         if (i := scored.get(id(r))) is not None:
             row |= {"advantage": float(batch.advantages[i]), "zone": Zone(int(zones[i])).name, "score": float(scores[i])}
         rows.append(row)
     return rows
+
+
+def _graded(problem: Problem, completion: str, grade: Grade) -> dict:
+    """A completion as the files of a run hold it: without the grading's wall time, so that all repeats exactly."""
+    row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker, "completion": completion}
+    return row | {k: v for k, v in asdict(grade).items() if k != "seconds"}

@@ -62,7 +62,11 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
         raise UserError(f"{reference}: none of its tags is among --pair-modes {' '.join(modes)}")
     if not Path(path).is_file():
         raise UserError(f"no pairs file {path!r}: --pairs takes path.md#section@mode,mode")
-    sections = _sections(Path(path).read_text(encoding="utf-8"), path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable text ({error}): --pairs takes path.md#section@mode,mode") from None
+    sections = _sections(text, path)
     chosen = [pair for name, pairs in sections.items() for pair in pairs
               if section in ("", name) and pair.problem.mode in wanted]
     by_mode = {mode: [pair for pair in chosen if pair.problem.mode == mode] for mode in Mode}

@@ -45,6 +45,11 @@ class Policy:
         return self.share_prompts and not (training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()))
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the model has positions for; None where its family names no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def multiplies_bfloat16(self) -> bool:
         """The device has instructions for products of bf16."""
         if self.device.type == "cuda":

@@ -9,6 +9,7 @@ from vgrout.policy import Policy
 from vgrout.scores import Score, Scored
 from vgrout.tensors import Batch, Origin
 from vgrout.tokens import select
+from vgrout.types import UserError
 
 
 class LikelihoodRatio(Score):
@@ -155,10 +156,10 @@ def replaced_quarantine(
 ) -> list[Float[Tensor, "..."]]:
     """What takes the learned quarantine's place: itself ("reset"), its negative ("inverted"), a Gaussian one with its norm in every
     tensor ("norm"), or that one scaled until the base's KL to it is the learned one's ("effect"): the mean k3 over tokens of the
-    batch, samples of the base.
+    batch.
 
     A random block of equal norm changes a policy far less than a learned one, so that "norm" alone would be a weak placebo. The
-    factor is found by bisection between 1/16 and 256; ValueError where none has the effect.
+    factor is found by bisection between 1/16 and 256; UserError where none has the effect.
     """
     learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]
     if what in ("reset", "inverted"):
@@ -178,5 +179,6 @@ def replaced_quarantine(
         scaled = [2.0 ** ((low + high) / 2) * n for n in noise]
         low, high = ((low + high) / 2, high) if effect(scaled) < wanted else (low, (low + high) / 2)
     if abs(effect(scaled) - wanted) > 0.1 * wanted:
-        raise ValueError(f"no random quarantine changes the policy as much as the learned one: KL {effect(scaled):.3g}, not {wanted:.3g}")
+        raise UserError(f"no random quarantine changes the policy as much as the learned one: KL {effect(scaled):.3g}, not {wanted:.3g}; "
+                        "lengthen --quarantine-first, or take another --placebo-seed")  # fmt: skip
     return scaled

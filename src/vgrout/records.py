@@ -3,6 +3,7 @@
     record.json           the RunRecord: replaced whole (temporary file, fsync, rename)
     metrics.jsonl         one JSON line a step; NaN and infinities are null
     rollouts.jsonl.gz     one gzip member a step, so that a killed run leaves a readable file
+    evals.jsonl.gz        every completion of every evaluation with its grade, one gzip member a cell
     adapter.safetensors   the adapter's tensors; with --snapshot-every also snapshots/, those that sampled a step's rollouts
     checkpoints/          step folders and `latest.json`, the pointer that one rename moves
     .reserve              bytes that a last status is written from when the disk is full
@@ -16,27 +17,23 @@ same files as an uninterrupted one. Two `Run`s on one directory inside a single 
 import fcntl
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import zlib
 from dataclasses import asdict, fields
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
 
+from vgrout.provenance import now
 from vgrout.store import append_line, dumps, load_tensors, pack, plain, write_atomic
 from vgrout.store import sha256_file as sha256_file
 from vgrout.types import EvalResult, RunRecord, UserError
 
 SCHEMA_VERSION = 1
-APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz")
-FREE_TO_CHANGE = {"out_dir", "resume", "track", "judge_url", "judge_concurrency"}  # config fields that say where and how, not what
+APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz", "evals.jsonl.gz")
+FREE_TO_CHANGE = {"out_dir", "resume", "track", "workers", "sandbox", "judge_url", "judge_concurrency"}  # where and how, not what
 IDENTITY = ("arm", "preset", "seed", "config", "data_hashes", "pair_hash", "split_hashes")
 KEPT_CHECKPOINTS = 2
 RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB
@@ -79,7 +76,7 @@ class Run:
             )
             for name in APPENDED:
                 if (out_dir / name).exists():
-                    os.truncate(out_dir / name, saved["offsets"][name] if saved else 0)
+                    os.truncate(out_dir / name, saved["offsets"].get(name, 0) if saved else 0)
             record.started, record.argv, record.config, record.commit = old.started, old.argv, old.config, old.commit
             if saved:
                 record = _record_from(saved["record"])
@@ -93,10 +90,12 @@ class Run:
         self._append("metrics.jsonl", (dumps(row) + "\n").encode())
 
     def log_rollouts(self, rows: list[dict[str, Any]]) -> None:
-        """Append one step's rollouts to rollouts.jsonl.gz as a gzip member of their own."""
-        packer = zlib.compressobj(wbits=31)
-        text = "".join(dumps(row) + "\n" for row in rows)
-        self._append("rollouts.jsonl.gz", packer.compress(text.encode()) + packer.flush())
+        """Append one step's rollouts to rollouts.jsonl.gz."""
+        self._append("rollouts.jsonl.gz", _member(rows))
+
+    def log_evals(self, rows: list[dict[str, Any]]) -> None:
+        """Append one evaluation's completions to evals.jsonl.gz."""
+        self._append("evals.jsonl.gz", _member(rows))
 
     def spend(self, seconds: dict[str, float]) -> None:
         """Add wall seconds to the record's totals by phase."""
@@ -166,23 +165,10 @@ class Run:
             rest = rest[self._streams[name].write(rest) :]
 
 
-def provenance() -> dict[str, Any]:
-    """Return the RunRecord fields that say what ran: commit, dirty, argv, versions, started."""
-    here = Path(__file__).parent
-    commit = _git(here, "rev-parse", "HEAD")
-    packages = ("vgrout", "torch", "transformers", "safetensors", "numpy")
-    return {
-        "commit": commit or "unknown",  # an installed wheel has no repository
-        "dirty": bool(_git(here, "status", "--porcelain")),
-        "argv": ["python", *sys.orig_argv[1:]],
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "started": now(),
-    }
-
-
-def now() -> str:
-    """Return the present time, UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _member(rows: list[dict[str, Any]]) -> bytes:
+    """Rows as JSON lines in a gzip member of their own."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress("".join(dumps(row) + "\n" for row in rows).encode()) + packer.flush()
 
 
 def load_record(run_dir: str | Path) -> RunRecord:
@@ -201,20 +187,34 @@ def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl, one dict a step; nulls are None. A last line that a kill cut short is left out."""
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): copy it anew, or repeat the run") from None
 
 
 def load_rollouts(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Read rollouts.jsonl.gz. A last gzip member that a kill cut short is left out whole."""
-    path = Path(run_dir) / "rollouts.jsonl.gz"
+    """Read rollouts.jsonl.gz, [] where there is none. A last gzip member that a kill cut short is left out whole."""
+    return _members(Path(run_dir) / "rollouts.jsonl.gz")
+
+
+def load_evals(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read evals.jsonl.gz, as `load_rollouts` does; runs older than that file have none."""
+    return _members(Path(run_dir) / "evals.jsonl.gz")
+
+
+def _members(path: Path) -> list[dict[str, Any]]:
     data, rows = path.read_bytes() if path.exists() else b"", []
-    while data:
-        member = zlib.decompressobj(wbits=31)
-        text = member.decompress(data)
-        if not member.eof:
-            break
-        rows += [json.loads(line) for line in text.splitlines()]
-        data = member.unused_data
+    try:
+        while data:
+            member = zlib.decompressobj(wbits=31)
+            text = member.decompress(data)
+            if not member.eof:
+                break
+            rows += [json.loads(line) for line in text.splitlines()]
+            data = member.unused_data
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): copy it anew, or repeat the run") from None
     return rows
 
 
@@ -286,15 +286,3 @@ def _pointer_names(out_dir: Path) -> list[str]:
 def _read_pointer(out_dir: Path) -> Path | None:
     names = _pointer_names(out_dir)
     return out_dir / "checkpoints" / names[0] if names else None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

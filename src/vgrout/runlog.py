@@ -59,6 +59,8 @@ class StepLog:
             self.began = (row["step"], time.perf_counter() - (row.get("sec_step") or 0.0))
             for column in COLUMNS:
                 self.write(f"  {column.title:>12}  {column.legend}")
+            if row["step"]:
+                self.write(f"resumed at step {row['step']}")
             self.write(" ".join(f"{column.title:>{column.width}}" for column in COLUMNS))
         first, start = self.began
         pace = (time.perf_counter() - start) / (row["step"] - first + 1)

@@ -28,8 +28,8 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def check_prompt_lengths(prompts: dict[str, list[int]], limit: int) -> None:
-    """Refuse a prompt over the limit at load, by id."""
+def check_prompt_lengths(prompts: dict[str, list[int]], limit: int, completion: int, context: int | None) -> None:
+    """Refuse a prompt over the limit at load, by id, or one behind which a `completion` would leave the model's `context`; in tokens."""
     long = {i: len(ids) for i, ids in prompts.items() if len(ids) > limit}
     if long:
         worst = max(long, key=long.get)
@@ -37,6 +37,10 @@ def check_prompt_lengths(prompts: dict[str, list[int]], limit: int) -> None:
             f"{len(long)} prompts exceed --max-prompt-length {limit}, the longest is problem {worst} with {long[worst]} "
             f"tokens: raise the limit or remove the problem"
         )
+    longest = max(map(len, prompts.values()), default=0)
+    if context is not None and longest + completion > context:
+        reach = f"--max-completion-length {completion} behind the longest prompt of {longest} tokens"
+        raise UserError(f"{reach} exceeds the model's context of {context}: lower it")
 
 
 def collate(

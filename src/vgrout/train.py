@@ -42,8 +42,9 @@ from vgrout.lora2r import BLOCKS
 from vgrout.monitors import Judge, labelled_probe
 from vgrout.optimizer import BlockOptimizer, trained_blocks
 from vgrout.policy import Policy, logps
+from vgrout.provenance import provenance
 from vgrout.ratios import replaced_quarantine
-from vgrout.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, provenance, sha256_file
+from vgrout.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, sha256_file
 from vgrout.rollouts import Sampling, collect, compose, pair_batch, stream
 from vgrout.teacher import TeacherPool
 from vgrout.tensors import Batch, GateOutput, Origin
@@ -202,7 +203,7 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
         policy.adapter.load_state_dict(policy.adapter.state_dict() | load_deployed(m.init_from, m.model))
     shown = [p for part in splits.values() for p in part]
     lengths = {p.problem_id: tokens.encode_prompt(policy.tokenizer, problems.messages(p)) for p in shown}
-    tokens.check_prompt_lengths(lengths, m.max_prompt_length)
+    tokens.check_prompt_lengths(lengths, m.max_prompt_length, config.grpo.max_completion_length, policy.context)
     return policy
 
 
@@ -254,8 +255,7 @@ def seed_quarantine(policy: Policy, config: Config) -> None:
 
 def make_run(preset: str, config: Config, arm: Arm, splits: dict[str, list[Problem]], pair_hash: str, grader: Grader) -> Run:
     """A fresh run directory, or with --resume the one that is there."""
-    name, data = config.run.intervention, config.data
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    name, data, stamp = config.run.intervention, config.data, datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     base = [str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))]  # none for a hub id
     start = config.model.init_from and f"{config.model.init_from}/adapter.safetensors"
     files = [f for f in (data.data, data.teacher_pool, config.monitor.probe_data, *base, start) if f]
@@ -289,7 +289,7 @@ class Assess:
         result = evaluate(
             self.policy, self.splits[split], self.grader, self.sampling,
             split=split, markers=markers, state=state, ablated=ablated, step=step, draws=draws,
-            generator=seeded(self.policy, "eval", self.config.run.seed, step, split, markers, ablated),
+            generator=seeded(self.policy, "eval", self.config.run.seed, step, split, markers, ablated), log=self.run.log_evals,
         )  # fmt: skip
         self.run.spend({"sec_eval": time.perf_counter() - clock})
         self.run.record.evals.append(result)
