@@ -31,10 +31,10 @@ from vgrout.types import EvalResult, RunRecord, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "docs" / "results"
-CEILING_ARM, FROZEN = "no_loophole", 0.5
+CEILING_ARM, FROZEN, GAIN = "no_loophole", 0.5, "gain [lower 90 %]"
 WINDOW, EMERGED = 5, 0.5  # steps of a running mean; the hack rate of student rows at which hacks have emerged
 NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
-HEADERS = ["arm", "seed", "preset", "steps", "n", "hack", "solve", "base solve", "gain [lower 90 %]", "remarks", "run"]
+HEADERS = ["arm", "seed", "preset", "steps", "n", "hack", "solve", "base solve", GAIN, "remarks", "run"]
 
 
 def cell(record: RunRecord, base: bool = False) -> EvalResult:
@@ -63,9 +63,10 @@ def same_task(a: RunRecord, b: RunRecord) -> bool:
 
 
 def find_ceiling(record: RunRecord, runs: list[RunRecord]) -> Counts | None:
-    committed = COMMITTED / f"{CEILING_ARM}_s{record.seed}.json"
+    """Of a run of `no_loophole` with the same seed and task: among `runs`, or committed."""
     candidates = [r for r in runs if r.arm == CEILING_ARM and r.seed == record.seed and r.preset == record.preset]
-    candidates += [load_record(committed)] if committed.exists() else []
+    committed = map(load_record, sorted(COMMITTED.rglob(f"{CEILING_ARM}*_s{record.seed}.json")))
+    candidates += [r for r in committed if r.status == "finished"]
     return next((cell(r).by_problem for r in candidates if same_task(record, r)), None)
 
 
@@ -222,6 +223,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     pl.DataFrame(plain).write_csv(options.out / "results.csv")
     print("Deployed policy, test split, novel markers; [95 % interval over problems], means ± SEM over seeds")
+    if any(row[HEADERS.index(GAIN)] == "–" for row in rows):
+        print(f"gain –: no run of {CEILING_ARM} with the same seed, steps and problems is named or committed (`just ceiling SEED`)")
     print(tabulate(rows, headers=HEADERS, disable_numparse=True))
 
 
