@@ -49,6 +49,9 @@ class Unrecorded:
     def save(self) -> None:
         pass
 
+    def log_evals(self, rows: list[dict]) -> None:
+        pass
+
 
 def again(run: Path) -> Iterator[tuple[EvalResult, EvalResult]]:
     """(recorded, evaluated now) for the base and every cell of the last evaluation."""
