@@ -97,13 +97,14 @@ def check_layout() -> None:
     batch = tokens.collate([[5, 6, 7], [8, 9]], [[4], [3, EOS]], [0.0, 1.0], [0, 0], [-0.5, 0.5], PAD, "cpu")
     assert batch.input_ids.tolist() == [[5, 6, 7, 4], [8, 9, 3, EOS]] and batch.completion_start.tolist() == [3, 2]
     assert batch.completion_ids.tolist() == [[4, PAD], [3, EOS]] and batch.completion_mask.tolist() == [[True, False], [True, True]]
-    try:
-        tokens.check_prompt_lengths({"p7": [1] * 9}, 8)
-        raise AssertionError("a prompt over the limit was not refused")
-    except UserError as error:
-        assert "p7" in str(error)
-    tokens.check_prompt_lengths({"p7": [1] * 8}, 8)
-    print("ok  collation as its docstring's example; a prompt over the limit is refused by id")
+    for prompt, completion, context, word in ((9, 1, None, "p7"), (8, 5, 12, "context of 12")):
+        try:
+            tokens.check_prompt_lengths({"p7": [1] * prompt}, 8, completion, context)
+            raise AssertionError("a prompt over the limit, or without room behind it, was not refused")
+        except UserError as error:
+            assert word in str(error), error
+    tokens.check_prompt_lengths({"p7": [1] * 8}, 8, 4, 12)
+    print("ok  collation as its docstring's example; a prompt over the limit is refused by id, and one without room behind it")
 
 
 if __name__ == "__main__":
