@@ -41,8 +41,9 @@ class LoraLinear(nn.Module):
         self.deployed = Block(A0[:rank].to(device), B0[:, :rank].contiguous().to(device))
         self.quarantine = Block(A0[rank:].to(device), B0[:, rank:].contiguous().to(device))
 
-    def factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
-        """(D [4r, d_in], U [d_out, 4r]): the deployed block's down and up, then the quarantine's."""
+    def factors(self, dtype: torch.dtype, learned: bool) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+        """(D [4r, d_in], U [d_out, 4r]): the deployed block's down and up, then the quarantine's; constants unless `learned`."""
         d, q = self.deployed, self.quarantine
-        down, up = torch.cat([d.dA, d.A0, q.dA, q.A0]), torch.cat([d.B0 + d.dB, d.dB, q.B0 + q.dB, q.dB], dim=1)
-        return down.to(dtype), up.to(dtype)
+        with torch.set_grad_enabled(learned):
+            down, up = torch.cat([d.dA, d.A0, q.dA, q.A0]), torch.cat([d.B0 + d.dB, d.dB, q.B0 + q.dB, q.dB], dim=1)
+            return down.to(dtype), up.to(dtype)

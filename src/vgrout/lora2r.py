@@ -110,14 +110,9 @@ class Lora2r:
     def _factors(self, name: str, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
         """(D, U) of both blocks; constants where c is probed, and in bf16 training copies that autograd leads back."""
         layer, learned = self.layers[name], torch.is_grad_enabled() and self._c is None
-
-        def make() -> tuple[Tensor, Tensor]:
-            with torch.set_grad_enabled(learned):
-                return layer.factors(dtype)
-
         if learned and dtype != torch.float32:  # gradients of copies of their own are added in fp32
-            return make()
-        return self._once((name, dtype, learned), make)
+            return layer.factors(dtype, learned)
+        return self._once((name, dtype, learned), lambda: layer.factors(dtype, learned))
 
     @torch.no_grad()
     def _weight(self, name: str, columns: Columns, down: Tensor, up: Tensor) -> Float[Tensor, "o i"]:

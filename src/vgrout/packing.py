@@ -101,6 +101,11 @@ class Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, back, grad), None
 
 
+def _padded(x: Float[Tensor, "1 h n d"], packing: Packing) -> Float[Tensor, "g h t d"]:
+    rows = Spread.apply(x[0].transpose(0, 1).flatten(1), packing.spread.flatten(), packing.back)
+    return rows.unflatten(0, packing.spread.shape).unflatten(2, (-1, x.shape[3])).transpose(1, 2)
+
+
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing | None = None,
     inner: str = "", sliding_window: int | None = None, **kwargs,
@@ -112,12 +117,7 @@ def packed_attention(
     plain = all(kwargs.get(k) is None for k in ("softcap", "position_bias"))  # arguments that `inner` may know, or refuse
     grouped = inner == "sdpa" and query.device.type == "cpu" and plain
     attend = grouped_attention if grouped else ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-
-    def padded(x: Tensor) -> Float[Tensor, "g h t d"]:
-        rows = Spread.apply(x[0].transpose(0, 1).flatten(1), packing.spread.flatten(), packing.back)
-        return rows.unflatten(0, packing.spread.shape).unflatten(2, (-1, x.shape[3])).transpose(1, 2)
-
-    q, k, v = map(padded, (query, key, value))
+    q, k, v = (_padded(x, packing) for x in (query, key, value))
     if packing.prompts is None:
         packing.kept[module].append((k, v))
     else:
