@@ -265,7 +265,7 @@ def check_factors_made_once() -> None:
     """One pass over prompts and rows makes its factors once, and the next pass makes them anew."""
     policy, batch, kept, right = tiny_policy(), random_batch(), {}, Lora2r.unchanged
     made, factors = [], LoraLinear.factors
-    LoraLinear.factors = lambda self, dtype: made.append(self) or factors(self, dtype)
+    LoraLinear.factors = lambda self, *how: made.append(self) or factors(self, *how)
     for unkept in (False, True):  # mutation: nothing is kept for the rows' pass
         Lora2r.unchanged = (lambda self: self._state(_made=None)) if unkept else right
         made.clear(), logps(policy, batch, 1.0)
