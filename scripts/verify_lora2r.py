@@ -292,7 +292,7 @@ def check_probe_meaning() -> None:
         keep = layer.dA.data.clone()
         layer.dA.data[k] += (factor - 1) * (layer.A0[k] + layer.dA[k].data)
         # the subtracted reference B0 A0 x does not move, so dA alone carries the change, times B
-        value = float(scored_loss(logps(policy, batch, 1.0), batch.completion_mask, torch.ones(1), 8))
+        value = float(scored_loss(logps(policy, batch, 1.0), batch.completion_mask, torch.ones(1), 8).detach())
         layer.dA.data.copy_(keep)
         return value
 
