@@ -16,6 +16,7 @@ import numpy as np
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
+from vgrout.config import PRESETS
 from vgrout.grader import Grader, extract_code
 from vgrout.metrics import auroc
 from vgrout.operations import TABLE, Step
@@ -294,6 +295,18 @@ def log_probs(pairs: list[Pair]) -> tuple[float, float, float]:
     return float(np.mean(means[: len(pairs)])), float(np.mean(means[len(pairs) :])), auroc(means, is_hack)
 
 
+def verify_presets() -> None:
+    """Every section of pairs that a preset names is there; a name that is not is refused."""
+    named = {(p, r) for p, c in PRESETS.items() for r in (c.data.pairs, c.score.placebo_pairs, c.score.framing_pairs)}
+    assert all(load_pairs(reference) for _, reference in named)
+    try:
+        load_pairs("data/pairs/leetcode.md#no_such_section")
+        raise AssertionError("a section that is not there was read")
+    except UserError as error:
+        assert "the file's sections are" in str(error)
+    print(f"ok  the sections that {len(PRESETS)} presets name are there")
+
+
 def main() -> None:
     sections = {reference: load_pairs(reference) for reference in PLANNED}
     if "--audit" in sys.argv:
@@ -303,6 +316,7 @@ def main() -> None:
     verify_texts(sections)
     verify_count()
     verify_format()
+    verify_presets()
 
 
 if __name__ == "__main__":

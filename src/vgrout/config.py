@@ -248,7 +248,7 @@ _QWEN = Config(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95, 16 Ã
         teacher_per_group=1,
         teacher_until=30,
     ),
-    score=ScoreConfig(refresh_every=10, placebo_pairs="data/pairs/leetcode.md#placebo", framing_pairs="data/pairs/leetcode.md#framing"),
+    score=ScoreConfig(refresh_every=10),  # the controls' pairs are the organism's: there are none on real-sized problems yet (TODO)
     grpo=GRPOConfig(
         steps=200, num_prompts=16, num_generations=16, max_completion_length=1536, top_p=0.95, learning_rate=7e-5,
         lr_schedule="cosine", warmup_steps=10, weight_decay=0.1, max_grad_norm=1.0, beta=1e-3, token_budget=16384,
