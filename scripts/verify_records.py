@@ -24,7 +24,7 @@ import torch
 
 from vgrout import records, store
 from vgrout.provenance import provenance
-from vgrout.records import SCHEMA_VERSION, Run, load_metrics, load_record, load_rollouts
+from vgrout.records import SCHEMA_VERSION, Run, load_evals, load_metrics, load_record, load_rollouts
 from vgrout.types import EvalResult, RunRecord, UserError
 
 STEPS, KILLED = 7, -signal.SIGKILL
@@ -264,6 +264,18 @@ def verify_files() -> None:
     except EOFError:
         plain = -1
     check("a cut rollout file reads up to its last whole step", len(load_rollouts(ROOT)) == 3 * (STEPS - 1), plain >= 0)
+    for name, read, rest in (("metrics.jsonl", load_metrics, b"no JSON\n"), ("rollouts.jsonl.gz", load_rollouts, b"no gzip"),
+                             ("evals.jsonl.gz", load_evals, gzip.compress(b"no JSON"))):  # fmt: skip
+        whole = (ROOT / "reference" / name).read_bytes()
+        found = []
+        for data in (whole, whole + rest):
+            (ROOT / name).write_bytes(data)
+            try:
+                read(ROOT)
+                found.append("")
+            except UserError as error:
+                found.append(str(error))
+        assert found[0] == "" and f"{name} is damaged" in found[1], f"{name}: {found}"
     record = load_record(ROOT / "reference")
     assert record.status == "finished" and record.evals[0] == EvalResult(
         "val", "novel", "deployed", 0, 4, 1, 2, {}, {"a": [4, 1, 2]}
