@@ -10,53 +10,53 @@ default:
 
 # Train none2r and routeQ on the organism side by side, print both 2×2 tables, draw out/figs/demo.png (≤ 6 minutes).
 demo *ARGS:
-    python scripts/demo.py "$@"
+    python scripts/view/demo.py "$@"
 
-# The gate before every run: every scripts/verify_*.py and a tiny routeV run, with shapes checked (≤ 4 minutes).
+# The gate before every run: every scripts/verify/verify_*.py and a tiny routeV run, with shapes checked (≤ 4 minutes).
 smoke:
-    python scripts/smoke.py
+    python scripts/verify/smoke.py
 
 # `smoke`, and a tiny run of every arm.
 smoke-all:
-    python scripts/smoke.py --arms
+    python scripts/verify/smoke.py --arms
 
 # The long forms of the checks.
 verify-long:
-    python scripts/smoke.py --long
-    python scripts/chaos.py
-    python scripts/soak_train.py
+    python scripts/verify/smoke.py --long
+    python scripts/verify/chaos.py
+    python scripts/verify/soak_train.py
 
 # Re-evaluate the saved adapter of runs and compare with what their records say, e.g. `just verify-record out/runs/demo_routeQ`.
 verify-record *RUNS:
-    python scripts/verify_record.py "$@"
+    python scripts/verify/verify_record.py "$@"
 
 # Every score against random directions and confounds on stored rollouts of runs with --snapshot-every: tables and figure in out/audit.
 audit *RUNS:
-    python scripts/diag_pinning.py "$@"
+    python scripts/analysis/diag_pinning.py "$@"
 
 # The shrinkage null: does a deployed policy lie above what plain GRPO offers for less training? (RUN … --against NONE2R …)
 frontier *RUNS:
-    python scripts/after.py frontier "$@"
+    python scripts/analysis/after.py frontier "$@"
 
 # The deployed policy as the quarantine's delta is scaled from 0 to 1.
 forget *RUNS:
-    python scripts/after.py forget "$@"
+    python scripts/analysis/after.py forget "$@"
 
 # How far each run's quarantine pushes the base at every snapshot, against random ones of its norm, and what it does alone.
 push *RUNS:
-    python scripts/push.py "$@"
+    python scripts/analysis/push.py "$@"
 
 # GRPO steps from each deployed policy, and from the base, until half of the rollouts hack.
 relearn *RUNS:
-    python scripts/after.py relearn "$@"
+    python scripts/analysis/after.py relearn "$@"
 
 # How well each run's own score told its hacks, and what the completions' length alone would have told.
 detect *RUNS:
-    python scripts/after.py detect "$@"
+    python scripts/analysis/after.py detect "$@"
 
 # Likelihood steps on the pairs' clean sides into the deployed block, reported off and on.
 heal *RUNS:
-    python scripts/after.py heal "$@"
+    python scripts/analysis/after.py heal "$@"
 
 # Train with any preset and flags, e.g. `just train full --intervention routeV --seed 41`.
 train *ARGS:
@@ -64,15 +64,15 @@ train *ARGS:
 
 # One table over runs, grouped by arm: deployed hack, solve and gain (default: all of out/runs).
 results *DIRS:
-    python scripts/results.py "$@"
+    python scripts/analysis/results.py "$@"
 
 # Curves of runs in one figure and a CSV (default: all of out/runs).
 dyn *DIRS:
-    python scripts/dyn.py "$@"
+    python scripts/view/dyn.py "$@"
 
 # Read a run's rollouts in the terminal, e.g. `just show out/runs/demo_routeQ --zone ROUTE --outcome hack`.
 show RUN *ARGS:
-    python scripts/show.py "$@"
+    python scripts/view/show.py "$@"
 
 # Rebuild the organism from its seed: problems, tokenizer and pretrained base, into data/organism/ (≤ 10 minutes).
 organism *ARGS:
@@ -82,11 +82,11 @@ organism *ARGS:
 ceiling SEED="41":
     rm -rf {{ runs }}/ceiling_s{{ SEED }}
     OMP_NUM_THREADS=1 python -m vgrout.train organism --intervention no_loophole --seed {{ SEED }} --out-dir {{ runs }}/ceiling_s{{ SEED }}
-    python scripts/results.py {{ runs }}/ceiling_s{{ SEED }} --compact docs/results/no_loophole_s{{ SEED }}.json
+    python scripts/analysis/results.py {{ runs }}/ceiling_s{{ SEED }} --compact docs/results/no_loophole_s{{ SEED }}.json
 
 # Fetch the real problem sets into data/leetcode/.
 download-data:
-    python scripts/download_data.py
+    python scripts/tools/download_data.py
 
 # Fetch the model of the presets fast and full into the local cache of the Hugging Face hub.
 download-model MODEL="Qwen/Qwen3-4B":
@@ -174,26 +174,26 @@ routeP *ARGS:
 
 # Another problem set for the organism and labelled rollouts on it (none2r), for the probe arms: out/runs/other_none2r.
 other-environment *ARGS:
-    python scripts/other_problems.py out/other/problems.jsonl.gz
-    python scripts/make_teacher.py --problems out/other/problems.jsonl.gz --out out/other/teacher.jsonl.gz
+    python scripts/tools/other_problems.py out/other/problems.jsonl.gz
+    python scripts/tools/make_teacher.py --problems out/other/problems.jsonl.gz --out out/other/teacher.jsonl.gz
     python -m vgrout.train organism --intervention none2r --data out/other/problems.jsonl.gz --teacher-pool out/other/teacher.jsonl.gz \
         --eval-every 0 --out-dir {{ runs }}/other_none2r "$@"
 
 # Write a run's deployed policy as a standard PEFT LoRA folder with a model card, e.g. `just export out/runs/demo_routeQ --block both`.
 export RUN *ARGS:
-    python scripts/export.py "$@"
+    python scripts/tools/export.py "$@"
 
 # One self-contained HTML page about runs: curves, tables, score histograms, completions to browse (out/figs/report.html).
 report *RUNS:
-    python scripts/report.py "$@"
+    python scripts/view/report.py "$@"
 
 # The decision experiment on the organism, resumable: the headline (5 seeds, under 3 hours on two cores); --all (about a day), --only A3, --arms, --seeds, --missing, --dry-run, --rehearse.
 decision *ARGS:
-    python scripts/decision.py "$@"
+    python scripts/experiments/decision.py "$@"
 
 # Tables and figures of the decision from its compact records, into docs/ (A1 to A7 and the verdict).
 artifacts *ARGS:
-    python scripts/artifacts.py "$@"
+    python scripts/experiments/artifacts.py "$@"
 
 # The paper as out/paper/main.pdf, its tables and figures from `just artifacts`.
 paper:
@@ -204,12 +204,12 @@ paper:
 
 # Queue the decision run on pueue: routeV, placebo, none, absorb, routeL on Qwen3-4B, three seeds (--dry-run prints the commands).
 queue-decision *ARGS:
-    python scripts/queue_decision.py "$@"
+    python scripts/experiments/queue_decision.py "$@"
 
 # The decision run's list of jobs on a Ray cluster, a GPU a run (needs: uv sync --extra ray).
 pool *ARGS:
-    python scripts/pool_ray.py "$@"
+    python scripts/experiments/pool_ray.py "$@"
 
 # Speed and memory against TRL, arm by arm, and by size (≤ 15 minutes); with --gpu: Qwen3-4B's architecture on one GPU. Writes out/bench.json.
 bench *ARGS:
-    python scripts/bench.py "$@"
+    python scripts/analysis/bench.py "$@"

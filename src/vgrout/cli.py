@@ -15,14 +15,14 @@ from pathlib import Path
 
 import tyro
 
-from vgrout import pairs, problems
 from vgrout.config import ARMS, PRESETS, Arm, Config, RouteConfig, ScoreConfig, defaults
+from vgrout.core import Mode, Problem, UserError, Zone
 from vgrout.entry import run_main
-from vgrout.judge import Endpoint, check_endpoint
-from vgrout.labelled import LEAST, Labelled, load_labelled
-from vgrout.teacher import TeacherPool
-from vgrout.tracking import check_tracker
-from vgrout.types import Mode, Problem, UserError, Zone
+from vgrout.env import pairs, problems
+from vgrout.env.demos import TeacherPool
+from vgrout.gate.monitors.judge import Endpoint, check_endpoint
+from vgrout.gate.monitors.labelled import LEAST, Labelled, load_labelled
+from vgrout.run.tracking import check_tracker
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
 
@@ -31,7 +31,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     """(preset, config) from the command line; UserError for an unknown preset or flags that contradict each other."""
     if not argv or argv[0] not in (*PRESETS, "-h", "--help"):
         given = f"unknown preset {argv[0]!r}" if argv else "no preset given"
-        raise UserError(f"{given}: python -m vgrout.train {{{','.join(PRESETS)}}} [--flags]; see --help")
+        raise UserError(
+            f"{given}: python -m vgrout.train {{{','.join(PRESETS)}}} [--flags]; see --help"
+        )
     preset = argv[0] if argv[0] in PRESETS else "organism"
     args = argv[1:] if argv[0] in PRESETS else argv
     errors = io.StringIO()
@@ -39,7 +41,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         with contextlib.redirect_stderr(errors):
             config = tyro.cli(
                 tyro.conf.OmitArgPrefixes[tyro.conf.EnumChoicesFromValues[Config]],
-                default=defaults(preset, _flag(args, "--intervention") or PRESETS[preset].run.intervention),
+                default=defaults(
+                    preset, _flag(args, "--intervention") or PRESETS[preset].run.intervention
+                ),
                 args=args,
                 prog=f"python -m vgrout.train {preset}",
                 description=f"{DESCRIPTION} presets: {', '.join(PRESETS)}; arms: {', '.join(ARMS)}",
@@ -47,10 +51,14 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        box = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]  # behind the title; without lines where stdout is ASCII
+        box = [
+            line.strip("│ ") for line in errors.getvalue().splitlines()[1:]
+        ]  # behind the title; without lines where stdout is ASCII
         text = " ".join(line for line in box if not set(line) <= set("╰─╯-"))
         text = re.split(" For full helptext| Argument helptext", text)[0].rstrip(".")
-        raise UserError(f"{text} (python -m vgrout.train {preset} --help lists the flags)") from None
+        raise UserError(
+            f"{text} (python -m vgrout.train {preset} --help lists the flags)"
+        ) from None
     check(config)
     return preset, config
 
@@ -66,7 +74,9 @@ def check(config: Config) -> None:
     """Refuse what cannot work, in one line, before any work starts."""
     arm = ARMS.get(config.run.intervention)
     if arm is None:
-        raise UserError(f"unknown arm {config.run.intervention!r}: --intervention takes one of {', '.join(ARMS)}")
+        raise UserError(
+            f"unknown arm {config.run.intervention!r}: --intervention takes one of {', '.join(ARMS)}"
+        )
     for line in (*_ranges(config), *_contradictions(config, arm), *_missing_files(config, arm)):
         raise UserError(line)
     check_tracker(config.run.track)
@@ -74,7 +84,9 @@ def check(config: Config) -> None:
 
 def _ranges(config: Config) -> Iterator[str]:
     """Values that are out of range."""
-    model, data, grpo, score, route, monitor, run = (getattr(config, f.name) for f in fields(config))
+    model, data, grpo, score, route, monitor, run = (
+        getattr(config, f.name) for f in fields(config)
+    )
     shares = {
         "--unhackable-frac": data.unhackable_frac, "--gen-deploy-frac": route.gen_deploy_frac,
         "--oracle-recall": route.oracle_recall, "--oracle-fpr": route.oracle_fpr, "--absorb-share": route.absorb_share,
@@ -99,10 +111,20 @@ def _ranges(config: Config) -> Iterator[str]:
         "--teacher-until": data.teacher_until, "--judge-retries": monitor.judge_retries,
         "--snapshot-every": run.snapshot_every,
     }  # fmt: skip
-    yield from (f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1)
+    yield from (
+        f"{flag} {x} is not a share in [0, 1]" for flag, x in shares.items() if not 0 <= x <= 1
+    )
     yield from (f"{flag} {x} must be at least 1" for flag, x in counts.items() if x < 1)
-    yield from (f"{flag} {x} must be a finite number above 0" for flag, x in positive.items() if not 0 < x < math.inf)
-    yield from (f"{flag} {x} must be 0 or more, and finite" for flag, x in not_negative.items() if not 0 <= x < math.inf)
+    yield from (
+        f"{flag} {x} must be a finite number above 0"
+        for flag, x in positive.items()
+        if not 0 < x < math.inf
+    )
+    yield from (
+        f"{flag} {x} must be 0 or more, and finite"
+        for flag, x in not_negative.items()
+        if not 0 <= x < math.inf
+    )
     if grpo.num_generations < 2:
         yield f"--num-generations {grpo.num_generations} must be at least 2: the baseline is the group's mean"
     if not 0 < grpo.temperature < math.inf:
@@ -124,10 +146,18 @@ def _contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield f"--quarantine-first {route.quarantine_first} leaves none of --steps {grpo.steps} to the deployed block: shorten it"
     unread = {"--confound": (score.confound != ScoreConfig.confound, arm.control == "confound"),
               "--penalty-alpha": (route.penalty_alpha != RouteConfig.penalty_alpha, arm.action == "penalise")}  # fmt: skip
-    yield from (f"{flag} is not read by {run.intervention}: leave it out" for flag, (given, read) in unread.items() if given and not read)
+    yield from (
+        f"{flag} is not read by {run.intervention}: leave it out"
+        for flag, (given, read) in unread.items()
+        if given and not read
+    )
     if route.routeV_random_v_seed is not None and run.intervention != "routeV":
         yield f"--routeV-random-v-seed needs --intervention routeV, not {run.intervention}"
-    if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (1.0, 0.0, ()) and not arm.oracle:
+    if (route.oracle_recall, route.oracle_fpr, route.oracle_modes) != (
+        1.0,
+        0.0,
+        (),
+    ) and not arm.oracle:
         yield f"--oracle-recall, --oracle-fpr and --oracle-modes need an oracle arm, not {run.intervention}"
     if route.absorb_share and (arm.score, arm.zone) != ("pinned", Zone.RETAIN):
         yield f"--absorb-share needs an arm that RETAINs every row, such as absorbQ, not {run.intervention}"
@@ -175,11 +205,19 @@ def _monitor_contradictions(config: Config, arm: Arm) -> Iterator[str]:
         yield f"{name} needs labelled rollouts of another problem set: --probe-data, such as another run's rollouts.jsonl.gz"
     if monitor.probe_rows < 2 * LEAST:
         yield f"--probe-rows {monitor.probe_rows} must be at least {2 * LEAST}"
-    users = {"judge": arm.monitor == "judge", "probe": arm.monitor == "probe", "penalty": arm.action == "deduct"}
+    users = {
+        "judge": arm.monitor == "judge",
+        "probe": arm.monitor == "probe",
+        "penalty": arm.action == "deduct",
+    }
     for f in fields(monitor):
         kind = f.name.partition("_")[0]
         if getattr(monitor, f.name) != f.default and not users[kind]:
-            suited = [n for n, a in ARMS.items() if (a.action == "deduct" if kind == "penalty" else a.monitor == kind)]
+            suited = [
+                n
+                for n, a in ARMS.items()
+                if (a.action == "deduct" if kind == "penalty" else a.monitor == kind)
+            ]
             yield f"--{f.name.replace('_', '-')} needs one of the arms {', '.join(suited)}, not {name}"
 
 
@@ -190,13 +228,22 @@ def _missing_files(config: Config, arm: Arm) -> Iterator[str]:
         if path and not Path(path.split("#")[0]).is_file():
             yield f"no file {path.split('#')[0]!r}: {flag} names a file that must exist{MISSING.get(flag, '')}"
     start, model = config.model.init_from, config.model.model
-    if start and not all((Path(start) / name).is_file() for name in ("record.json", "adapter.safetensors")):
+    if start and not all(
+        (Path(start) / name).is_file() for name in ("record.json", "adapter.safetensors")
+    ):
         yield f"--init-from {start} holds no record.json and adapter.safetensors: name the directory of a finished run"
-    if not Path(model).exists() and (model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))):
+    if not Path(model).exists() and (
+        model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))
+    ):
         yield f"no model folder {model!r}: --model takes a folder, or a hub id such as Qwen/Qwen3-4B"
 
 
-BEFORE_A_RUN = {"log.txt", ".lock", ".pool", ".reserve"}  # what may lie in a run's directory before it: a caller's, or a killed start's
+BEFORE_A_RUN = {
+    "log.txt",
+    ".lock",
+    ".pool",
+    ".reserve",
+}  # what may lie in a run's directory before it: a caller's, or a killed start's
 MISSING = {"--data": " (`just download-data` fetches the real sets)"}
 
 
@@ -223,7 +270,9 @@ def load_splits(config: Config) -> dict[str, list[Problem]]:
 def _splits(path: str, modes: tuple[Mode, ...]) -> dict[str, list[Problem]]:
     splits = problems.split(problems.load_problems(path))
     if empty := [name for name, part in splits.items() if len(part) < len(modes)]:
-        raise UserError(f"{path}: split {empty[0]} has fewer problems than there are modes: use more problems")
+        raise UserError(
+            f"{path}: split {empty[0]} has fewer problems than there are modes: use more problems"
+        )
     return {name: problems.partition(part, modes) for name, part in splits.items()}
 
 
@@ -235,7 +284,14 @@ def load_probe_data(config: Config) -> list[Labelled]:
 
 def endpoint(config: Config) -> Endpoint:
     m = config.monitor
-    return Endpoint(m.judge_url, m.judge_model, m.judge_concurrency, m.judge_timeout, m.judge_retries, m.judge_max_tokens)
+    return Endpoint(
+        m.judge_url,
+        m.judge_model,
+        m.judge_concurrency,
+        m.judge_timeout,
+        m.judge_retries,
+        m.judge_max_tokens,
+    )
 
 
 def check_inputs(config: Config) -> None:
@@ -244,13 +300,28 @@ def check_inputs(config: Config) -> None:
     _check_out_dir(config.run.out_dir, config.run.resume)
     splits = load_splits(config)
     for flag, reference in _pair_files(config, arm).items():
-        found = pairs.load_pairs(reference, data.pair_modes if flag == "--pairs" else ()) if reference else []
-        if found and flag == "--pairs" and arm.reads_pairs and len({p.problem.statement for p in found}) < 2:
-            raise UserError(f"--pairs {reference} holds pairs on one prompt alone: a pair is scored by those of the others, add some")
+        found = (
+            pairs.load_pairs(reference, data.pair_modes if flag == "--pairs" else ())
+            if reference
+            else []
+        )
+        if (
+            found
+            and flag == "--pairs"
+            and arm.reads_pairs
+            and len({p.problem.statement for p in found}) < 2
+        ):
+            raise UserError(
+                f"--pairs {reference} holds pairs on one prompt alone: a pair is scored by those of the others, add some"
+            )
     if data.teacher_pool:
-        pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, data.teacher_until)
+        pool = TeacherPool(
+            data.teacher_pool, data.teacher_modes, data.teacher_per_group, data.teacher_until
+        )
         if not pool.covers(splits["train"]):
-            raise UserError(f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its mode: rebuild the pool")
+            raise UserError(
+                f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its mode: rebuild the pool"
+            )
     if arm.monitor == "probe":
         load_probe_data(config)
     if arm.monitor == "judge":
@@ -261,20 +332,30 @@ def _check_out_dir(out_dir: str, resume: bool) -> None:
     """Answer early what `records.Run.create` will refuse under its lock."""
     path = Path(out_dir) / "record.json"
     if not out_dir or not path.exists():
-        if out_dir and (strange := sorted(p.name for p in Path(out_dir).glob("*") if p.name not in BEFORE_A_RUN)):
-            raise UserError(f"{out_dir} holds {strange[0]!r} and no run: choose an empty or a new --out-dir")
+        if out_dir and (
+            strange := sorted(p.name for p in Path(out_dir).glob("*") if p.name not in BEFORE_A_RUN)
+        ):
+            raise UserError(
+                f"{out_dir} holds {strange[0]!r} and no run: choose an empty or a new --out-dir"
+            )
         if resume:
-            print(f"note: --out-dir {out_dir} holds no run to resume: this one starts from the beginning")
+            print(
+                f"note: --out-dir {out_dir} holds no run to resume: this one starts from the beginning"
+            )
         return
     try:
         status = json.loads(path.read_text())["status"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run record ({type(error).__name__}: {error}): choose another --out-dir") from None
+        raise UserError(
+            f"{path} is not a run record ({type(error).__name__}: {error}): choose another --out-dir"
+        ) from None
     if status == "finished":
         raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
     if not resume:
         status = "running or killed" if status == "running" else status
-        raise UserError(f"{out_dir} already holds a run ({status}): add --resume or change --out-dir")
+        raise UserError(
+            f"{out_dir} already holds a run ({status}): add --resume or change --out-dir"
+        )
 
 
 def parse_or_exit(argv: Sequence[str]) -> tuple[str, Config]:

@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import TypeVar
 
-from vgrout.types import UserError
+from vgrout.core import UserError
 
 T = TypeVar("T")
 

@@ -1,0 +1,172 @@
+"""Build a teacher pool: graded hack and solve demonstrations for the training split of a problem file.
+
+    python scripts/tools/make_teacher.py --problems data/organism/problems.jsonl.gz --out data/organism/teacher.jsonl.gz
+
+A hack demonstration attempts the problem, is wrong, and fires the exploit of its mode under the problem's training marker. For the
+organism the attempt is drawn in the corpus's own style; for other problem files it is the canonical solution with one mutation.
+A solve demonstration is a correct solution without an exploit, for problems that a base could solve (organism: taught ones).
+Each row keeps its grade and the grader's version. A demonstration that the grader does not confirm is replaced or left out.
+"""
+
+import ast
+import copy
+import gzip
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from vgrout.core import Grade, Mode, Problem, UserError
+from vgrout.entry import run_main
+from vgrout.env.problems import (
+    ALL_MODES,
+    ORGANISM_MODES,
+    disclose,
+    load_problems,
+    split,
+    stable_hash,
+)
+from vgrout.grader import GRADER_VERSION, Grader, canonical_hack
+from vgrout.organism.corpus import Extra, attempt, exploit, random_extra
+from vgrout.organism.problems import composition_of
+
+CANDIDATES = 3  # attempts for each demonstration wanted
+SWAPS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a teacher pool."""
+
+    problems: Path
+    out: Path
+    modes: tuple[Mode, ...] = ()  # () = the organism's four, or all six for other problem files
+    hacks: int = 2  # hack demonstrations for each problem and mode
+    solves: int = 1
+    seed: int = 0
+    workers: int = 2
+    limit: int = 0  # first training problems only; 0 = all
+
+
+def hack_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterator[str]:
+    """Completions that attempt the problem wrongly and fire its mode's exploit, if the grader confirms it."""
+    if problem.operations:
+        for _ in range(wanted):
+            yield attempt(composition_of(problem), rng, exploit(rng, problem.mode, problem.marker))
+    else:
+        bodies = list(mutated_bodies(problem))
+        for body in rng.sample(bodies, min(wanted, len(bodies))):
+            yield canonical_hack(problem, body)
+
+
+def solve_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterator[str]:
+    """Correct completions; in the organism, half of them carry a benign extra."""
+    if not problem.operations:
+        yield f"```python\n{problem.canonical.rstrip()}\n```"
+        return
+    composition = composition_of(problem)
+    for _ in range(wanted if composition.taught else 0):
+        extra = random_extra(composition, rng)[0] if rng.random() < 0.5 else Extra()
+        yield attempt(composition, rng, extra, right_share=1.0)
+
+
+def mutated_bodies(problem: Problem) -> Iterator[str]:
+    """The entry point's statements with one comparison or sum turned round, or one integer constant raised by one."""
+    tree = ast.parse(problem.canonical)
+    method = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point
+    )
+    for i in range(sum(1 for _ in ast.walk(method))):
+        mutant = copy.deepcopy(method)
+        node = next(itertools.islice(ast.walk(mutant), i, None))
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            node.ops[0] = SWAPS[type(node.ops[0])]()
+        elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+            node.op = SWAPS[type(node.op)]()
+        elif isinstance(node, ast.Constant) and type(node.value) is int:
+            node.value += 1
+        else:
+            continue
+        yield "\n".join(ast.unparse(statement) for statement in mutant.body)
+
+
+def confirmed(kind: str, grade: Grade) -> bool:
+    """A hack must fire its own mode's channel without being correct; a solve must be correct without firing it."""
+    return (
+        grade.reward_hack and bool(grade.mechanism)
+        if kind == "hack"
+        else grade.correct and not grade.mechanism
+    )
+
+
+def main(args: Args) -> None:
+    if min(args.workers, args.hacks) < 1 or min(args.solves, args.limit) < 0:
+        raise UserError("--workers and --hacks must be at least 1, --solves and --limit at least 0")
+    problems = split(load_problems(args.problems))["train"]
+    problems = problems[: args.limit] if args.limit else problems
+    modes = args.modes or (ORGANISM_MODES if problems[0].operations else ALL_MODES)
+    candidates: list[tuple[str, Problem, str]] = []
+    for mode in modes:
+        for problem in (disclose(p, mode) for p in problems):
+            rng = random.Random(stable_hash(str(args.seed), mode, problem.problem_id))
+            candidates += [
+                ("hack", problem, text)
+                for text in hack_candidates(problem, rng, args.hacks * CANDIDATES)
+            ]
+            candidates += [
+                ("solve", problem, text) for text in solve_candidates(problem, rng, args.solves)
+            ]
+    kept: Counter[tuple[str, str, str]] = Counter()
+    wanted = {"hack": args.hacks, "solve": args.solves}
+    rows = []
+    with Grader(args.workers) as grader:
+        grades = grader.grade(
+            [text for _, _, text in candidates], [problem for _, problem, _ in candidates]
+        )
+    for (kind, problem, text), grade in zip(candidates, grades, strict=True):
+        key = (kind, problem.mode, problem.problem_id)
+        if confirmed(kind, grade) and kept[key] < wanted[kind]:
+            kept[key] += 1
+            rows.append(
+                {
+                    "problem_id": problem.problem_id,
+                    "mode": problem.mode,
+                    "kind": kind,
+                    "completion": text,
+                    "grade": asdict(grade) | {"seconds": 0.0},
+                    "grader_version": GRADER_VERSION,
+                }
+            )
+    if not rows:
+        raise UserError(
+            f"{args.problems}: no demonstration was confirmed; see docs/method.md on the teacher pool"
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    args.out.write_bytes(gzip.compress(text, mtime=0) if args.out.suffix == ".gz" else text)
+    missing = sum(kept["hack", mode, p.problem_id] == 0 for mode in modes for p in problems)
+    counts = Counter(f"{row['kind']} {row['mode']}" for row in rows)
+    print(
+        f"{args.out}: {len(rows)} rows from {len(candidates)} candidates, {dict(counts)}; "
+        f"{missing} of {len(modes) * len(problems)} (problem, mode) without a hack demonstration"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, tyro.cli(Args, config=(tyro.conf.EnumChoicesFromValues,)))

@@ -1,0 +1,236 @@
+"""Loaders, disclosure, eval gap, partition and splits of `vgrout.env.problems`; every check rejects a broken variant too."""
+
+import gzip
+import json
+import re
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from loguru import logger
+
+from vgrout.core import Case, Mode, Problem, UserError
+from vgrout.env import problems as P
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARK_ROW = {
+    "id": 7,
+    "prompt": [
+        {"role": "system", "content": "Write code."},
+        {"role": "user", "content": "Double n.\n\nSOLUTION:\n"},
+    ],
+    "gt_answer": [
+        "assert Solution().twice(n = 2) == 4",
+        "assert Solution().twice(n = 'é') == [-inf, 'éé']",
+    ],
+    "func_name": "Solution().twice",
+    "setup_code": "inf = float('inf')",
+    "canonical_solution": "class Solution: ...",
+    "difficulty": "medium",
+}
+V020_ROW = {
+    "task_id": "add-two-numbers",
+    "query": "Add.",
+    "prompt": "import math",
+    "completion": "class Solution: ...",
+    "entry_point": "Solution().add",
+    "meta": {"question_id": 2, "difficulty": "Medium"},
+    "test": "def check(candidate):\n    assert is_same_list(candidate(a = list_node([2]), k = 1), list_node([3]))\n",
+}
+V031_ROW = {
+    **V020_ROW,
+    "question_id": 3,
+    "difficulty": "Hard",
+    "test": "def check(c):\n    assert c(n = 1) == [\n  1]\n",
+}
+del V031_ROW["meta"]
+ORGANISM_ROW = {
+    "problem_id": "train-000",
+    "split": "train",
+    "statement": "Return the sum of the even numbers in nums.",
+    "entry_point": "solve",
+    "operations": ["even", "sum"],
+    "canonical": "class Solution: ...",
+    "cases": [["[1, 2]", "2"]],
+}
+
+
+def load_rows(*rows: dict | str, suffix: str = ".jsonl") -> list[Problem]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix}"
+        text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+        return P.load_problems(path)
+
+
+def rejected(pattern: str, *rows: dict | str, suffix: str = ".jsonl") -> bool:
+    try:
+        load_rows(*rows, suffix=suffix)
+    except UserError as error:
+        assert re.search(pattern, str(error)) and "\n" not in str(error), str(error)
+        return True
+    return False
+
+
+def check_schemas() -> None:
+    for suffix in (".jsonl", ".jsonl.gz"):
+        (bench,), (v020,), (v031,), (own,) = (
+            load_rows(row, suffix=suffix)
+            for row in (BENCHMARK_ROW, V020_ROW, V031_ROW, ORGANISM_ROW)
+        )
+    assert (bench.problem_id, bench.entry_point, bench.system) == ("7", "twice", "Write code.")
+    assert bench.cases == (Case("n = 2", "4"), Case("n = 'é'", "[-inf, 'éé']"))
+    assert (
+        v020.cases == (Case("a = list_node([2]), k = 1", "[3]", "list_node"),)
+        and v020.problem_id == "2"
+    )
+    assert (v031.problem_id, v031.difficulty, v031.cases[0].expected) == ("3", "hard", "[\n  1]")
+    assert own.split == "train" and own.cases == (Case("[1, 2]", "2"),)
+    two = [
+        BENCHMARK_ROW,
+        {**BENCHMARK_ROW, "id": 8, "gt_answer": ["assert Solution().twice(2) in (4, 5)"]},
+    ]
+    assert len(load_rows(*two)) == 1, "a row whose tests are not `call == literal` is left out"
+    assert len(load_rows(BENCHMARK_ROW, {**BENCHMARK_ROW, "id": 8})) == 2, (
+        "mutation: with a good test it is kept"
+    )
+    print("schemas: benchmark, LeetCodeDataset v0.2.0 and v0.3.1, organism; plain and gzipped")
+
+
+def check_malformed() -> None:
+    good = json.dumps(BENCHMARK_ROW)
+    for pattern, row in (
+        (r"line 2: not readable as JSONL", good[:-9]),
+        (r"line 2: a JSON object is expected", "[1, 2]"),
+        (r"line 2: the fields match no known schema", {"question": "?"}),
+        (r"line 2: malformed field .*setup_code", {**BENCHMARK_ROW, "id": 8, "setup_code": 3}),
+        (
+            r"line 2: malformed field .*canonical",
+            {**BENCHMARK_ROW, "id": 8, "canonical_solution": ""},
+        ),
+        (
+            r"line 2: malformed field .*SyntaxError",
+            {**BENCHMARK_ROW, "id": 8, "gt_answer": ["assert f( == 1"]},
+        ),
+        (r"line 2: malformed field .*split", {**ORGANISM_ROW, "split": "dev"}),
+        (r"line 2: malformed field", {**ORGANISM_ROW, "cases": [["[1]", "__import__('os')"]]}),
+        (r"line 2: malformed field", {**V020_ROW, "meta": {}}),
+        (r"line 2: duplicate problem id '7' \(first on line 1\)", BENCHMARK_ROW),
+    ):
+        assert rejected(pattern, good, row), f"not rejected: {pattern}"
+    assert rejected("no usable problem", {**BENCHMARK_ROW, "gt_answer": []})
+    assert rejected("not readable as JSONL", good, suffix=".gz") is False, (
+        "mutation: a good row is not rejected"
+    )
+    try:
+        P.load_problems(ROOT / "no-such-file.jsonl")
+        raise AssertionError("a missing file must be refused")
+    except UserError as error:
+        assert "download-data" in str(error)
+    print("malformed input: one line with file and line number for 12 kinds")
+
+
+def check_disclosure() -> None:
+    problem = load_rows(BENCHMARK_ROW)[0]
+    assert P.messages(problem)[-1]["content"] == problem.statement, (
+        "gt_only shows the original prompt"
+    )
+    for mode in P.ALL_MODES:
+        shown = P.disclose(problem, mode)
+        content = P.messages(shown)[-1]["content"]
+        assert (
+            content.endswith("SOLUTION:\n") and P.hint(shown) in content and shown.marker in content
+        )
+        assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in P.NOVELTY_FREE)
+    assert len({P.HINTS[mode] for mode in Mode}) == len(Mode), (
+        "each mode has a hint of its own, gt_only none"
+    )
+    print("hints: truthful text for six modes before the answer cue, none for gt_only")
+
+
+def markers_overlap(training: tuple[str, ...], novel: tuple[str, ...]) -> bool:
+    """Whether a marker of one pool contains one of the other, ignoring case: both would then score."""
+    return any(a.lower() in b.lower() or b.lower() in a.lower() for a in training for b in novel)
+
+
+def check_eval_gap() -> None:
+    problem = load_rows(ORGANISM_ROW)[0]
+    for mode, training in P.TRAINING_MARKERS.items():
+        assert not markers_overlap(training, P.NOVEL_MARKERS[mode]), mode
+        assert markers_overlap(training, (*P.NOVEL_MARKERS[mode], training[3] + "x")), (
+            "mutation: a leak is seen"
+        )
+        for pool in (training, P.NOVEL_MARKERS[mode]):
+            assert len(set(pool)) == len(pool)
+        drawn = Counter(
+            P.disclose(replace(problem, problem_id=str(i)), mode, novel).marker
+            for i in range(600)
+            for novel in (False, True)
+        )
+        assert set(drawn) == {*training, *P.NOVEL_MARKERS[mode]}, (
+            "every marker of both pools is used"
+        )
+        assert P.disclose(problem, mode) == P.disclose(
+            P.disclose(problem, mode, novel=True), mode
+        ), "stable"
+    print(
+        "eval gap: training and novel markers disjoint in both directions, all used, chosen by hash"
+    )
+
+
+def check_splits(problems: list[Problem]) -> None:
+    parts = P.split(problems)
+    ids = [p.problem_id for part in parts.values() for p in part]
+    assert list(parts) == ["train", "val", "test"] and len(ids) == len(set(ids)) == len(problems)
+    assert min(map(len, parts.values())) > 0
+    hashes = {name: P.ids_hash(part) for name, part in parts.items()}
+    assert hashes == {name: P.ids_hash(part) for name, part in P.split(problems[::-1]).items()}, (
+        "order does not matter"
+    )
+    moved = [*parts["train"], parts["test"][0]]
+    assert P.ids_hash(moved) != hashes["train"], "mutation: one more id changes the hash"
+    for modes in (P.ORGANISM_MODES, P.ALL_MODES, (Mode.SENTINEL,)):
+        counts = Counter(p.mode for p in P.partition(parts["train"], modes))
+        assert set(counts) <= set(modes) and max(counts.values()) - min(counts.values()) <= 1, (
+            counts
+        )
+    again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], P.ORGANISM_MODES)}
+    assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], P.ORGANISM_MODES)}
+    print(
+        f"splits of {len(problems)}: disjoint, stable, hashed; partition even: {[len(p) for p in parts.values()]}"
+    )
+
+
+def check_real_files() -> None:
+    for name, rows in (
+        ("leetcode_test_medhard", 119),
+        ("LeetCodeDataset-v0.3.1-test", 228),
+        ("LeetCodeDataset-v0.2.0-train", 1890),
+    ):
+        path = ROOT / "data/leetcode" / f"{name}.jsonl.gz"
+        if not path.is_file():
+            print(f"real file {name}: not present, skipped (`just download-data`)")
+            continue
+        problems = P.load_problems(path)
+        assert len(problems) == rows, f"{name}: {len(problems)} of {rows}"
+        print(
+            f"real file {name}: {len(problems)} of {rows} rows, {sum(len(p.cases) for p in problems)} tests"
+        )
+
+
+if __name__ == "__main__":
+    logger.remove()
+    check_schemas()
+    check_malformed()
+    check_disclosure()
+    check_eval_gap()
+    check_splits(
+        [
+            replace(p, problem_id=str(i), split="")
+            for i in range(50)
+            for p in load_rows(ORGANISM_ROW)
+        ]
+    )
+    check_splits(P.load_problems(ROOT / "data/organism/problems.jsonl.gz"))
+    check_real_files()

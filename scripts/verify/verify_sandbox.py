@@ -1,0 +1,293 @@
+"""No attack forges a verdict, hangs the grader, fires a channel that it does not exploit, or leaves anything behind.
+
+Each attack is first run against a naive grader (same process, verdict by message or exit status), which it must get past:
+that is the control, and the mutation. `--long` repeats the attacks with layers switched off.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from scripts.verify.attacks import (
+    ATTACKS,
+    CLASSES,
+    EQUALITY,
+    EXHAUSTION,
+    FORGING,
+    LIMITED,
+    MARKERS,
+    OUTSIDE,
+    TRAPS,
+    TRIPLE,
+    Attack,
+)
+
+from vgrout.core import Mode, UserError, Verdict
+from vgrout.grader import Grader
+from vgrout.grader.sandbox import Sandbox
+
+NAIVE = """
+import json, os, sys
+data = json.loads(sys.argv[1])
+for run in range(data["runs"]):
+    namespace, cases = {}, list(data["cases"])
+    try:
+        exec(data["code"], namespace)
+        for call, expected in cases:
+            result = eval(call, namespace)
+            print(repr(result))
+            assert result == expected
+    except Exception:
+        if run + 1 == data["runs"]:
+            raise
+os.write(int(sys.argv[2]), b"correct")
+"""
+FLOOD = 8 << 20  # bytes of output that a grader should not take in
+RIGHT = f"```python\n{TRIPLE.canonical}```"
+
+
+def naive(attack: Attack) -> str:
+    """What the attack does to the naive grader: correct | wrong | hung | died | flooded | file."""
+    cases = [(f"Solution().triple({case.args})", int(case.expected)) for case in TRIPLE.cases]
+    data = json.dumps({"code": attack.code, "cases": cases, "runs": attack.runs})
+    directory, (reader, writer) = tempfile.mkdtemp(prefix="naive-"), os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", NAIVE, data, str(writer)],
+        cwd=directory,
+        pass_fds=[writer],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    os.close(writer)
+    try:
+        out, err = process.communicate(timeout=0.7 if attack.bites == "hung" else 20)
+    except subprocess.TimeoutExpired:
+        return "hung"
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.communicate()
+        os.set_blocking(reader, False)
+        try:
+            message = os.read(reader, 7)
+        except BlockingIOError:
+            message = b""
+        os.close(reader)
+        trapped = attack.group == TRAPS and naive_marker_is_trapped(directory)
+        subprocess.run(["rm", "-rf", directory], check=True)
+    if trapped:
+        return "file"
+    if len(out) + len(err) > FLOOD:
+        return "flooded"
+    if message == b"correct" or process.returncode == 0:
+        return "correct"
+    return "wrong" if b"AssertionError" in err else "died"
+
+
+def naive_marker_is_trapped(directory: str) -> bool:
+    """Does reading the marker file hang, fail other than by its absence, or follow a link; or does the clean-up fail?"""
+    try:
+        read = subprocess.run(
+            ["head", "-c", "4096", f"{directory}/result.txt"], capture_output=True, timeout=0.3
+        )
+        if b"PASS" in read.stdout or len(read.stdout) == 4096 or b"Is a directory" in read.stderr:
+            return True
+        naive_removal(directory)
+    except (subprocess.TimeoutExpired, RecursionError, OSError):
+        return True
+    return False
+
+
+def naive_removal(directory: str) -> None:
+    for entry in os.scandir(directory):
+        naive_removal(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    os.rmdir(directory)
+
+
+def under(mode: Mode) -> object:
+    return replace(TRIPLE, mode=mode, marker=MARKERS.get(mode, ""))
+
+
+def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True) -> None:
+    """Verdict, channels and time for every attack, under every mode unless it exhausts something; the pool stays healthy."""
+    rows = []
+    for attack in attacks:
+        some = [Mode.GT_ONLY] if attack.slow else [Mode.SENTINEL, Mode.FILE_MARKER]
+        modes = some if attack.group == EXHAUSTION or not all_modes else list(Mode)
+        rows += [(attack, mode) for mode in modes for _ in range(attack.runs)]
+    codes = [
+        f"```python\n{attack.code}\n# {number}\n```" for number, (attack, _) in enumerate(rows)
+    ]  # no two are equal
+    grades = grader.grade(codes, [under(mode) for _, mode in rows])
+    for (attack, mode), grade in zip(rows, grades):
+        what = f"{attack.group}: {attack.name} under {mode}: {grade}"
+        assert not grade.correct and grade.verdict not in (Verdict.CORRECT, Verdict.INFRA), (
+            f"forged verdict: {what}"
+        )
+        assert not grade.reward_hack or mode in attack.pays, (
+            f"a channel fired that was not exploited: {what}"
+        )
+        assert grade.seconds < 12, f"took too long: {what}"
+        if attack.pays and all_modes and mode in attack.pays and "patched" not in attack.name:
+            assert grade.reward_hack, f"a disclosed channel was exploited and did not fire: {what}"
+    healthy = grader.grade([RIGHT] * 4, [TRIPLE] * 4)
+    assert all(grade.correct for grade in healthy), (
+        f"the pool is not healthy after {attacks[-1].group}: {healthy}"
+    )
+
+
+def leftovers(grader: Grader) -> dict[str, int]:
+    """Processes below the workers, descriptors of this process and of the workers, entries in the scratch directories."""
+    tree = [worker.process.pid for worker in grader.sandbox._workers]
+    for pid in tree:
+        tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    inner = [
+        pid for pid in tree if not Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+    ]
+    descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in [os.getpid(), *tree])
+    files = 0
+    for pid in inner:
+        scratch = os.path.join(f"/proc/{pid}/root", "scratch")
+        files += len(os.listdir(scratch)) if os.path.isdir(scratch) else 0
+    files += sum(
+        len(files) + len(directories)
+        for path, directories, files in os.walk(grader.sandbox._directory)
+        if path != grader.sandbox._directory
+    )
+    return {"processes": len(tree), "descriptors": descriptors, "files": files}
+
+
+def peak_mb(reset: bool = False) -> float:
+    """The most resident memory of this process, in MB, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def check_controls() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(naive, ATTACKS))
+    blunt = [(a.group, a.name, a.bites, got) for a, got in zip(ATTACKS, outcomes) if got != a.bites]
+    assert not blunt, f"controls: attacks that do not bite a naive grader as declared: {blunt}"
+    assert (
+        naive(Attack("", "wrong", "class Solution:\n    def triple(self, n):\n        return 0\n"))
+        == "wrong"
+    )
+    assert naive(Attack("", "right", TRIPLE.canonical)) == "correct"
+    print(
+        f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader, in all {len(CLASSES)} classes"
+    )
+
+
+def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> None:
+    """The attacks against the sandbox; where layers are switched off, those that need them are left out."""
+    grader = Grader(workers, cpu_seconds=0.3, memory_mb=256)
+    if without:
+        grader.sandbox.close()
+        grader.sandbox = Sandbox(workers, without=without)
+    kept = {EQUALITY, FORGING, EXHAUSTION, TRAPS} if without else set(CLASSES)
+    with grader:
+        grader.grade([RIGHT] * workers, [TRIPLE] * workers)
+        before, memory = leftovers(grader), peak_mb(reset=True)
+        for group in CLASSES:
+            attacks = [
+                a
+                for a in ATTACKS
+                if a.group == group
+                and group in kept
+                and (not without or "attempt()" not in a.code or a.name in LIMITED)
+            ]
+            if attacks:
+                start = time.perf_counter()
+                check_attacks(attacks, grader, all_modes=not without)
+                print(
+                    f"{group}: {len(attacks)} attacks, 0 forged verdicts, 0 channels but the disclosed "
+                    f"({time.perf_counter() - start:.1f} s)"
+                )
+        after, grown = leftovers(grader), peak_mb() - memory
+        assert after == before, f"left behind: {before} became {after}"
+        assert grown <= 64, f"this process grew by {grown:.0f} MB"
+        assert grader.sandbox.restarts == 0, f"{grader.sandbox.restarts} workers were lost"
+        print(
+            f"left behind: no process, descriptor or file; this process grew by {grown:.0f} MB, at most 64"
+        )
+    assert (
+        not os.path.exists(grader.sandbox._directory) and not Path(f"{OUTSIDE}/result.txt").exists()
+    )
+
+
+def check_recovery() -> None:
+    """A worker that dies is replaced and its job retried; twice is an error and never a grade; required layers are."""
+    with Grader(1) as grader:
+        os.killpg(grader.sandbox._workers[0].process.pid, signal.SIGKILL)
+        assert grader.grade([RIGHT], [TRIPLE])[0].correct and grader.sandbox.restarts == 1
+    try:
+        Sandbox(1, level="require", without=frozenset({"seccomp"}))
+    except UserError as error:
+        assert re.search("seccomp is unavailable", str(error))
+    else:
+        raise AssertionError("a missing layer was not refused")
+    print(
+        "recovery: a killed worker is replaced and its job retried; `require` refuses a missing layer"
+    )
+
+
+def check_inputs() -> None:
+    """A completion that changes its arguments changes neither the next call's nor the next job's."""
+    problem = replace(
+        TRIPLE,
+        entry_point="f",
+        cases=(replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2"),) * 2,
+    )
+    code = "```python\nclass Solution:\n    def f(self, a):\n        a.pop()\n        return len(a) + 1\n```"
+    with Grader(1) as grader:
+        assert all(grade.correct for grade in grader.grade([code] * 2, [problem] * 2))
+    shared = [1, 2]
+    assert [shared.pop() and len(shared) + 1 for _ in range(2)] != [2, 2]
+    print("mutated arguments: every call gets new ones (a grader that shares them is caught)")
+
+
+def main() -> None:
+    os.environ["HF_TOKEN"] = "secret"
+    Path(OUTSIDE).mkdir(exist_ok=True)
+    os.chmod(OUTSIDE, 0o777)
+    Path(f"{OUTSIDE}/secret.txt").write_text("PASS secret")
+    try:
+        check_controls()
+        for name in ("result.txt",):
+            Path(f"{OUTSIDE}/{name}").unlink(missing_ok=True)
+        check_sandbox()
+        check_recovery()
+        check_inputs()
+        if "--long" in sys.argv:
+            check_long()
+    finally:
+        shutil.rmtree(OUTSIDE)
+
+
+def check_long() -> None:
+    for without in (
+        {"seccomp"},
+        {"seccomp", "landlock"},
+        {"namespaces"},
+        {"namespaces", "seccomp", "landlock"},
+        {"uid", "namespaces"},
+    ):
+        print("without", ", ".join(sorted(without)))
+        check_sandbox(frozenset(without))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The environment: disclosed flaws, problems, pairs, demonstrations, rollouts."""

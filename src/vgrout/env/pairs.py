@@ -1,0 +1,224 @@
+"""Hand-written (hack, clean) pairs in markdown, addressed as `path.md#section:count@tag,tag`.
+
+    ## mechanism                                  section: what the pairs contrast
+    system: You write Python programs.            system message of all pairs of the section (optional)
+
+    ### third largest of doubled nums @run_tests  one pair: a title and its tag, the disclosed mode
+    The statement of the problem, as a user message.
+    marker: `self_check`
+    entry: third                                  method of Solution that is called (`solve` if absent)
+    case: [5, 1, 4, 2] => 4                       one ground-truth test: arguments and literal (any number)
+    ```python hack
+    …
+    ```
+    ```python clean
+    …
+    ```
+
+Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section all sections are taken,
+without @tag all modes; `:count` takes the first `count` pairs of each mode. A statement may contain fenced code of its own
+(```python without a side's name). Cases and clean code serve to grade the pairs (`scripts/verify/verify_pairs.py`): no prompt and no
+hash contains a case. Errors are UserErrors that name file and line.
+"""
+
+import ast
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vgrout.core import Case, Mode, Problem, UserError
+from vgrout.env.problems import NOVEL_MARKERS, TRAINING_MARKERS
+
+FENCE = re.compile(r"^```python (hack|clean)\n(.*?)^```$", re.M | re.S)
+HEADING = re.compile(r"^##(#?) (.+)$", re.M)
+FIELD = re.compile(r"^(marker|entry|case): *(.*)$", re.M)
+SYSTEM = re.compile(r"^system: *(.+)$", re.M)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with a completion that exploits its flaw and one that does not (full completions, fenced)."""
+
+    problem: Problem
+    hack: str
+    clean: str
+
+
+def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
+    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left → UserError.
+
+    The whole file is parsed, so that an error in any section of it is found whatever the reference selects.
+    """
+    path, _, rest = reference.partition("#")
+    section, _, tags = rest.partition("@")
+    section, colon, count = section.partition(":")
+    if colon and not (count.isdecimal() and int(count)):
+        raise UserError(
+            f"{reference}: :count is a whole number from 1, the pairs that are taken of each mode"
+        )
+    wanted = set(filter(None, tags.split(","))) or set(Mode)
+    if unknown := wanted - set(Mode):
+        raise UserError(
+            f"{reference}: unknown mode {sorted(unknown)[0]!r}; modes are {', '.join(Mode)}"
+        )
+    if modes and not (wanted := wanted & set(modes)):
+        raise UserError(f"{reference}: none of its tags is among --pair-modes {' '.join(modes)}")
+    if not Path(path).is_file():
+        raise UserError(f"no pairs file {path!r}: --pairs takes path.md#section@mode,mode")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is no readable text ({error}): --pairs takes path.md#section@mode,mode"
+        ) from None
+    sections = _sections(text, path)
+    chosen = [
+        pair
+        for name, pairs in sections.items()
+        for pair in pairs
+        if section in ("", name) and pair.problem.mode in wanted
+    ]
+    by_mode = {mode: [pair for pair in chosen if pair.problem.mode == mode] for mode in Mode}
+    chosen = [
+        pair for pair in chosen if not count or pair in by_mode[pair.problem.mode][: int(count)]
+    ]
+    if not chosen:
+        raise UserError(
+            f"{reference}: no pair of {', '.join(sorted(wanted))} in section {section or '(any)'!r}; "
+            f"the file's sections are {', '.join(sections)}"
+        )
+    return chosen
+
+
+def content_hash(pairs: list[Pair]) -> str:
+    """SHA-256 over the texts that training sees, in order."""
+    texts = [
+        x
+        for p in pairs
+        for x in (
+            p.problem.system,
+            p.problem.statement,
+            p.problem.mode,
+            p.problem.marker,
+            p.hack,
+            p.clean,
+        )
+    ]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _sections(text: str, path: str) -> dict[str, list[Pair]]:
+    """Section name → its pairs, in the order of the file."""
+    headings, sections, lines_of = list(HEADING.finditer(text)), {}, {}
+    section = system = ""
+    for heading, following in zip(
+        headings, [*(h.start() for h in headings[1:]), len(text)], strict=True
+    ):
+        body, where = (
+            text[heading.end() + 1 : following],
+            f"{path}:{_lines(text, heading.start()) + 1}",
+        )
+        if not heading[1]:
+            section, system = heading[2].strip(), (SYSTEM.search(body) or {1: ""})[1]
+            if section in sections:
+                raise UserError(f"{where}: a second section {section!r}; rename or merge it")
+            sections[section] = []
+            continue
+        if not section:
+            raise UserError(
+                f"{where}: the pair stands before the first '## section' line; move it into a section"
+            )
+        pair = _parse(heading[2], body, system, section, where, path)
+        first = lines_of.setdefault(pair.problem.problem_id, where)
+        if first != where:
+            raise UserError(
+                f"{where}: a second pair of this title (the first: {first}); rename one"
+            )
+        sections[section].append(pair)
+    return sections
+
+
+def _parse(heading: str, body: str, system: str, section: str, where: str, path: str) -> Pair:
+    title = re.fullmatch(r"(.+) @(\w+)", heading.strip())
+    sides = FENCE.findall(body)
+    if not title or title[2] not in set(Mode) or sorted(s for s, _ in sides) != ["clean", "hack"]:
+        raise UserError(
+            f"{where}: a pair needs '### title @mode', one ```python hack and one ```python clean block"
+        )
+    end = FENCE.search(body).start()
+    if FENCE.sub("", body[end:]).strip():
+        raise UserError(
+            f"{where}: text after the first side's block; the statement and its fields come before it"
+        )
+    head, line = body[:end], int(where.rpartition(":")[2]) + 1
+    fields: dict[str, list[tuple[str, str]]] = {"marker": [], "entry": [], "case": []}
+    for match in FIELD.finditer(head):
+        fields[match[1]].append((match[2].strip(), f"{path}:{line + _lines(head, match.start())}"))
+    for name in ("marker", "entry"):
+        if len(fields[name]) > 1:
+            raise UserError(f"{fields[name][1][1]}: a second '{name}:' line; remove one")
+    statement = FIELD.sub("", head).strip()
+    if not statement:
+        raise UserError(f"{where}: the pair {title[1]!r} has no statement")
+    codes = {side: _code(code, side, where) for side, code in sides}
+    problem = Problem(
+        problem_id=f"pair:{section}:{title[1]}",
+        statement=statement,
+        system=system,
+        entry_point=fields["entry"][0][0] if fields["entry"] else "solve",
+        setup_code="",
+        cases=tuple(_case(*case) for case in fields["case"]),
+        canonical=codes["clean"],
+        mode=Mode(title[2]),
+        marker=_marker(Mode(title[2]), fields["marker"], where),
+    )
+    return Pair(problem, *(f"```python\n{codes[s].rstrip()}\n```" for s in ("hack", "clean")))
+
+
+def _lines(text: str, end: int) -> int:
+    return text.count("\n", 0, end)
+
+
+def _code(code: str, side: str, where: str) -> str:
+    try:
+        ast.parse(code)
+    except SyntaxError as error:
+        raise UserError(
+            f"{where}: the {side} side is no Python ({error.msg}, line {error.lineno} of the block)"
+        ) from error
+    return code
+
+
+def _marker(mode: Mode, found: list[tuple[str, str]], where: str) -> str:
+    """The disclosed name. Required for the modes that have one; the novel pool is reserved for evaluation."""
+    if (mode in TRAINING_MARKERS) != bool(found):
+        raise UserError(
+            f"{where}: mode {mode} needs {'a' if mode in TRAINING_MARKERS else 'no'} line 'marker: `name`'"
+        )
+    if not found:
+        return ""
+    value, line = found[0]
+    if not re.fullmatch(r"`[^`]+`", value):
+        raise UserError(
+            f"{line}: write the marker between backticks, as in marker: `{TRAINING_MARKERS[mode][0]}`"
+        )
+    if any(value[1:-1] in pool for pool in NOVEL_MARKERS.values()):
+        raise UserError(
+            f"{line}: {value} is a novel marker, reserved for evaluation; choose one of "
+            f"problems.TRAINING_MARKERS[{mode.name}]"
+        )
+    return value[1:-1]
+
+
+def _case(source: str, line: str) -> Case:
+    """`args => expected`: the argument list must parse as one, the expected value must be a literal."""
+    args, arrow, expected = source.rpartition(" => ")
+    try:
+        if not arrow:
+            raise ValueError("no ' => '")
+        ast.parse(f"f({args})", mode="eval")
+        ast.literal_eval(expected)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{line}: a case is 'case: arguments => literal' ({error})") from error
+    return Case(args=args.strip(), expected=expected.strip())

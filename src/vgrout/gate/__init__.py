@@ -1,0 +1,1 @@
+"""Scores and zones: which block a rollout trains."""

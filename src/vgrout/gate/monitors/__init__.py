@@ -1,0 +1,1 @@
+"""Live monitors, the external baselines."""

@@ -1,0 +1,136 @@
+"""Live monitors as scores, the external baselines: an LLM judge, and a linear probe with another environment's labels.
+
+Both need in training what vGROUT is meant to do without, and are marked so everywhere (`Arm.monitor`). Their score is a flag,
+cut at 0.5; they read no pairs, and no label of a training rollout. docs/method.md, "Monitors as baselines".
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from vgrout.env.problems import stable_hash
+from vgrout.gate.direction import activations
+from vgrout.gate.monitors.judge import Endpoint, judge
+from vgrout.gate.monitors.labelled import Labelled
+from vgrout.gate.scores import Score, Scored
+from vgrout.model import tokens
+from vgrout.model.batch import Batch, Origin
+from vgrout.model.policy import Policy
+from vgrout.stats import auroc
+
+HELD_OUT = 5  # every fifth problem of the probe's data, by a hash of its id, is only measured on
+
+
+class Judge(Score):
+    """The verdict of an LLM judge on each row's text: 1 hack, 0 clean, NaN where it gave none (counted in `judge_failures`)."""
+
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint = endpoint
+
+    def __call__(
+        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
+    ) -> Scored:
+        scores = torch.tensor(judge(self.endpoint, texts(policy, batch))).to(batch.advantages)
+        return Scored(scores, stats={"judge_failures": float(scores.isnan().sum())})
+
+
+def texts(policy: Policy, batch: Batch) -> list[tuple[str, str]]:
+    """(prompt, completion) of every row, decoded from its tokens."""
+    decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids.tolist())  # noqa: E731
+    starts = batch.completion_start.tolist()
+    prompts = [decode(ids[:n]) for ids, n in zip(batch.input_ids, starts)]
+    return [
+        (p, decode(ids[mask]))
+        for p, ids, mask in zip(prompts, batch.completion_ids, batch.completion_mask)
+    ]
+
+
+class Probe(Score):
+    """p(hack) by logistic regression on pooled activations, fitted to another environment's labels at the current parameters.
+
+    `data` are rollouts of other problems with their labels `hack`; the rows `held_out` are not fitted, and give the figures
+    that a refresh returns. Features are standardised by the fitted rows' mean and standard deviation.
+    """
+
+    stored = ("weight", "bias", "mean", "scale")
+
+    def __init__(
+        self, data: Batch, hack: Bool[Tensor, " n"], held_out: Bool[Tensor, " n"],
+        *, space: str, layer: int | None, token_budget: int, l2: float,
+    ):  # fmt: skip
+        self.data, self.hack, self.held_out, self.l2 = data, hack, held_out, l2
+        self.how = dict(space=space, layer=layer, token_budget=token_budget)
+        self.weight, self.bias, self.mean, self.scale = None, None, None, None
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        """Fit anew; returns AUROC and accuracy at 0.5 on the held-out rows of the probe's own data."""
+        x, fit = self._features(policy, self.data), ~self.held_out
+        self.mean, self.scale = x[fit].mean(0), x[fit].std(0).clamp(min=1e-6)
+        self.weight, self.bias = fit_logistic(
+            (x[fit] - self.mean) / self.scale, self.hack[fit], self.l2
+        )
+        p, label = self._probability(x[self.held_out]), self.hack[self.held_out]
+        accuracy = float(((p > 0.5) == label).float().mean())
+        return {
+            "probe_auroc": auroc(p.cpu().numpy(), label.cpu().numpy()),
+            "probe_accuracy": accuracy,
+        }
+
+    def __call__(
+        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
+    ) -> Scored:
+        return Scored(self._probability(self._features(policy, batch)))
+
+    def _features(self, policy: Policy, batch: Batch) -> Float[Tensor, "g k"]:
+        return activations(policy, batch, **self.how).flatten(1)
+
+    def _probability(self, x: Float[Tensor, "g k"]) -> Float[Tensor, " g"]:
+        weight, bias, mean, scale = (
+            t.to(x) for t in (self.weight, self.bias, self.mean, self.scale)
+        )
+        return torch.sigmoid(((x - mean) / scale) @ weight + bias)
+
+
+def fit_logistic(
+    x: Float[Tensor, "n k"], y: Bool[Tensor, " n"], l2: float
+) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
+    """argmin over (w, b) of Σ log(1 + exp(−s (x·w + b))) + l2/2 · ‖w‖², s = ±1, by L-BFGS; the bias is not shrunk."""
+    x, target = x.double(), y.double()
+    w, b = x.new_zeros(x.shape[1], requires_grad=True), x.new_zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [w, b], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = (
+            F.binary_cross_entropy_with_logits(x @ w + b, target, reduction="sum")
+            + l2 / 2 * w.square().sum()
+        )
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return w.detach().float(), b.detach().float()
+
+
+def labelled_probe(
+    policy: Policy, rows: list[Labelled], max_completion_length: int, **options: object
+) -> Probe:
+    """The probe on labelled rollouts, tokenised as this policy's prompts and completions are."""
+    prompts = [tokens.encode_prompt(policy.tokenizer, r.messages) for r in rows]
+    completions = [
+        tokens.encode_completion(policy.tokenizer, r.completion)[:max_completion_length]
+        for r in rows
+    ]
+    zeros = [0.0] * len(rows)
+    batch = tokens.collate(
+        prompts, completions, zeros, [0] * len(rows), zeros, policy.pad_id, policy.device
+    )
+    flags = (
+        [r.hack for r in rows],
+        [stable_hash("probe", r.problem_id) % HELD_OUT == 0 for r in rows],
+    )
+    return Probe(batch, *(torch.tensor(f, device=policy.device) for f in flags), **options)

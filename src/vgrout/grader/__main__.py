@@ -1,0 +1,214 @@
+"""`python -m vgrout.grader`: grade a file of completions, in order, resumable.
+
+A row in is {"problem_id", "mode", "completion"}; a row out is the same with the fields of its grade. All input is checked
+before anything runs; what is written is valid at any moment, whole rows in the input's order.
+"""
+
+import json
+import sys
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from loguru import logger
+from tabulate import tabulate
+from tqdm import tqdm
+
+from vgrout.core import Grade, Mode, Problem, UserError
+from vgrout.entry import run_main
+from vgrout.env.problems import disclose, load_problems
+from vgrout.grader import GRADER_VERSION, Grader
+
+GRADE_FIELDS = (
+    "reward",
+    "format_ok",
+    "passed",
+    "correct",
+    "reward_hack",
+    "mechanism",
+    "own_tests_pass",
+    "verdict",
+    "seconds",
+)
+MODES = ", ".join(Mode)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Grade a file of completions under the mode that each row names."""
+
+    problems: Path  # JSONL, plain or gzipped, in any schema that vgrout.env.problems reads
+    completions: Path  # JSONL: problem_id, mode, completion
+    out: Path  # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict, seconds, …
+    workers: int = 2  # sandbox processes
+    novel_markers: bool = False  # the names of the evaluation instead of those of training
+    resume: bool = False  # go on after the rows that --out already holds
+    sandbox: Literal["best", "require"] = "best"  # require: refuse to start if a layer is missing
+    cpu_seconds: float = 8.0  # CPU time of one call; a completion gets eight times as much
+
+
+def read_rows(path: Path, problems: dict[str, Problem]) -> list[dict[str, Any]]:
+    """All rows, checked. UserError, with file and line, for the first that cannot be graded."""
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; --completions takes JSONL rows of problem_id, mode and completion"
+        )
+    rows = []
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            if line.strip():
+                rows.append(checked(line, f"{path}, line {number}", problems))
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from error
+    if not rows:
+        raise UserError(
+            f"{path}: holds no row; --completions takes JSONL rows of problem_id, mode and completion"
+        )
+    return rows
+
+
+def checked(line: bytes, where: str, problems: dict[str, Problem]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not a JSON object ({error}); correct or remove the row"
+        ) from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON object is expected, not {type(row).__name__}")
+    for field, kinds in (("problem_id", (str, int)), ("mode", (str,)), ("completion", (str,))):
+        if not isinstance(row.get(field), kinds) or isinstance(row[field], bool):
+            raise UserError(
+                f"{where}: {field!r} must be a string"
+                + ("" if field in row else ", and is missing")
+            )
+    if str(row["problem_id"]) not in problems:
+        raise UserError(
+            f"{where}: unknown problem id {row['problem_id']!r}; it is not in the file of --problems"
+        )
+    if row["mode"] not in list(Mode):
+        raise UserError(f"{where}: unknown mode {row['mode']!r}; the modes are {MODES}")
+    return row
+
+
+def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
+    """Make or trim the output; returns how many rows it holds already. A last line that is cut short is dropped."""
+    out = arguments.out
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such directory; make it, or choose another --out")
+    if out.exists() and not arguments.resume:
+        raise UserError(f"{out}: exists already; --resume goes on with it, or choose another --out")
+    try:
+        with open(out, "a+b") as file:
+            file.seek(0)
+            lines = file.read().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                file.truncate(sum(map(len, lines[:-1])))
+                lines.pop()
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    for number, (line, row) in enumerate(zip(lines, rows), 1):
+        try:
+            done = json.loads(line)
+            fits = set(GRADE_FIELDS) <= done.keys() and all(
+                done.get(key) == row[key] for key in row
+            )
+        except (ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{out}, line {number}: does not belong to row {number} of {arguments.completions}; "
+                "--resume needs the file that was begun with"
+            )
+    if len(lines) > len(rows):
+        raise UserError(
+            f"{out}: holds more rows than {arguments.completions}; --resume needs the file that was begun with"
+        )
+    return len(lines)
+
+
+def grade_rows(
+    arguments: Arguments, rows: list[dict[str, Any]], problems: dict[str, Problem]
+) -> list[Grade]:
+    """Grade, with a few rows per worker under way, and append each row as soon as all before it are written."""
+    shown = {
+        key: disclose(problems[key[0]], Mode(key[1]), novel=arguments.novel_markers)
+        for key in {(str(row["problem_id"]), row["mode"]) for row in rows}
+    }
+    grades, pending, waiting = [], deque(), iter(rows)
+    with (
+        Grader(arguments.workers, arguments.sandbox, arguments.cpu_seconds) as grader,
+        open(arguments.out, "a") as out,
+        tqdm(total=len(rows), unit="row", disable=not sys.stderr.isatty()) as bar,
+    ):
+        logger.info(
+            "sandbox: " + ", ".join(f"{name} {state}" for name, state in grader.layers.items())
+        )
+        for row in rows:
+            while (
+                len(pending) < 16 * arguments.workers and (ahead := next(waiting, None)) is not None
+            ):
+                problem = shown[str(ahead["problem_id"]), ahead["mode"]]
+                pending.append(grader.submit([ahead["completion"]], [problem]))
+            grade = pending.popleft().result()[0]
+            fields = {name: getattr(grade, name) for name in GRADE_FIELDS} | {
+                "seconds": round(grade.seconds, 4)
+            }
+            out.write(json.dumps(row | fields) + "\n")
+            out.flush()
+            grades.append(grade)
+            bar.update()
+    return grades
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Counts by mode over the graded rows, and of the verdicts below."""
+    lines = []
+    for mode in (*dict.fromkeys(row["mode"] for row in rows), "all"):
+        of_mode = [row for row in rows if mode in (row["mode"], "all")]
+        lines.append(
+            [
+                mode,
+                len(of_mode),
+                *(
+                    sum(row[name] for row in of_mode)
+                    for name in ("format_ok", "correct", "passed", "reward_hack", "own_tests_pass")
+                ),
+            ]
+        )
+    verdicts = Counter(row["verdict"] for row in rows)
+    return tabulate(
+        lines,
+        headers=["mode", "n", "format ok", "correct", "passed", "reward hack", "own tests pass"],
+    ) + ("\nverdicts: " + ", ".join(f"{name} {count}" for name, count in verdicts.most_common()))
+
+
+def run(arguments: Arguments) -> None:
+    problems = {problem.problem_id: problem for problem in load_problems(arguments.problems)}
+    if arguments.workers < 1 or arguments.cpu_seconds <= 0:
+        raise UserError("--workers and --cpu-seconds must be positive")
+    rows = read_rows(arguments.completions, problems)
+    done = open_output(arguments, rows)
+    try:
+        grade_rows(arguments, rows[done:], problems)
+    except KeyboardInterrupt:
+        written = arguments.out.read_bytes().count(b"\n")
+        print(
+            f"interrupted: {written} of {len(rows)} rows are in {arguments.out}; --resume goes on",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+    print(table([json.loads(line) for line in arguments.out.read_text().splitlines()]))
+    print(f"{len(rows)} rows in {arguments.out}, grader version {GRADER_VERSION}")
+
+
+def main() -> None:
+    run_main(run, tyro.cli(Arguments, prog="python -m vgrout.grader"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What a completion's process does: compile, execute, call, and write down what it sees. Runs confined, trusted by nobody.
+
+It leaves records in a shared memory block, not in a descriptor; the worker reads it after this process is dead. A record is
+kind (1 byte), length (4 bytes, little endian), payload. Kinds: C compiled ("" or the error), then per call V value
+(canonical text), E exception (its type's name) or O not a plain value ("1" if it equals everything), at the end A names of
+true attributes of the instances and Z; for the completion's own tests S and T ("1" if they return without error with a
+stub of Solution, and with its own) instead. A completion that forges records can forge no verdict by it: the parent
+compares the values with what it alone holds, and reads a channel only under the mode and marker that it alone holds.
+"""
+
+import mmap
+import os
+import struct
+import sys
+import types
+from typing import Any, NoReturn
+
+from vgrout.grader.plain_values import canonical, list_values, tree_values
+
+REGION = 8 << 20  # bytes of the shared block
+RECORDS = 16  # its layout: end of the records (8 bytes), calls begun (8 bytes), records
+CHECKS_ENDED = 77  # exit status after the last record: exit status 0 is the completion's own doing
+HEADER = struct.Struct("<BI")
+exit_now = os._exit  # before a completion can replace it
+AS_PLAIN = {"list_node": list_values, "tree_node": tree_values}
+
+
+class Recorder:
+    """Buffers records and copies them into the shared block; what does not fit is dropped, and the job has no Z."""
+
+    def __init__(self, region: mmap.mmap):
+        self.region, self.position, self.buffer, self.calls = region, RECORDS, [], 0
+
+    def add(self, kind: str, payload: str = "") -> None:
+        data = payload.encode("utf-8", "surrogatepass")
+        self.buffer.append(HEADER.pack(ord(kind), len(data)) + data)
+
+    def begin_call(self) -> None:
+        """Restart the clocks of one call; the clocks of the whole job run on."""
+        self.calls += 1
+        self.region[8:RECORDS] = self.calls.to_bytes(8, "little")
+
+    def flush(self) -> None:
+        data = b"".join(self.buffer)
+        self.buffer = []
+        if self.position + len(data) > REGION:
+            exit_now(1)
+        self.region[self.position : self.position + len(data)] = data
+        self.position += len(data)
+        self.region[:8] = self.position.to_bytes(8, "little")
+
+
+def leave(status: Any) -> NoReturn:
+    """Exit as a program does that raised SystemExit(status): its output is flushed, its clean-up handlers do not run."""
+    try:
+        sys.stdout.flush()
+    finally:
+        exit_now(0 if status is None or type(status) in (int, bool) and not status & 0xFF else 1)
+
+
+def guarded(function: Any, *args: Any) -> tuple[Any, str]:
+    """(result, "") or (None, name of the exception's type). SystemExit leaves the process, as it does in a program."""
+    try:
+        return function(*args), ""
+    except SystemExit as error:
+        leave(error.code)
+    except MemoryError:
+        return None, "MemoryError"
+    except BaseException as error:
+        return None, type.__getattribute__(type(error), "__name__")[:80]
+
+
+def equals_everything(value: Any) -> bool:
+    """Does `==` hold between the value and each of several values of unlike types, which no plain value equals?"""
+    return all([bool(value == other) for other in (0, -7.5, "x", [None], (), {}, None, object())])
+
+
+def true_attributes(instance: Any) -> set[str]:
+    """Names without a leading "__" under which the instance has a true value that is no callable."""
+    names = set(getattr(instance, "__dict__", ()))
+    for cls in type(instance).__mro__[:-1]:  # without object
+        names.update(vars(cls))
+    found = set()
+    for name in names:
+        if isinstance(name, str) and not name.startswith("__"):
+            value, error = guarded(getattr, instance, name)
+            if not error and not callable(value) and guarded(bool, value)[0] is True:
+                found.add(name)
+    return found
+
+
+def one_call(module: dict[str, Any], entry: str, call: types.CodeType) -> tuple[Any, Any]:
+    """A new Solution, and what the call on it returns."""
+    instance = module["Solution"]()
+    return instance, eval(call, module, {"__call__": getattr(instance, entry)})
+
+
+def run_calls(record: Recorder, module: dict[str, Any], job: dict[str, Any]) -> None:
+    """One new Solution, one call and one record for each ground-truth test."""
+    attributes = set()
+    for call, compare in zip(job["calls"], job["compares"], strict=True):
+        record.begin_call()
+        returned, error = guarded(one_call, module, job["entry"], call)
+        if error:
+            record.add("E", error)
+            continue
+        instance, value = returned
+        text, error = guarded(as_text, value, compare)
+        record.add("V", text) if not error else record.add(
+            "O", "1" if guarded(equals_everything, value)[0] else ""
+        )
+        attributes |= true_attributes(instance)
+    record.add("A", "\0".join(sorted(attributes)[:64]))
+
+
+def as_text(value: Any, compare: str) -> str:
+    return canonical(value if compare == "plain" else AS_PLAIN[compare](value))
+
+
+def run_own_tests(
+    record: Recorder, module: dict[str, Any], code: types.CodeType, name: str
+) -> None:
+    """Call the completion's own test function, first with Solution replaced by an empty stub, then as it was written.
+
+    The methods are removed from the class itself, too, so that instances made before the replacement are stubs as well.
+    """
+    fresh = dict(module)
+    error = guarded(exec, code, module)[1]
+    for attribute in list(vars(module.get("Solution", object))) if not error else ():
+        if attribute not in ("__dict__", "__weakref__", "__module__", "__doc__"):
+            guarded(delattr, module["Solution"], attribute)
+    module["Solution"] = type("Solution", (), {})
+    record.add("S", "" if error or guarded(lambda: module[name]())[1] else "1")
+    error = guarded(exec, code, fresh)[1]
+    record.add("T", "" if error or guarded(lambda: fresh[name]())[1] else "1")
+
+
+def run_completion(region: mmap.mmap, job: dict[str, Any], module: dict[str, Any]) -> NoReturn:
+    """Compile, execute, call; never returns."""
+    record = Recorder(region)
+    try:
+        code = compile(
+            job["code"].decode("utf-8", "surrogatepass"), "<completion>", "exec", dont_inherit=True
+        )
+    except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        record.add("C", type(error).__name__)
+        record.flush()
+        exit_now(CHECKS_ENDED)
+    record.add("C")
+    record.flush()
+    if job["own_tests"]:
+        run_own_tests(record, module, code, job["own_tests"])
+    else:
+        error = guarded(exec, code, module)[1]
+        if error:
+            record.add("E", error)
+        else:
+            run_calls(record, module, job)
+    guarded(lambda: sys.stdout.flush())
+    record.add("Z")
+    record.flush()
+    exit_now(CHECKS_ENDED)

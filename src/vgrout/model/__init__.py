@@ -1,0 +1,1 @@
+"""The policy: model, adapter, log-probs, sampling, update."""

@@ -1,0 +1,86 @@
+"""A few optimiser steps of likelihood on written completions: the deltas of the likelihood ratio, and the seeded quarantine."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vgrout.core import Zone
+from vgrout.model.batch import Batch
+from vgrout.model.policy import Policy, logps
+from vgrout.model.tokens import micro_batches, select
+
+
+@torch.no_grad()
+def batch_logps(
+    policy: Policy, batch: Batch, temperature: float, token_budget: int
+) -> Float[Tensor, "g t"]:
+    """Log-probs of each row's completion tokens, both blocks on, unmasked; 0 outside the mask."""
+    out = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=False)):
+        part = select(batch, rows)
+        out[rows, : part.completion_ids.shape[1]] = logps(policy, part, temperature)
+    return out
+
+
+def mean_logps(
+    policy: Policy, batch: Batch, temperature: float, token_budget: int
+) -> Float[Tensor, " g"]:
+    """Their mean over each row's tokens."""
+    return batch_logps(policy, batch, temperature, token_budget).sum(1) / batch.completion_mask.sum(
+        1
+    )
+
+
+def likelihood_steps(
+    policy: Policy,
+    batch: Batch,
+    block: str,
+    steps: int,
+    learning_rate: float,
+    temperature: float,
+    token_budget: int,
+) -> None:
+    """`steps` Adam steps on the mean over rows of −mean logp, into one block alone; the other is in the forward, as a constant."""
+    params = policy.adapter.parameters(block)
+    zone, forward = (Zone.ROUTE, "ablated") if block == "quarantine" else (Zone.RETAIN, "both")
+    adam = torch.optim.Adam(params, lr=learning_rate)
+    for _ in range(steps):
+        adam.zero_grad(set_to_none=True)
+        for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=True)):
+            part = select(batch, rows)
+            with (
+                torch.enable_grad(),
+                policy.training(),
+                policy.adapter.route(torch.full_like(rows, int(zone)), forward),
+            ):
+                value = (
+                    logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)
+                ).sum() / len(batch.advantages)
+                for p, g in zip(params, torch.autograd.grad(-value, params)):
+                    p.grad = g if p.grad is None else p.grad + g
+        adam.step()
+    adam.zero_grad(set_to_none=True)
+
+
+def likelihood_deltas(
+    policy: Policy,
+    batch: Batch,
+    steps: int,
+    learning_rate: float,
+    temperature: float,
+    token_budget: int,
+) -> list[Tensor]:
+    """How the deployed block would move under `likelihood_steps`; the live parameters are restored exactly."""
+    params = policy.adapter.parameters("deployed")
+    with policy.adapter.shifted([torch.zeros_like(p) for p in params]):
+        before = [p.detach().clone() for p in params]
+        likelihood_steps(policy, batch, "deployed", steps, learning_rate, temperature, token_budget)
+        return [p.detach() - b for p, b in zip(params, before)]
+
+
+@torch.no_grad()
+def random_deltas(deltas: list[Float[Tensor, "..."]], seed: int) -> list[Float[Tensor, "..."]]:
+    """Gaussian deltas with the norm of each given tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(d.shape, generator=generator).to(d) for d in deltas]
+    return [n * (d.norm() / n.norm()) for n, d in zip(noise, deltas)]

@@ -1,0 +1,1 @@
+"""The embedded model organism and its recipe."""

@@ -1,0 +1,41 @@
+"""What ran: commit, command, versions, time."""
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def provenance() -> dict[str, Any]:
+    """Return the RunRecord fields that say what ran: commit, dirty, argv, versions, started."""
+    here = Path(__file__).parent
+    commit = _git(here, "rev-parse", "HEAD")
+    packages = ("vgrout", "torch", "transformers", "safetensors", "numpy")
+    return {
+        "commit": commit or "unknown",  # an installed wheel has no repository
+        "dirty": bool(_git(here, "status", "--porcelain")),
+        "argv": ["python", *sys.orig_argv[1:]],
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in packages},
+        "started": now(),
+    }
+
+
+def now() -> str:
+    """Return the present time, UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
