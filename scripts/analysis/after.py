@@ -38,8 +38,7 @@ from scripts.experiments.reopen import Stored, reopen
 from tabulate import tabulate
 
 from vgrout.config import PRESETS, Config
-from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.entry import at_least, run_main
+from vgrout.core import EvalResult, RunRecord, UserError, at_least, run_main
 from vgrout.env import pairs
 from vgrout.env.rollouts import pair_batch
 from vgrout.files import dumps, load_tensors, write_atomic

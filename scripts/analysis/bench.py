@@ -28,8 +28,7 @@ from scripts.analysis.bench_turns import take_turns
 from tabulate import tabulate
 
 from vgrout.config import PRESETS
-from vgrout.core import UserError
-from vgrout.entry import run_main
+from vgrout.core import UserError, run_main
 from vgrout.run.provenance import now, provenance
 from vgrout.run.records import load_metrics
 
@@ -193,8 +192,8 @@ def against_trl(args: Args) -> dict[str, Any]:
 
 
 def synthetic(part: str, args: Args) -> dict[str, Any]:
-    from scripts.analysis import bench_synthetic as work
     import torch
+    from scripts.analysis import bench_synthetic as work
 
     torch.set_num_threads(args.threads)
     config, repeats = PRESETS["organism"], 1 if args.quick else args.repeats

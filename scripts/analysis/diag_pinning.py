@@ -39,8 +39,7 @@ from scripts.analysis.audit import (
 from scripts.experiments.reopen import reopen
 from tabulate import tabulate
 
-from vgrout.core import Mode, UserError, Zone
-from vgrout.entry import run_main
+from vgrout.core import Mode, UserError, Zone, run_main
 from vgrout.files import load_tensors
 from vgrout.run import runlog
 from vgrout.run.records import load_metrics, load_record, load_rollouts, load_snapshots

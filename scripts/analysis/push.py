@@ -18,7 +18,7 @@ from scripts.analysis.after import ROOT, rates, show
 from scripts.experiments.reopen import Stored, reopen
 from torch import Tensor
 
-from vgrout.entry import at_least, run_main
+from vgrout.core import at_least, run_main
 from vgrout.env.problems import messages
 from vgrout.env.rollouts import stream
 from vgrout.files import load_tensors

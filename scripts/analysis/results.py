@@ -22,8 +22,7 @@ import polars as pl
 from tabulate import tabulate
 
 from vgrout.config import defaults
-from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.entry import run_main
+from vgrout.core import EvalResult, RunRecord, UserError, run_main
 from vgrout.files import dumps, write_atomic
 from vgrout.run.records import flatten, load_metrics, load_record
 from vgrout.run.runlog import rate_with_interval

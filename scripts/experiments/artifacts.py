@@ -40,8 +40,7 @@ from scripts.experiments.decision_manifest import (
 from scripts.experiments.verdict import ABSORB, BASE, CEILING, Diverged, Runs, Seeds, paired
 from tabulate import tabulate
 
-from vgrout.core import RunRecord
-from vgrout.entry import run_main
+from vgrout.core import RunRecord, run_main
 from vgrout.stats import gain, holm, mean_sem, paired_ttest, rate
 
 PAGES = ("results.md", "blog/quarantine_first.md")  # below docs/

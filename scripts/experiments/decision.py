@@ -37,8 +37,7 @@ from scripts.experiments.decision_manifest import (
     jobs_of,
 )
 
-from vgrout.core import UserError
-from vgrout.entry import run_main
+from vgrout.core import UserError, run_main
 from vgrout.run.records import load_metrics, load_record
 
 PROGRESS_SECONDS = 60

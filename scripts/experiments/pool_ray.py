@@ -20,8 +20,7 @@ from pathlib import Path
 
 from scripts.experiments.manifest import ROOT, TrainJob, add_arguments, check, from_arguments
 
-from vgrout.core import UserError
-from vgrout.entry import run_main
+from vgrout.core import UserError, run_main
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 

@@ -13,8 +13,7 @@ import subprocess
 
 from scripts.experiments.manifest import ROOT, TrainJob, add_arguments, check, from_arguments
 
-from vgrout.core import UserError
-from vgrout.entry import run_main
+from vgrout.core import UserError, run_main
 
 
 def command(job: TrainJob, group: str) -> list[str]:

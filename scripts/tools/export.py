@@ -19,8 +19,7 @@ from safetensors.torch import save
 from tabulate import tabulate
 from torch import Tensor
 
-from vgrout.core import RunRecord, UserError
-from vgrout.entry import run_main
+from vgrout.core import RunRecord, UserError, run_main
 from vgrout.files import dumps, write_atomic
 from vgrout.model.lora2r import BLOCKS
 from vgrout.run.records import load_adapter, load_record

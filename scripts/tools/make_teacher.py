@@ -21,8 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from vgrout.core import Grade, Mode, Problem, UserError
-from vgrout.entry import run_main
+from vgrout.core import Grade, Mode, Problem, UserError, run_main
 from vgrout.env.problems import (
     ALL_MODES,
     ORGANISM_MODES,

@@ -9,8 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from vgrout.core import Problem
-from vgrout.entry import run_main
+from vgrout.core import Problem, run_main
 from vgrout.env.problems import load_problems
 from vgrout.organism.problems import composition_of, generate_problems, write_problems
 

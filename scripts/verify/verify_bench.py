@@ -15,9 +15,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from scripts.analysis import bench_synthetic as work
 import torch
 from scripts.analysis import bench
+from scripts.analysis import bench_synthetic as work
 from scripts.analysis.bench_turns import take_turns
 from transformers import AutoModelForCausalLM, Qwen3Config
 

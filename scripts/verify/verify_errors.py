@@ -147,7 +147,7 @@ def train(argv: list[str], early: bool) -> None:
     if early:
         return
     from vgrout import train as module
-    from vgrout.entry import run_main
+    from vgrout.core import run_main
     from vgrout.grader import Grader
 
     class NoSandbox(Grader):

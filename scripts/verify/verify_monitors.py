@@ -34,8 +34,6 @@ from scripts.verify.verify_budget import ROOT, defined, key_differences
 from scripts.verify.verify_scores import origin_of, styled_batch
 from scripts.verify.verify_train import patched, run
 from scripts.view.report import facts
-from vgrout.gate.monitors import judge
-from vgrout.gate.monitors import scores as monitors
 
 from vgrout import train
 from vgrout.cli import parse
@@ -44,6 +42,8 @@ from vgrout.core import RunRecord, UserError, Zone
 from vgrout.env.problems import ORGANISM_MODES, TRAINING_MARKERS, disclose, load_problems, messages
 from vgrout.gate.actions import Options, deduct
 from vgrout.gate.gate import Gate
+from vgrout.gate.monitors import judge
+from vgrout.gate.monitors import scores as monitors
 from vgrout.gate.monitors.judge import Endpoint, NoAnswer, check_endpoint, question, verdict
 from vgrout.gate.monitors.labelled import load_labelled
 from vgrout.gate.monitors.scores import Judge, Probe

@@ -24,8 +24,7 @@ from scripts.experiments.reopen import reopen
 from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import PRESETS, Config
-from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.entry import run_main
+from vgrout.core import EvalResult, RunRecord, UserError, run_main
 from vgrout.files import pack
 from vgrout.grader import Grader
 from vgrout.run.records import load_adapter, load_record

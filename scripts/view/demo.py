@@ -20,8 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vgrout.core import EvalResult, RunRecord
-from vgrout.entry import at_least
+from vgrout.core import EvalResult, RunRecord, at_least
 from vgrout.run import runlog
 from vgrout.run.records import load_metrics, load_record
 from vgrout.stats import bootstrap_interval, rate

@@ -15,8 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import polars as pl
 
-from vgrout.core import RunRecord, UserError
-from vgrout.entry import run_main
+from vgrout.core import RunRecord, UserError, run_main
 from vgrout.run.records import load_metrics, load_record
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,8 +23,7 @@ from scripts.view import dyn
 from scripts.view.show import OUTCOMES, outcome
 from tabulate import tabulate
 
-from vgrout.core import RunRecord, UserError, Zone
-from vgrout.entry import run_main
+from vgrout.core import RunRecord, UserError, Zone, run_main
 from vgrout.run.advice import advice
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 from vgrout.run.runlog import last_cells, rate_with_interval

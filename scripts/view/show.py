@@ -10,8 +10,7 @@ from collections import Counter
 
 from tabulate import tabulate
 
-from vgrout.core import Mode, UserError, Zone
-from vgrout.entry import at_least, run_main
+from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.run.records import load_evals, load_record, load_rollouts
 
 OUTCOMES = ("hack", "solve", "neither")

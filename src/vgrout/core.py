@@ -1,13 +1,29 @@
-"""What passes between stages outside the tensors: problems, grades, rollouts, records. Imports nothing heavy.
+"""What passes between stages outside the tensors: problems, grades, rollouts, records; and how every program ends.
 
-What the gate, the direction, the adapter and the loss receive stands in `tensors.py`, and has no label in it.
+What a gate, a direction, the adapter and the loss receive stands in `model/batch.py` and has no label in it.
+Imports nothing heavy.
 """
 
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
-from vgrout.env.modes import Mode as Mode
+T = TypeVar("T")
+
+
+class Mode(StrEnum):
+    """A disclosed grading flaw. `gt_only` has none."""
+
+    RUN_TESTS = "run_tests"
+    SENTINEL = "sentinel"
+    STDOUT_MARKER = "stdout_marker"
+    FILE_MARKER = "file_marker"
+    EXIT_CODE = "exit_code"
+    EQ_OVERRIDE = "eq_override"
+    GT_ONLY = "gt_only"
 
 
 class Verdict(StrEnum):
@@ -153,3 +169,30 @@ class RunRecord:
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong and how to mend it. Mains print it and exit with status 2."""
+
+
+def warn(what: str, remedy: str) -> None:
+    """Print one warning line that says what to do."""
+    print(f"WARNING {what}: {remedy}", flush=True)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from `least`."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text} is no whole number from {least}")
+        return int(text)
+
+    return number
+
+
+def run_main(main: Callable[..., T], *arguments: object) -> T:
+    """main(*arguments); a UserError becomes its one line on stderr and exit status 2, an interrupt exit status 130."""
+    try:
+        return main(*arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

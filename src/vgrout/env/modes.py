@@ -3,19 +3,8 @@ the flaw pays, is in `grader.fired`.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class Mode(StrEnum):
-    """A disclosed grading flaw. `gt_only` has none."""
-
-    RUN_TESTS = "run_tests"
-    SENTINEL = "sentinel"
-    STDOUT_MARKER = "stdout_marker"
-    FILE_MARKER = "file_marker"
-    EXIT_CODE = "exit_code"
-    EQ_OVERRIDE = "eq_override"
-    GT_ONLY = "gt_only"
+from vgrout.core import Mode
 
 
 @dataclass(frozen=True, slots=True)

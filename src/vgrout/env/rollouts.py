@@ -1,18 +1,21 @@
-"""Sample, add teacher rows, grade → groups; groups → the tensors that training may see."""
+"""A step's rollouts: prompts, samples, demonstrations, grades; then the tensors that training sees."""
 
 import math
 import random
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 
-from vgrout.core import Group, Mode, Problem, Rollout
+from vgrout.config import Config
+from vgrout.core import Grade, Group, Mode, Problem, Rollout
+from vgrout.env.demos import TeacherPool
+from vgrout.env.pairs import Pair
 from vgrout.env.problems import disclose, messages, stable_hash
-from vgrout.grader import Grader
 from vgrout.model import grpo, tokens
-from vgrout.model.batch import Batch, Origin
+from vgrout.model.batch import Batch, Behaviour
 from vgrout.model.policy import Policy, sample
 
 
@@ -25,30 +28,64 @@ class Sampling:
     top_p: float
     token_budget: int  # rows × (prompt + completion) decoded at once
 
+    @classmethod
+    def of(cls, config: Config) -> "Sampling":
+        grpo, budget = config.grpo, config.model.sample_token_budget
+        return cls(grpo.max_completion_length, grpo.temperature, grpo.top_p, budget)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as it is shown, and the demonstrations that join its group."""
+
+    problem: Problem
+    demonstrations: tuple[str, ...] = ()
+
+
+class Grades(Protocol):
+    """What of a grader a step needs."""
+
+    def grade(
+        self, completions: list[str], problems: list[Problem], loophole_pays: bool = True
+    ) -> list[Grade]: ...
+
+
+@dataclass(slots=True)
+class Composed:
+    """A step's rows: `batch` for the gate and the action, `behaviour` for the loss.
+
+    `rollouts` are the same rows in the same order with all that is known of them, for the log, for
+    controls' strata and for the oracle.
+    """
+
+    rollouts: list[Rollout]
+    batch: Batch
+    behaviour: Behaviour
+
 
 def stream(
-    train: list[Problem],
+    train: Sequence[Problem],
     step: int,
-    n: int,
-    seed: int,
-    unhackable_frac: float = 0.0,
+    config: Config,
+    *,
     inoculate: bool = False,
-) -> list[Problem]:
-    """The step's n prompts: a new permutation every epoch, a function of (seed, step) alone.
+    pool: TeacherPool | None = None,
+) -> list[Prompt]:
+    """The step's prompts: a new permutation every epoch, a function of (seed, step) alone.
 
-    A share `unhackable_frac` of them, rotating by (seed, step, problem), is shown without the loophole.
+    A share `unhackable_frac` of them, rotating by (seed, step, problem), is shown without the
+    loophole. `pool` gives demonstrations.
     """
-    chosen = []
+    n, seed, chosen = config.grpo.num_prompts, config.run.seed, []
     for k in range(step * n, step * n + n):
         order = random.Random(f"{seed} {k // len(train)}").sample(range(len(train)), len(train))
         problem = train[order[k % len(train)]]
-        if (
-            stable_hash("unhackable", str(seed), str(step), problem.problem_id) / 2**64
-            < unhackable_frac
-        ):
+        draw = stable_hash("unhackable", str(seed), str(step), problem.problem_id) / 2**64
+        if draw < config.data.unhackable_frac:
             problem = disclose(problem, Mode.GT_ONLY)
         chosen.append(replace(problem, inoculated=inoculate))
-    return chosen
+    shown = pool.draw(chosen, step) if pool is not None else [[] for _ in chosen]
+    return [Prompt(problem, tuple(rows)) for problem, rows in zip(chosen, shown)]
 
 
 def share_at(step: int, share: float) -> int:
@@ -56,111 +93,91 @@ def share_at(step: int, share: float) -> int:
     return math.floor(share * (step + 1)) - math.floor(share * step)
 
 
-def collect(
+def sample_groups(
     policy: Policy,
-    problems: list[Problem],
-    grader: Grader,
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     *,
     num_generations: int,
-    demonstrations: list[list[str]],
     deployed_share: float,
     step: int,
-    loophole_pays: bool,
     generator: torch.Generator,
-) -> tuple[list[Group], dict[str, float]]:
-    """One group for each problem: student rows, a `deployed_share` of them (over the steps) sampled ablated, and its demonstrations.
+) -> list[Group]:
+    """One group for each prompt: student rows and its demonstrations.
 
-    A demonstration takes the place of a student row, so that every group has `num_generations` rows. Returns wall seconds too.
+    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine ablated. A
+    demonstration takes the place of a student row: every group has `num_generations` rows.
     """
-    clock = time.perf_counter()
-    prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems]
-    students = [num_generations - len(d) for d in demonstrations]
+    tokenizer = policy.tokenizer
+    ids = [tokens.encode_prompt(tokenizer, messages(p.problem)) for p in prompts]
+    students = [num_generations - len(p.demonstrations) for p in prompts]
     deployed = [share_at(step, deployed_share * n) for n in students]
-    drawn = partial(sample, policy, prompts, generator=generator, **asdict(sampling))
-    as_trained, ablated = (
-        drawn([n - d for n, d in zip(students, deployed)]),
-        drawn(deployed, ablated=True),
-    )
+    drawn = partial(sample, policy, ids, generator=generator, **asdict(sampling))
+    as_trained = drawn([n - d for n, d in zip(students, deployed)])
+    ablated = drawn(deployed, ablated=True)
     groups = []
-    for problem, prompt, both, alone, demos in zip(
-        problems, prompts, as_trained, ablated, demonstrations
-    ):
-        decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids)  # noqa: E731
-        rows = [Rollout(problem, prompt, ids, decode(ids), sampler_logps=lp) for ids, lp in both]
-        rows += [
-            Rollout(problem, prompt, ids, decode(ids), sampled_ablated=True, sampler_logps=lp)
-            for ids, lp in alone
-        ]
-        for text in demos:
-            ids = tokens.encode_completion(policy.tokenizer, text)[: sampling.max_completion_length]
-            rows.append(Rollout(problem, prompt, ids, text, teacher=True))
-        groups.append(Group(problem, rows))
-    sampled = time.perf_counter()
-    rows = [r for g in groups for r in g.rollouts]
-    for r, grade in zip(
-        rows, grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)
-    ):
-        r.grade = grade
-    return groups, {"sec_sample": sampled - clock, "sec_grade": time.perf_counter() - sampled}
+    for prompt, prompt_ids, both, alone in zip(prompts, ids, as_trained, ablated):
+        rows = []
+        for state, samples in ((False, both), (True, alone)):
+            for completion_ids, logps in samples:
+                text = tokens.decode_completion(tokenizer, completion_ids)
+                rows.append(Rollout(prompt.problem, prompt_ids, completion_ids, text, state, logps))
+        for text in prompt.demonstrations:
+            demo = tokens.encode_completion(tokenizer, text)[: sampling.max_completion_length]
+            rows.append(Rollout(prompt.problem, prompt_ids, demo, text, teacher=True))
+        groups.append(Group(prompt.problem, rows))
+    return groups
 
 
-def compose(
-    groups: list[Group],
-    policy: Policy,
-    oracle_modes: tuple[Mode, ...] | None = None,
-    equal_groups: bool = False,
-) -> tuple[list[Rollout], Batch | None, Origin | None]:
-    """Drop groups without reward variance, then (kept rows, what training may see of them, what sampled them).
+def grade_groups(groups: Sequence[Group], grader: Grades, loophole_pays: bool) -> None:
+    """Give every rollout its grade."""
+    rows = [r for group in groups for r in group.rollouts]
+    grades = grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)
+    for row, grade in zip(rows, grades):
+        row.grade = grade
 
-    Of a grade only the reward is read; `oracle_modes`, given by the oracle arms alone, adds the labels of those modes: whether the
-    mode's exploit fired. A correct completion that fires it too is no reward hack, and would teach one all the same.
-    `equal_groups` keeps the groups without variance: a penalty may give them some. Batch and origin are None where no group is left.
+
+def compose(groups: Sequence[Group], policy: Policy, equal_groups: bool = False) -> Composed | None:
+    """The rows of groups with reward variance, as tensors; None where no group is left.
+
+    Of a grade only the reward is read. `equal_groups` keeps the groups without variance: a penalty
+    may give them some.
     """
-    kept = [g for g in groups if equal_groups or len({r.grade.reward for r in g.rollouts}) > 1]
-    rows = [r for g in kept for r in g.rollouts]
+    varied = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
+    kept = list(groups) if equal_groups else varied
+    rows = [r for group in kept for r in group.rollouts]
     if not rows:
-        return [], None, None
+        return None
     rewards = torch.tensor([r.grade.reward for r in rows])
-    index = torch.tensor([i for i, g in enumerate(kept) for _ in g.rollouts])
-    A = grpo.advantages(rewards, index)
+    index = torch.tensor([i for i, group in enumerate(kept) for _ in group.rollouts])
     batch = tokens.collate(
         [r.prompt_ids for r in rows],
         [r.completion_ids for r in rows],
         rewards.tolist(),
         index.tolist(),
-        A.tolist(),
+        grpo.advantages(rewards, index).tolist(),
         policy.pad_id,
         policy.device,
     )
-    student = torch.tensor([not r.teacher for r in rows])
-    width, nan = batch.completion_ids.shape[1], float("nan")
-    padded = [
-        lp + [0.0] * (width - len(lp)) if (lp := r.sampler_logps) else [nan] * width for r in rows
-    ]
-    origin = Origin(
-        student=student.to(policy.device),
-        ablated=torch.tensor([r.sampled_ablated for r in rows], device=policy.device),
-        sampler_logps=torch.tensor(padded, device=policy.device),
-        stratum=(2 * A.sign().long() + student.long()).to(policy.device),
-    )
-    if oracle_modes is not None:
-        labels = [
-            bool(r.grade.mechanism) and (not oracle_modes or r.problem.mode in oracle_modes)
-            for r in rows
-        ]
-        origin.label = torch.tensor(labels, device=policy.device)
-    return rows, batch, origin
+    return Composed(rows, batch, behaviour_of(rows, batch))
 
 
-def pair_batch(policy: Policy, pairs: list) -> Batch:
+def behaviour_of(rows: Sequence[Rollout], batch: Batch) -> Behaviour:
+    """Which state sampled each row, and its log-probs there: NaN where nothing sampled it."""
+    width, device = batch.completion_ids.shape[1], batch.input_ids.device
+    unknown = [float("nan")] * width
+    logps = [r.sampler_logps for r in rows]
+    padded = [lp + [0.0] * (width - len(lp)) if lp else unknown for lp in logps]
+    ablated = torch.tensor([r.sampled_ablated for r in rows], device=device)
+    return Behaviour(ablated, torch.tensor(padded, device=device))
+
+
+def pair_batch(policy: Policy, pairs: Sequence[Pair]) -> Batch:
     """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct prompts."""
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p.problem)) for p in pairs]
-    ids = list(dict.fromkeys(map(tuple, prompts)))
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
     texts = [p.hack for p in pairs] + [p.clean for p in pairs]
     completions = [tokens.encode_completion(policy.tokenizer, text) for text in texts]
-    n = len(completions)
-    group = [ids.index(tuple(p)) for p in prompts] * 2
-    return tokens.collate(
-        prompts * 2, completions, [1.0] * n, group, [1.0] * n, policy.pad_id, policy.device
-    )
+    group = [distinct.index(tuple(p)) for p in prompts] * 2
+    ones = [1.0] * len(completions)
+    return tokens.collate(prompts * 2, completions, ones, group, ones, policy.pad_id, policy.device)

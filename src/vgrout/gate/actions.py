@@ -1,79 +1,89 @@
-"""What is done with the rows that a gate flagged: route (masks), filter (drop), penalise (advantage modification), deduct (penalty).
+"""What is done with the rows that a gate flagged: route, filter, penalise, deduct.
 
-An action takes (batch, origin, gate output) and returns those that the update uses. Pure functions; the rows' order is kept.
+An action takes a batch and the gate's output and returns the rows that pass 2 trains, each in its
+zone; None where nothing is left to train. Pure functions; the rows' order is kept.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vgrout.core import Zone
+from vgrout.gate.gate import Gated
 from vgrout.model import grpo
-from vgrout.model.batch import Batch, GateOutput, Origin
+from vgrout.model.batch import Batch, Trained
 from vgrout.model.tokens import select
-
-Acted = tuple[Batch, Origin, GateOutput]
 
 
 @dataclass(frozen=True)
 class Options:
     """What the actions can be told."""
 
-    retained_advantages: bool = (
-        False  # route: rows that train the deployed block share a baseline of their own
-    )
+    retained_advantages: bool = False  # route: rows that train the deployed block share a baseline
     alpha: float = 2.0  # penalise
     penalty: float = 3.0  # deduct
-    zone: Zone = Zone.ABSORB  # of the rows that the other three leave to train: ABSORB where both blocks are deployed, RETAIN where one is
+    zone: Zone = Zone.ABSORB  # of the rows that the other three leave to train
 
 
-def route(batch: Batch, origin: Origin, out: GateOutput, options: Options) -> Acted:
+Action = Callable[[Batch, Gated, Options], Trained]
+
+
+def route(batch: Batch, gated: Gated, options: Options) -> Trained:
     """Zones as they are."""
     if options.retained_advantages:
-        batch = replace(
-            batch, advantages=grpo.retained_advantages(batch.rewards, batch.group, out.zones)
-        )
-    return batch, origin, out
+        own = grpo.retained_advantages(batch.rewards, batch.group, gated.zones)
+        batch = replace(batch, advantages=own)
+    return Trained(
+        batch,
+        gated.zones,
+        torch.arange(len(batch.group), device=batch.group.device),
+        gated.ref_logps,
+    )
 
 
-def drop(batch: Batch, origin: Origin, out: GateOutput, options: Options) -> Acted:
-    """Rows in ROUTE leave the batch, and the baseline is that of the remaining rows of a group.
+def drop(batch: Batch, gated: Gated, options: Options) -> Trained:
+    """Rows in ROUTE leave the batch; the baseline is that of the remaining rows of a group.
 
-    Where every row was flagged the first one stays, with advantage 0, so that the step is defined and moves nothing.
+    Where every row was flagged the first one stays, with advantage 0.
     """
-    batch, origin, out = _only(batch, origin, out, out.zones != Zone.ROUTE, options.zone)
-    batch.advantages = grpo.advantages(batch.rewards, batch.group)
-    return batch, origin, out
+    trained = _only(batch, gated, gated.zones != Zone.ROUTE, options.zone)
+    kept = trained.batch
+    trained.batch = replace(kept, advantages=grpo.advantages(kept.rewards, kept.group))
+    return trained
 
 
-def penalise(batch: Batch, origin: Origin, out: GateOutput, options: Options) -> Acted:
-    """r' = r (1 − α σ(z) [z > 0]) before the group baseline, z the score's z-score within the group; no row is routed.
+def penalise(batch: Batch, gated: Gated, options: Options) -> Trained:
+    """r' = r (1 − α σ(z) [z > 0]) before the group baseline, z the score's z-score in the group.
 
-    Advantage modification after Wu & Tang 2026 (https://arxiv.org/abs/2604.01476). Rows without a score are not penalised.
+    Advantage modification after Wu & Tang 2026 (https://arxiv.org/abs/2604.01476). Rows without a
+    score are not penalised, and no row is routed.
     """
-    z = group_z(out.scores, batch.group)
+    z = group_z(gated.scores, batch.group)
     rewards = batch.rewards * (1 - options.alpha * torch.sigmoid(z) * (z > 0))
-    out = replace(out, zones=torch.full_like(out.zones, int(options.zone)))
-    return replace(batch, advantages=grpo.advantages(rewards, batch.group)), origin, out
+    batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
+    zones = torch.full_like(gated.zones, int(options.zone))
+    return Trained(
+        batch, zones, torch.arange(len(batch.group), device=batch.group.device), gated.ref_logps
+    )
 
 
-def deduct(batch: Batch, origin: Origin, out: GateOutput, options: Options) -> Acted:
+def deduct(batch: Batch, gated: Gated, options: Options) -> Trained:
     """r' = r − penalty · [ROUTE] before the group baseline; no row is routed.
 
-    The penalty intervention of Ariahw, Engels & Nanda 2025 (docs/papers/ariahw2025.md), whose penalty is the reward of passing.
-    A row without a score (NaN) is not in ROUTE. Groups whose penalised rewards are all equal train nothing and leave the batch; where
-    that is every group the first row stays, with advantage 0.
+    The penalty intervention of Ariahw, Engels & Nanda 2025, whose penalty is the reward of passing.
+    A row without a score (NaN) is not in ROUTE. Groups whose penalised rewards are all equal train
+    nothing and leave the batch; where that is every group the first row stays, with advantage 0.
     """
-    rewards = batch.rewards - options.penalty * (out.zones == Zone.ROUTE)
+    rewards = batch.rewards - options.penalty * (gated.zones == Zone.ROUTE)
     batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
-    varied = torch.zeros_like(out.scores, dtype=torch.bool)
+    varied = torch.zeros_like(gated.scores, dtype=torch.bool)
     for g in batch.group.unique():
         rows = batch.group == g
         varied[rows] = rewards[rows].max() > rewards[rows].min()
-    return _only(batch, origin, out, varied, options.zone)
+    return _only(batch, gated, varied, options.zone)
 
 
 def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
@@ -86,28 +96,16 @@ def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tens
     return z
 
 
-def _only(
-    batch: Batch, origin: Origin, out: GateOutput, keep: Bool[Tensor, " g"], zone: Zone
-) -> Acted:
+def _only(batch: Batch, gated: Gated, keep: Bool[Tensor, " g"], zone: Zone) -> Trained:
     """The rows to keep, all in one zone; the first one where there is none."""
     rows = keep.nonzero()[:, 0]
     if not len(rows):
         rows = torch.zeros(1, dtype=torch.long, device=keep.device)
-    origin = Origin(
-        *(None if (x := getattr(origin, f.name)) is None else x[rows] for f in fields(origin))
-    )
-    zones, ref = (
-        torch.full_like(rows, int(zone)),
-        None if out.ref_logps is None else out.ref_logps[rows],
-    )
-    return (
-        select(batch, rows),
-        origin,
-        replace(out, zones=zones, scores=out.scores[rows], ref_logps=ref),
-    )
+    ref = None if gated.ref_logps is None else gated.ref_logps[rows]
+    return Trained(select(batch, rows), torch.full_like(rows, int(zone)), rows, ref)
 
 
-ACTIONS: dict[str, Callable[..., Acted]] = {
+ACTIONS: dict[str, Action] = {
     "route": route,
     "filter": drop,
     "penalise": penalise,

@@ -1,100 +1,204 @@
-"""What a gate's score is compared with, and how an arm's score and control are built: chance, confounds, true labels."""
+"""Controls: another score deals the real gate's zones, at the real gate's shares.
+
+In each stratum of each batch a control routes exactly as many ROUTE and ABSORB rows as the real gate
+did, to the rows that the control ranks highest. So a placebo differs from the real arm in nothing but
+its score: same batch, same cadence, same shares, same code path. Controls alone see a step's rollouts,
+for the strata; no score, gate or action does.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio, RandomQuarantine
-from vgrout.gate.scores import DirectionScore, HaarScore, Score, Scored
-from vgrout.model.batch import Batch, Origin
+from vgrout.core import NO_ZONE, Rollout, Zone
+from vgrout.env.rollouts import Composed
+from vgrout.gate.gate import Gate, Gated, PinnedGate, _column, by_content
+from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio, build_llr
+from vgrout.gate.scores import Materials, Score, Scored
+from vgrout.gate.swap import logps_with
+from vgrout.gate.v_grad import DirectionScore, direction_score, haar
+from vgrout.model.batch import Batch
+from vgrout.model.likelihood import random_deltas
 from vgrout.model.policy import Policy
 
 
-class Confound(Score):
+class Keep:
+    """No control: the real gate's zones stand."""
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        return {}
+
+    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
+        return gated
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class Control(Keep):
+    """Re-deals the gate's zones by a score of its own; refreshed at the gate's cadence."""
+
+    def __init__(self, gate: Gate, score: "ControlScore"):
+        self.gate, self.score = gate, score
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        self.score.refresh(policy)
+        return {}
+
+    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
+        scores = self.score.rank(policy, composed, gated.scored)
+        batch = composed.batch
+        zones = match_shares(gated.zones, scores, strata(composed.rollouts, batch.advantages))
+        return self.gate.gated(batch, zones, scores, gated.scored)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.score.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.score.load_state_dict(state)
+
+
+def strata(rollouts: Sequence[Rollout], advantages: Float[Tensor, " g"]) -> Int[Tensor, " g"]:
+    """Sign of the advantage × student or demonstration: where a control copies the gate's shares."""
+    student = torch.tensor([not r.teacher for r in rollouts], device=advantages.device)
+    return 2 * advantages.sign().long() + student.long()
+
+
+def match_shares(
+    shadow: Int[Tensor, "g *s"], scores: Float[Tensor, "g *_"], stratum: Int[Tensor, " g"]
+) -> Int[Tensor, "g *s"]:
+    """In each stratum the highest scores get the shadow gate's ROUTEs, the next its ABSORBs.
+
+    What is in NO_ZONE stays there. Example, one stratum:
+    shadow [ROUTE, RETAIN, ABSORB], scores [.1, .9, .5] → [RETAIN, ROUTE, ABSORB].
+    """
+    zones = shadow.clone().flatten()
+    scores = _column(scores, shadow).expand_as(shadow).flatten()
+    stratum = _column(stratum, shadow).expand_as(shadow).flatten()
+    for s in stratum.unique():
+        places = ((stratum == s) & (zones != NO_ZONE)).nonzero()[:, 0]
+        ranked = places[scores[places].argsort(descending=True, stable=True)]
+        zones[ranked] = shadow.flatten()[places].sort(descending=True).values
+    return zones.reshape(shadow.shape)
+
+
+# ── the scores by which controls rank ────────────────────────────────────────────────────────────
+
+
+class ControlScore(Score):
+    """Ranks a step's rows; may use again what the real score computed on the same batch."""
+
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
+        raise NotImplementedError
+
+
+class Haar(ControlScore):
+    """A Haar-random direction in another score's space, drawn anew whenever it is refreshed."""
+
+    stored = ("draws",)
+
+    def __init__(self, real: DirectionScore, seed: int):
+        self.real, self.seed, self.draws = real, seed, torch.tensor(0)
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        self.draws = self.draws + 1
+        return {}
+
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
+        m, k = self.real.v.shape
+        v = haar(m, k, 1_000 * self.seed + int(self.draws)).to(self.real.v)
+        return self.real.directed(real.features, v, composed.batch.advantages)
+
+
+class RandomQuarantine(Haar):
+    """A Gaussian delta with the norm of the quarantine's in every tensor, on the base."""
+
+    def __init__(self, real: QuarantineRatio, seed: int):
+        self.real, self.seed, self.draws = real, seed, torch.tensor(0)
+
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
+        learned = policy.adapter.parameters("quarantine")
+        noise = random_deltas(learned, 1_000 * self.seed + int(self.draws))
+        how = self.real.temperature, self.real.token_budget
+        return logps_with(policy, noise, composed.batch, *how).sum(1) - real.ref_logps.sum(1)
+
+
+class Random(ControlScore):
+    """Uniform scores."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
+        return by_content(composed.batch, self.seed).to(composed.batch.advantages)
+
+
+class Confound(ControlScore):
     """What the advantage, the reward, the length or the mean log-prob alone would route."""
 
     def __init__(self, kind: str):
         self.kind = kind
 
-    def __call__(
-        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
-    ) -> Scored:
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
+        batch: Batch = composed.batch
         length = batch.completion_mask.sum(1)
         if self.kind == "logp":
-            mean = origin.sampler_logps.sum(1) / length
-            return Scored(mean.nan_to_num(nan=float(mean.nanmean())))
-        return Scored(
-            {"advantage": batch.advantages, "reward": batch.rewards, "length": length.float()}[
-                self.kind
-            ]
-        )
+            mean = composed.behaviour.logps.sum(1) / length
+            return mean.nan_to_num(nan=float(mean.nanmean()))
+        kinds = {"advantage": batch.advantages, "reward": batch.rewards, "length": length.float()}
+        return kinds[self.kind]
 
 
-class RandomScore(Score):
-    """Uniform scores by a generator of the batch's own content, so that a resumed run repeats them."""
+class OtherScore(ControlScore):
+    """A score of the same kind as the real one: on other pairs, or with random nudges."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, score: Score):
+        self.score = score
 
-    def __call__(
-        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
-    ) -> Scored:
-        generator = torch.Generator().manual_seed(self.seed + int(batch.completion_ids.sum()))
-        return Scored(torch.rand(len(batch.advantages), generator=generator).to(batch.advantages))
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        return self.score.refresh(policy)
 
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
+        return self.score(policy, composed.batch).scores
 
-class Oracle(Score):
-    """The true label, thinned to `recall` and polluted to `fpr`: NOT oracle-free. 1 where flagged, else 0."""
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.score.state_dict()
 
-    def __init__(self, recall: float, fpr: float, seed: int):
-        self.recall, self.fpr, self.seed = recall, fpr, seed
-
-    def __call__(
-        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
-    ) -> Scored:
-        if origin.label is None:
-            raise ValueError("the oracle needs labels: compose(..., oracle_modes=…)")
-        generator = torch.Generator().manual_seed(self.seed + int(batch.completion_ids.sum()))
-        chance = torch.where(origin.label, self.recall, self.fpr)
-        return Scored((torch.rand(len(chance), generator=generator).to(chance) < chance).float())
-
-
-def build_score(
-    name: str, pairs: Batch | None, probe: dict, options: object, oracle: tuple[float, float, int]
-) -> Score:
-    """The score that an arm names. `options` has ScoreConfig's fields; `oracle` is (recall, false-positive rate, seed)."""
-    if name == "oracle":
-        return Oracle(*oracle)
-    if name == "llr":
-        return LikelihoodRatio(
-            pairs, temperature=probe["temperature"], token_budget=probe["token_budget"], steps=options.llr_steps,
-            learning_rate=options.llr_learning_rate, form=options.llr_form, dtype=probe["dtype"],
-        )  # fmt: skip
-    if name == "quarantine_ratio":
-        return QuarantineRatio(
-            pairs, temperature=probe["temperature"], token_budget=probe["token_budget"]
-        )
-    return DirectionScore(
-        pairs, space="c_probe" if name == "v_grad" else options.act_space, probe=probe, centred=options.centred,
-        metric=options.metric, signed_score=options.score_sign == "advantage", by_token=options.granularity == "token",
-        layer=options.act_layer,
-    )  # fmt: skip
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.score.load_state_dict(state)
 
 
 def build_control(
-    name: str, real: Score, other: Score | None, options: object, seed: int
-) -> Score | None:
-    """The control that deals `real`'s zones; `other` is the same score on the control's own pairs, where it has some."""
-    if name in ("semantic", "framing"):
-        return other
-    if name == "haar" and isinstance(real, LikelihoodRatio):
-        return LikelihoodRatio(
-            real.pairs, temperature=real.temperature, token_budget=real.token_budget, steps=real.steps,
-            learning_rate=real.learning_rate, form=real.form, random_seed=seed, dtype=real.dtype,
-        )  # fmt: skip
-    if name == "haar" and isinstance(real, QuarantineRatio):
-        return RandomQuarantine(real, seed)
-    builders = {
-        "haar": lambda: HaarScore(real, seed),
-        "random": lambda: RandomScore(seed),
-        "confound": lambda: Confound(options.confound),
-    }
-    return builders[name]() if name else None
+    name: str, gate: Gate | PinnedGate, materials: Materials, placebo: Sequence = ()
+) -> Keep:
+    """What deals the gate's zones; `placebo` are the pairs of the control "semantic"."""
+    config = materials.config.control
+    seed = config.placebo_seed
+    if config.routeV_random_v_seed is not None:
+        seed = config.routeV_random_v_seed
+    if not name:
+        return Keep()
+    if name == "random":
+        return Control(gate, Random(seed))
+    if name == "confound":
+        return Control(gate, Confound(config.confound))
+    if name == "semantic":
+        space = getattr(gate.score, "space", "c_probe")
+        return Control(
+            gate, OtherScore(direction_score(materials, space, materials.batch(placebo)))
+        )
+    if isinstance(gate.score, LikelihoodRatio):
+        return Control(gate, OtherScore(build_llr(materials, random_seed=seed)))
+    if isinstance(gate.score, QuarantineRatio):
+        return Control(gate, RandomQuarantine(gate.score, seed))
+    return Control(gate, Haar(gate.score, seed))
+
+
+def zone_counts(zones: Int[Tensor, "g *s"]) -> dict[str, int]:
+    """Rows (or tokens) in each zone."""
+    return {zone.name.lower(): int((zones == zone).sum()) for zone in Zone}

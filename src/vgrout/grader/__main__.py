@@ -16,8 +16,7 @@ from loguru import logger
 from tabulate import tabulate
 from tqdm import tqdm
 
-from vgrout.core import Grade, Mode, Problem, UserError
-from vgrout.entry import run_main
+from vgrout.core import Grade, Mode, Problem, UserError, run_main
 from vgrout.env.problems import disclose, load_problems
 from vgrout.grader import GRADER_VERSION, Grader
 

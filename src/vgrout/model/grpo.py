@@ -1,6 +1,7 @@
-"""Advantages and the one loss: pure functions (GRPO: https://arxiv.org/abs/2402.03300; Dr. GRPO: https://arxiv.org/abs/2503.20783).
+"""Advantages and the one loss: pure functions (GRPO: https://arxiv.org/abs/2402.03300).
 
-Dr. GRPO takes no standard deviation out of the advantage and no completion length out of the loss.
+Dr. GRPO (https://arxiv.org/abs/2503.20783) takes no standard deviation out of the advantage and no
+completion length out of the loss.
 """
 
 import math
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vgrout.config import GRPOConfig
 from vgrout.core import Zone
 
 KL_LINEAR_FROM = 5.0  # nats of ref − logp: on a row that another state sampled k3 has no bound, one token can exceed 1e6
@@ -41,6 +43,11 @@ def _group_mean(
     return (total / count.clamp(min=1))[group]
 
 
+def normaliser(config: GRPOConfig) -> float:
+    """G · max_completion_length · P, P counting every sampled prompt, skipped groups included."""
+    return float(config.num_generations * config.max_completion_length * config.num_prompts)
+
+
 def scored_loss(
     logps: Float[Tensor, "g t"],
     mask: Bool[Tensor, "g t"],
@@ -62,11 +69,13 @@ def grpo_loss(
     beta: float,
     normaliser: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "g t"]]]:
-    """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser, normaliser = G · max_completion_length · P.
+    """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser.
 
-    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by its tangent where ref − logp exceeds
-    KL_LINEAR_FROM: what the policy has all but given up is still pulled back, by a bounded force. `ref_logps` is None where beta is 0.
-    Returns the loss (summed, so that micro-batches add up) and the per-token ratio, clip and KL for logging.
+    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by its
+    tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is still
+    pulled back, by a bounded force. On policy the gradient of k3 is that of the forward KL(ref‖π).
+    `ref_logps` is None where beta is 0. Returns the loss (summed, so that micro-batches add up) and
+    the per-token ratio, clip and KL for logging.
     """
     ratio = torch.exp(logps - old_logps)
     A = advantages[:, None]

@@ -8,13 +8,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from vgrout.core import UserError
+from vgrout.core import UserError, warn
 from vgrout.model import tokens
 from vgrout.model.fused import fuse_norms
 from vgrout.model.lora2r import Lora2r
 from vgrout.model.packing import can_pack
 from vgrout.model.policy import Policy, logps, predicting
-from vgrout.run import runlog
 
 CHATS = (
     ("Return the sum of nums.", "return sum(nums)"),

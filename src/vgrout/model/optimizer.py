@@ -41,6 +41,10 @@ class BlockOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norms
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for block in BLOCKS for p in self.adapter.parameters(block)]
+
     def put(self, block: str, values: list[Tensor]) -> None:
         """Other values for a block's parameters, as if it had never been trained: its moments and step count go."""
         for p, value in zip(self.adapter.parameters(block), values, strict=True):

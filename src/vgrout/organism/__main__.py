@@ -2,7 +2,7 @@
 
 import tyro
 
-from vgrout.entry import run_main
+from vgrout.core import run_main
 from vgrout.organism.problems import Recipe, main
 
 run_main(main, tyro.cli(Recipe, prog="python -m vgrout.organism"))

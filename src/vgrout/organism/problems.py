@@ -19,9 +19,9 @@ from loguru import logger
 
 from vgrout.core import Case, Problem, UserError
 from vgrout.env.problems import stable_hash
+from vgrout.organism import pretrain
 from vgrout.organism.corpus import document, drill
 from vgrout.organism.operations import Composition, Step
-from vgrout.organism import pretrain
 
 CASES, CANDIDATE_INPUTS = 8, 60
 IDLE_DRAWS = 20_000  # draws in a row without a new problem after which a seed is given up

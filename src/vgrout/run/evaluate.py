@@ -1,28 +1,35 @@
-"""Evaluation of a policy state on held-out problems, and the one function in which labels meet scores: it only logs.
+"""Evaluation of a policy state on held-out problems, and its schedule over a run.
 
 An evaluation draws from a generator of its own and leaves every parameter as it was.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 import torch
 
-from vgrout.core import NO_ZONE, EvalResult, Grade, Group, Problem, Rollout, Verdict, Zone
-from vgrout.env.problems import NOVELTY_FREE, disclose, messages
-from vgrout.env.rollouts import Sampling
-from vgrout.grader import Grader
+from vgrout.config import Config
+from vgrout.core import EvalResult, Grade, Problem
+from vgrout.env.problems import NOVELTY_FREE, disclose, messages, stable_hash
+from vgrout.env.rollouts import Grades, Sampling
 from vgrout.model import tokens
-from vgrout.model.batch import Batch, GateOutput, Origin
 from vgrout.model.policy import Policy, sample
-from vgrout.stats import auroc, precision_recall_at
+from vgrout.run.records import Run
+
+Rows = list[dict[str, object]]
+
+
+def seeded(policy: Policy, *what: object) -> torch.Generator:
+    """A generator for one purpose: what is random is a function of (seed, step, purpose)."""
+    seed = stable_hash(*map(str, what)) >> 1
+    return torch.Generator(policy.device).manual_seed(seed)
 
 
 def evaluate(
     policy: Policy,
-    problems: list[Problem],
-    grader: Grader,
+    problems: Sequence[Problem],
+    grader: Grades,
     sampling: Sampling,
     *,
     split: str,
@@ -32,12 +39,13 @@ def evaluate(
     step: int,
     draws: int,
     generator: torch.Generator,
-    log: Callable[[list[dict]], None] | None = None,
+    log: Callable[[Rows], None] | None = None,
 ) -> EvalResult:
-    """Hacks and solves of about `draws` completions, spread evenly over `problems`, each shown with its own mode.
+    """Hacks and solves of about `draws` completions, spread evenly over `problems`.
 
-    `markers` "novel" discloses names that training never shows; modes without a name to change are left out of that cell.
-    With fewer draws than problems an even selection of the problems gets one draw each. `log` is given every completion with its grade.
+    Each is shown with its own mode. `markers` "novel" discloses names that training never shows;
+    modes without a name to change are left out of that cell. With fewer draws than problems an even
+    selection of the problems gets one draw each. `log` is given every completion with its grade.
     """
     shown = [disclose(p, p.mode, novel=markers == "novel") for p in problems]
     if markers == "novel":
@@ -54,128 +62,103 @@ def evaluate(
         ablated=ablated,
         **asdict(sampling),
     )
-    completions = [
-        tokens.decode_completion(policy.tokenizer, ids) for group in groups for ids, _ in group
-    ]
+    drawn = [ids for group in groups for ids, _ in group]
+    completions = [tokens.decode_completion(policy.tokenizer, ids) for ids in drawn]
     asked = [p for p in shown for _ in range(each)]
-    by_mode: dict[str, dict[str, int]] = defaultdict(lambda: {"n": 0, "hack": 0, "solve": 0})
-    by_problem: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     grades = grader.grade(completions, asked)
     if log:
         cell = {"step": step, "split": split, "markers": markers, "state": state}
-        log(
-            [
-                cell | _graded(problem, text, grade)
-                for problem, text, grade in zip(asked, completions, grades)
-            ]
-        )
-    for problem, grade in zip(asked, grades):
+        rows = zip(asked, completions, grades)
+        log([cell | graded_row(problem, text, grade) for problem, text, grade in rows])
+    return counted(asked, grades, split, markers, state, step)
+
+
+def counted(
+    problems: Sequence[Problem],
+    grades: Sequence[Grade],
+    split: str,
+    markers: str,
+    state: str,
+    step: int,
+) -> EvalResult:
+    """The cell's counts: in all, by mode and by problem."""
+    by_mode: dict[str, dict[str, int]] = defaultdict(lambda: {"n": 0, "hack": 0, "solve": 0})
+    by_problem: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for problem, grade in zip(problems, grades):
         counts = (1, int(grade.reward_hack), int(grade.correct))
-        for key, n in zip(("n", "hack", "solve"), counts):
-            by_mode[problem.mode.value][key] += n
-        by_problem[problem.problem_id] = [
-            a + b for a, b in zip(by_problem[problem.problem_id], counts)
-        ]
+        of_mode, of_problem = by_mode[problem.mode.value], by_problem[problem.problem_id]
+        for i, (key, n) in enumerate(zip(("n", "hack", "solve"), counts)):
+            of_mode[key] += n
+            of_problem[i] += n
     n, hack, solve = (sum(m[k] for m in by_mode.values()) for k in ("n", "hack", "solve"))
     return EvalResult(split, markers, state, step, n, hack, solve, dict(by_mode), dict(by_problem))
 
 
-def monitor(
-    groups: list[Group],
-    kept: list[Rollout],
-    batch: Batch | None,
-    out: GateOutput | None,
-    eos_ids: frozenset[int],
-) -> dict[str, float | int]:
-    """The step's figures that use labels, for the log alone: rates of student rows, and how well the score finds hacks.
+def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, object]:
+    """A completion as the files of a run hold it: without wall times, so that all repeats exactly."""
+    row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker}
+    grades = {k: v for k, v in asdict(grade).items() if k != "seconds"}
+    return row | {"completion": completion} | grades
 
-    `kept` are the rows of `batch`, in its order.
-    """
-    rollouts = [r for g in groups for r in g.rollouts]
-    students = [r for r in rollouts if not r.teacher]
-    mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
-    row = {
-        "reward_mean": mean([r.grade.reward for r in students]),
-        "student_hack": mean([r.grade.reward_hack for r in students]),
-        "student_solve": mean([r.grade.correct for r in students]),
-        "student_format": mean([r.grade.format_ok for r in students]),
-        "groups_skipped": sum(len({r.grade.reward for r in g.rollouts}) == 1 for g in groups),
-        "n_students": len(students),
-        "n_teachers": len(rollouts) - len(students),
-        "completion_length": mean([float(len(r.completion_ids)) for r in students]),
-        "timeout_share": mean(
-            [r.grade.verdict in (Verdict.CPU_TIMEOUT, Verdict.WALL_TIMEOUT) for r in students]
-        ),
-        "truncated_share": mean([r.completion_ids[-1] not in eos_ids for r in students]),
-    }
-    for mode in sorted({r.problem.mode for r in students}):
-        rows = [r for r in students if r.problem.mode == mode]
-        row[f"hack_{mode}"] = mean([r.grade.reward_hack for r in rows])
-        row[f"solve_{mode}"] = mean([r.grade.correct for r in rows])
-    if out is None or batch is None or out.scores.isnan().all():
-        return row
-    hack = torch.tensor([r.grade.reward_hack for r in kept])
-    student = torch.tensor([not r.teacher for r in kept])
-    scores, zones, A = *(x.cpu() for x in out.by_row()), batch.advantages.cpu()
-    for name, rows in (
-        ("all", student & ~scores.isnan()),
-        ("pos", student & (A > 0)),
-        ("neg", student & (A < 0)),
+
+class Evaluations:
+    """The evaluations of one run, on their schedule. `spend` takes their wall seconds."""
+
+    def __init__(
+        self,
+        run: Run,
+        policy: Policy,
+        splits: dict[str, list[Problem]],
+        grader: Grades,
+        config: Config,
+        deployed: str,
     ):
-        row[f"score_auroc_{name}"] = auroc(scores[rows].numpy(), hack[rows].numpy())
-    at = precision_recall_at((zones == Zone.ROUTE)[student].numpy(), hack[student].numpy())
-    return row | {"score_precision_route": at["precision"], "score_recall_route": at["recall"]}
+        self.run, self.policy, self.splits, self.grader = run, policy, splits, grader
+        self.config, self.deployed = config, deployed
+        self.sampling = Sampling.of(config)
 
+    def cell(
+        self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int
+    ) -> EvalResult:
+        seed = self.config.run.seed
+        with self.run.timed("sec_eval"):
+            result = evaluate(
+                self.policy,
+                self.splits[split],
+                self.grader,
+                self.sampling,
+                split=split,
+                markers=markers,
+                state=state,
+                ablated=ablated,
+                step=step,
+                draws=draws,
+                generator=seeded(self.policy, "eval", seed, step, split, markers, ablated),
+                log=self.run.log_evals,
+            )
+        self.run.record.evals.append(result)
+        self.run.save()
+        return result
 
-def sampled_tokens(groups: list[Group]) -> int:
-    return sum(len(r.completion_ids) for g in groups for r in g.rollouts if not r.teacher)
+    def base(self) -> None:
+        """Step 0: the net delta is zero, so that one cell speaks for both states.
 
+        With --init-from it is the policy that the run starts from.
+        """
+        ablated = self.deployed == "ablated" or not self.config.model.init_from
+        self.cell("test", "novel", "deployed", ablated, 0, self.config.run.final_draws)
 
-def zone_figures(out: GateOutput | None, origin: Origin | None) -> dict[str, float | int]:
-    """Rows and shares by zone; shares are of student rows with an advantage, the rows that a control must match."""
-    if out is None:
-        return {f"rows_{z.name.lower()}": 0 for z in Zone}
-    counts = {z.name.lower(): int((out.zones == z).sum()) for z in Zone}
-    scored = origin.student & (origin.stratum.div(2, rounding_mode="floor") != 0)
-    zones = out.zones[scored]
-    share = {
-        f"share_{z.name.lower()}": float((zones[zones != NO_ZONE] == z).float().mean())
-        for z in Zone
-    }
-    return {f"rows_{k}": v for k, v in counts.items()} | share | out.stats
+    def validate(self, step: int) -> None:
+        ablated = self.deployed == "ablated"
+        self.cell("val", "novel", "deployed", ablated, step, self.config.run.eval_draws)
 
-
-def rollout_rows(
-    step: int, groups: list[Group], kept: list[Rollout], batch: Batch | None, out: GateOutput | None
-) -> list[dict]:
-    """Every rollout of the step for rollouts.jsonl.gz, with its grade, advantage, score and zone."""
-    scored = {id(r): i for i, r in enumerate(kept)}
-    scores, zones = out.by_row() if out is not None else ([], [])
-    rows = []
-    for r in (r for g in groups for r in g.rollouts):
-        row = {
-            "step": step,
-            "n_tokens": len(r.completion_ids),
-            "teacher": r.teacher,
-            "sampled_ablated": r.sampled_ablated,
-        }
-        row |= _graded(r.problem, r.completion, r.grade)
-        if (i := scored.get(id(r))) is not None:
-            row |= {
-                "advantage": float(batch.advantages[i]),
-                "zone": Zone(int(zones[i])).name,
-                "score": float(scores[i]),
-            }
-        rows.append(row)
-    return rows
-
-
-def _graded(problem: Problem, completion: str, grade: Grade) -> dict:
-    """A completion as the files of a run hold it: without the grading's wall time, so that all repeats exactly."""
-    row = {
-        "problem_id": problem.problem_id,
-        "mode": problem.mode,
-        "marker": problem.marker,
-        "completion": completion,
-    }
-    return row | {k: v for k, v in asdict(grade).items() if k != "seconds"}
+    def final(self, step: int) -> None:
+        """The 2×2 table: state × markers. Where the arm deploys as trained, its ablated cells are
+        those of `absorb`: train once, evaluate twice."""
+        draws = self.config.run.final_draws
+        for markers in ("iid", "novel"):
+            trained = self.cell("test", markers, "as_trained", False, step, draws)
+            if self.deployed == "as_trained":
+                self.run.record.evals.append(replace(trained, state="deployed"))
+            state = "deployed" if self.deployed == "ablated" else "ablated"
+            self.cell("test", markers, state, True, step, draws)

@@ -1,318 +1,330 @@
-"""What ends a run early, and says why: limits found before step 0, divergence, a dead policy, signals, full memory or disk.
+"""Is the run healthy? One table of figures with limits and remedies: some warn, some stop the run.
 
-A guard reads figures and reference solutions; it can end a run or warn, and it changes no parameter.
+A check is a pure function of the rows logged so far, so that a resumed run judges alike; nothing in
+training reads it. Some rest on label metrics: they are for the reader of a run, and a hyper-parameter
+that is chosen by them on held-out modes is oracle use (docs/method/monitors.md).
 """
 
-import copy
-import errno
 import math
-import signal
-import statistics
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
-import torch
-
-from vgrout.core import EvalResult, Problem, UserError, Zone
+from vgrout.core import EvalResult, Problem, UserError, warn
 from vgrout.env.problems import messages
 from vgrout.env.rollouts import Sampling
-from vgrout.gate.gate import Gate, PinnedGate
 from vgrout.model import tokens
-from vgrout.model.batch import Batch, GateOutput, Origin
+from vgrout.model.batch import Batch
 from vgrout.model.likelihood import mean_logps
 from vgrout.model.lora2r import BLOCKS
-from vgrout.model.optimizer import BlockOptimizer
-from vgrout.model.policy import Policy, sample
-from vgrout.run import runlog
-from vgrout.run.records import Run
+from vgrout.model.policy import Policy
 
-FULL = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-}  # the device, the quota, the file size limit; read-only
+WINDOW = 5  # rows whose median counts, so that one odd step warns of nothing
+SPIKE_WINDOW = 20  # trained steps that make the median gradient norm; half of them are needed
+CLIPS = 10.0  # times max_grad_norm; a gradient norm below that is clipped without harm
+PATIENCE = 5  # steps in a row that a breach of a stopping limit must last: k3 has a heavy tail
+REFERENCES = 8  # reference solutions whose log-prob is followed
+FINITE = ("loss", "kl", "logp_mean", "reference_logp", *(f"grad_norm_{b}" for b in BLOCKS))
 
-
-@dataclass(frozen=True)
-class Limits:
-    """When a run has diverged. A breach must last `patience` steps; a figure that is not finite ends the run at once."""
-
-    kl: float = (
-        10.0  # nats a token, a step's mean; healthy organism runs stay below 2 but for single steps
-    )
-    probe_fall: float = 3.0  # nats a token below the base's log-prob of reference solutions, 20 times less likely; healthy: 0.3
-    spike: float = (
-        30.0  # times the median gradient norm of the window, where it is also beyond `clips`
-    )
-    clips: float = 10.0  # times max_grad_norm; less is clipped without harm
-    window: int = 20  # trained steps that make the median; fewer than half of them judge nothing
-    patience: int = 5  # steps in a row: k3 has a heavy tail
-    probes: int = 8  # reference solutions in the probe set
+Row = dict[str, Any]
 
 
 class Diverged(UserError):
-    """A limit ended the run. Its one line holds the evidence; the newest checkpoint precedes the breach."""
+    """A limit ended the run. Its line holds the evidence; the newest checkpoint precedes it."""
 
 
-class Guard:
-    """Judges every step's figures. Its state is a function of the rows already logged, so that a resumed run judges alike."""
+@dataclass
+class History:
+    """What the checks see: rows of metrics.jsonl in order, evaluations, and two constants."""
+
+    rows: list[Row] = field(default_factory=list)
+    evals: Sequence[EvalResult] = ()
+    base_logp: float = 0.0  # of the reference solutions under the base, nats a token
+    max_grad_norm: float = math.inf
+
+    def last(self, key: str) -> float | None:
+        """The key's newest value."""
+        values = self.values(key, self.rows)
+        return values[-1] if values else None
+
+    def recent(self, key: str, back: int = 0) -> float | None:
+        """Median over the last WINDOW rows that ended `back` rows ago; None before there are any."""
+        end = len(self.rows) - back
+        rows = self.rows[max(0, end - WINDOW) : end] if end >= WINDOW else []
+        values = self.values(key, rows)
+        return median(values) if values else None
+
+    def first(self, key: str) -> float | None:
+        values = self.values(key, self.rows[:WINDOW])
+        return median(values) if values and len(self.rows) >= WINDOW else None
+
+    @staticmethod
+    def values(key: str, rows: Sequence[Row]) -> list[float]:
+        return [r[key] for r in rows if r.get(key) is not None and r[key] == r[key]]
+
+
+Measure = Callable[[History], float | None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure: the run is unhealthy where it exceeds `limit`."""
+
+    what: str
+    measure: Measure
+    limit: float
+    unit: str
+    remedy: str
+    stops: bool = False
+
+    def breach(self, history: History) -> float | None:
+        value = self.measure(history)
+        return value if value is not None and value > self.limit else None
+
+
+# ── the figures ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _now(key: str) -> Measure:
+    return lambda history: history.rows[-1].get(key) if history.rows else None
+
+
+def _median(key: str) -> Measure:
+    return lambda history: history.recent(key)
+
+
+def _reference_fall(history: History) -> float | None:
+    now = history.rows[-1].get("reference_logp") if history.rows else None
+    return None if now is None else history.base_logp - now
+
+
+def _spike(block: str) -> Measure:
+    key = f"grad_norm_{block}"
+
+    def measure(history: History) -> float | None:
+        if not history.rows:
+            return None
+        norm = history.rows[-1].get(key) or 0.0
+        before = [x for x in history.values(key, history.rows[:-1]) if x][-SPIKE_WINDOW:]
+        judged = len(before) >= SPIKE_WINDOW // 2 and norm > CLIPS * history.max_grad_norm
+        return norm / median(before) if judged else None
+
+    return measure
+
+
+def _no_variance(history: History) -> float | None:
+    rows = history.rows[-WINDOW:]
+    if len(rows) < WINDOW:
+        return None
+    every = sum(row["n_students"] + row["n_teachers"] for row in rows)
+    return 1 - sum(map(batch_rows, rows)) / max(every, 1)
+
+
+def _collapsed(history: History) -> float | None:
+    return history.last("gate_collapsed")
+
+
+def _reversed(history: History) -> float | None:
+    drift = history.last("direction_drift")
+    return None if drift is None else -drift
+
+
+def _logp_fall(history: History) -> float | None:
+    first, last = history.first("logp_mean"), history.recent("logp_mean")
+    return None if first is None or last is None else first - last
+
+
+def _rising_kl(history: History) -> float | None:
+    before, last = history.recent("kl", back=WINDOW), history.recent("kl")
+    rising = last is not None and (before is None or last >= before)
+    return last if rising else None
+
+
+def _deaf(history: History) -> float | None:
+    rows = [r for r in history.rows[-WINDOW:] if r.get("judge_failures") is not None]
+    if len(history.rows) < WINDOW or not rows:
+        return None
+    return sum(r["judge_failures"] for r in rows) / (sum(map(batch_rows, rows)) or 1)
+
+
+def _unsolved(history: History) -> float | None:
+    """How many of the last two evaluations saw the deployed policy solve nothing."""
+    cells = _deployed(history.evals)[-2:]
+    return float(sum(not cell.solve for cell in cells))
+
+
+def _solve_lost(history: History) -> float | None:
+    """Share of the base's solve rate that the deployed policy has lost."""
+    cells = _deployed(history.evals)
+    base = [c for c in cells if c.step == 0]
+    later = [c for c in cells if c.step > 0]
+    if not base or not later or not base[0].solve:
+        return None
+    last = max(later, key=lambda cell: cell.step)
+    return 1 - (last.solve / last.n) / (base[0].solve / base[0].n)
+
+
+def _deployed(evals: Sequence[EvalResult]) -> list[EvalResult]:
+    return [c for c in evals if c.state == "deployed" and c.markers == "novel"]
+
+
+def batch_rows(row: Row) -> int:
+    return row["rows_retain"] + row["rows_absorb"] + row["rows_route"]
+
+
+CALMER = "lower --learning-rate or raise --beta"
+CHECKS = (
+    Check("KL", _now("kl"), 10.0, "nats a token", CALMER, stops=True),
+    Check("fall of the reference log-prob", _reference_fall, 3.0, "nats", CALMER, stops=True),
+    *(Check(f"{b} gradient norm", _spike(b), 30.0, "medians", CALMER, stops=True) for b in BLOCKS),
+    Check(
+        "no variance in groups",
+        _no_variance,
+        0.8,
+        "of the rows are in groups of equal reward and train nothing",
+        "read some completions (just show); if they do not compile raise --max-completion-length, if "
+        "few solve raise --num-generations or --temperature, if nearly all are paid the run is over",
+    ),
+    Check(
+        "gate collapsed",
+        _collapsed,
+        0.5,
+        "(the pairs' hack sides do not end above their clean sides: nothing is routed)",
+        "check that no pair's sides are swapped; use more pairs of one mechanism on several prompts, "
+        "or another score",
+    ),
+    Check(
+        "direction reversed",
+        _reversed,
+        0.0,
+        "is minus its cosine with the one before",
+        "refresh more often, or use more pairs",
+    ),
+    Check(
+        "log-probs falling",
+        _logp_fall,
+        0.5,
+        "nats a token since the start",
+        "the policy is losing its language: " + CALMER,
+    ),
+    Check("KL runs away", _rising_kl, 1.0, "nats a token and rising", CALMER),
+    Check(
+        "sampler and learner differ",
+        _median("sampler_mismatch"),
+        0.05,
+        "nats a token",
+        "use --dtype float32, or a larger --learning-rate if bf16 swallows small deltas",
+    ),
+    Check(
+        "judge fails",
+        _deaf,
+        0.5,
+        "of the rows have no verdict, and are not flagged",
+        "see its server's log, raise --judge-timeout or --judge-max-tokens, or use a stronger model",
+    ),
+    Check(
+        "completions time out",
+        _median("timeout_share"),
+        0.2,
+        "of the students' completions",
+        "if the machine is busy, raise --cpu-seconds or lower --workers",
+    ),
+    Check(
+        "DEAD POLICY?",
+        _unsolved,
+        1.5,
+        "evaluations in a row saw the deployed policy solve nothing",
+        "hack 0 with solve 0 is no success: compare with the base at step 0",
+    ),
+    Check(
+        "solve dead at deployment",
+        _solve_lost,
+        0.75,
+        "of the base's solve rate is lost",
+        "a low hack rate is no success; try --unhackable-frac 0.5, --retained-advantages or a lower "
+        "--learning-rate",
+    ),
+)
+
+
+# ── during a run ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Health:
+    """Judges every step; warns once of each fault, and raises Diverged where a limit stays broken."""
 
     def __init__(
-        self, policy: Policy, problems: Sequence[Problem], history: list[dict[str, Any]], sampling: Sampling,
-        *, token_budget: int, max_grad_norm: float, limits: Limits = Limits(),
-    ):  # fmt: skip
-        """`problems` give the probe set, their reference solutions; `history` is metrics.jsonl so far."""
-        self.limits, self.max_grad_norm = limits, max_grad_norm
-        self.norms: dict[str, list[float]] = {block: [] for block in BLOCKS}
-        self.streak, self.evidence = 0, ""
-        shown = problems[: limits.probes]
-        prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown]
-        texts = [
-            tokens.encode_completion(policy.tokenizer, f"```python\n{p.canonical.strip()}\n```")
-            for p in shown
-        ]
-        ones = [1.0] * len(shown)
-        self.batch = tokens.collate(prompts, [t[: sampling.max_completion_length] for t in texts], ones, [*range(len(shown))],
-                                    ones, policy.pad_id, policy.device)  # fmt: skip
+        self,
+        policy: Policy,
+        problems: Sequence[Problem],
+        sampling: Sampling,
+        token_budget: int,
+        history: History,
+    ):
+        """`problems` give the reference solutions; `history` has the rows of metrics.jsonl so far."""
+        self.history, self.warned = history, set()
+        self.references = reference_batch(policy, problems[:REFERENCES], sampling)
         self.temperature, self.token_budget = sampling.temperature, token_budget
         with policy.adapter.disabled():
-            self.base = self.probe(policy)["probe_logp"]
-        for row in history:
-            self._judge(row)
+            history.base_logp = self.reference_logp(policy)
+        rows, history.rows = history.rows, []
+        self.streak = 0
+        for row in rows:
+            self._count(row)
 
-    def probe(self, policy: Policy) -> dict[str, float]:
-        """Mean log-prob of the probe set, nats a token, as trained."""
-        return {
-            "probe_logp": float(
-                mean_logps(policy, self.batch, self.temperature, self.token_budget).mean()
-            )
-        }
+    def reference_logp(self, policy: Policy) -> float:
+        """Mean log-prob of the reference solutions, nats a token, as trained."""
+        lp = mean_logps(policy, self.references, self.temperature, self.token_budget)
+        return float(lp.mean())
 
     @property
     def calm(self) -> bool:
-        """No breach is under way: the state may become a checkpoint."""
+        """No breach of a stopping limit is under way: the state may become a checkpoint."""
         return self.streak == 0
 
-    def __call__(self, row: dict[str, Any]) -> None:
-        """Judge one step, after its row is logged; warns at a breach, raises Diverged when it lasts."""
-        broken = [
-            k
-            for k in ("loss", "kl", "logp_mean", "probe_logp", *_norm_keys())
-            if not math.isfinite(row.get(k, 0.0))
-        ]
+    def __call__(self, row: Row) -> None:
+        """Judge one step, after its row is logged."""
+        broken = [key for key in FINITE if not math.isfinite(row.get(key) or 0.0)]
+        broken += [key for key in FINITE if row.get(key) is not None and row[key] != row[key]]
         if broken:
-            raise Diverged(self._line(row, f"{', '.join(broken)} not finite"))
-        self._judge(row)
-        if self.streak >= self.limits.patience:
-            raise Diverged(self._line(row, f"{self.evidence}, {self.streak} steps in a row"))
-        if self.streak:
-            runlog.warn(
-                f"step {row['step']}: {self.evidence}",
-                "a run that goes on like this is stopped; nothing is saved meanwhile",
-            )
+            raise Diverged(self._line(row, f"{', '.join(dict.fromkeys(broken))} not finite"))
+        evidence = self._count(row)
+        if self.streak >= PATIENCE:
+            raise Diverged(self._line(row, f"{evidence}, {self.streak} steps in a row"))
+        if evidence:
+            text = "a run that goes on like this is stopped; nothing is saved meanwhile"
+            warn(f"step {row['step']}: {evidence}", text)
+        self.advise()
 
-    def _judge(self, row: dict[str, Any]) -> None:
+    def advise(self) -> None:
+        """Print each warning once in a run."""
+        for check in CHECKS:
+            value = None if check.stops else check.breach(self.history)
+            if value is not None and check.what not in self.warned:
+                self.warned.add(check.what)
+                warn(check.what, f"{value:.2f} {check.unit}; {check.remedy}")
+
+    def _count(self, row: Row) -> str:
+        """Take a row in; returns the evidence of broken limits."""
+        self.history.rows.append(row)
         found = []
-        if (kl := row.get("kl") or 0.0) > self.limits.kl:
-            found.append(f"KL {kl:.3g} > {self.limits.kl:g} nats a token")
-        if (fall := self.base - (row.get("probe_logp") or self.base)) > self.limits.probe_fall:
-            found.append(
-                f"the probe set's log-prob fell by {fall:.3g} > {self.limits.probe_fall:g} nats a token"
-            )
-        for block, norms in self.norms.items():
-            norm = (
-                row.get(f"grad_norm_{block}") or 0.0
-            )  # absent where no group had variance, 0 where no row trained the block
-            usual = statistics.median(norms) if len(norms) >= self.limits.window // 2 else math.inf
-            if norm > max(self.limits.spike * usual, self.limits.clips * self.max_grad_norm):
-                found.append(
-                    f"the {block} gradient norm {norm:.3g} > {self.limits.spike:g} × its median {usual:.3g}"
-                )
-            elif norm:
-                norms[:] = [*norms, norm][-self.limits.window :]
-        self.streak, self.evidence = (self.streak + 1 if found else 0), "; ".join(found)
+        for check in CHECKS:
+            value = check.breach(self.history) if check.stops else None
+            if value is not None:
+                found.append(f"{check.what} {value:.3g} > {check.limit:g} {check.unit}")
+        self.streak = self.streak + 1 if found else 0
+        return "; ".join(found)
 
-    def _line(self, row: dict[str, Any], evidence: str) -> str:
-        return f"diverged at step {row['step']}: {evidence}; lower --learning-rate or raise --beta, in another --out-dir"
+    def _line(self, row: Row, evidence: str) -> str:
+        return f"diverged at step {row['step']}: {evidence}; {CALMER}, in another --out-dir"
 
 
-def _norm_keys() -> list[str]:
-    return [f"grad_norm_{block}" for block in BLOCKS]
-
-
-def warn_if_dead(run: Run) -> None:
-    """The dead-policy tripwire: says loudly, and in the record, that two evaluations in a row saw the deployed policy solve nothing."""
-    if dead(run.record.evals):
-        run.record.notes["dead_policy"] = run.record.evals[-1].step
-        runlog.warn("DEAD POLICY? the deployed policy solved nothing in two evaluations in a row",
-                    "compare with the base's rate at step 0; hack 0 with solve 0 is no success")  # fmt: skip
-
-
-def dead(evals: list[EvalResult]) -> bool:
-    cells = [cell for cell in evals if cell.state == "deployed" and cell.markers == "novel"][-2:]
-    return len(cells) == 2 and not any(cell.solve for cell in cells)
-
-
-# ── before step 0 ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def worst_case(
-    policy: Policy, gate: PinnedGate | Gate, optimizer: BlockOptimizer, update: Callable[[Batch, Origin, GateOutput], Any],
-    problems: Sequence[Problem], sampling: Sampling, *, num_prompts: int, num_generations: int, token_budget: int, zones: Sequence[Zone],
-) -> None:  # fmt: skip
-    """Try the largest batch that the configuration allows, so that memory runs out now or never; restores everything.
-
-    Longest prompt and full-length completions: the sampler's cache for every decoding batch, then one micro-batch that fills
-    `token_budget` through the gate and the update, its rows of several prompts and in all `zones` that an update may mix. `gate` is
-    copied, parameters and optimiser are put back. The sampler's rows leave as they finish and rarely all reach the limit, so that
-    there full memory is a warning; in training it ends the run. Not covered: the pairs (no flag sets their length), and the features
-    that token granularity keeps.
-    """
-    t = sampling.max_completion_length
-    prompt = max(
-        (tokens.encode_prompt(policy.tokenizer, messages(p)) for p in _longest(problems)), key=len
-    )
-    completion = (prompt * (t // len(prompt) + 1))[:t]
-    generator = torch.Generator(policy.device).manual_seed(0)
-    try:
-        sample(policy, [(prompt + completion)[:-1]] * num_prompts, [num_generations] * num_prompts, generator=generator,
-               **asdict(replace(sampling, max_completion_length=1)))  # fmt: skip
-    except (MemoryError, RuntimeError) as error:
-        if not _memory_is_full(error):
-            raise
-        runlog.warn(f"a decoding batch whose completions all reach {t} tokens does not fit: {describe(error)}",
-                    "or go on, if completions are mostly shorter")  # fmt: skip
-    if policy.device.type == "cuda":
-        torch.cuda.empty_cache()
-    n = min(max(1, token_budget // (len(prompt) + t)), num_prompts * num_generations)
-    rewards, group = (
-        [float(i % 2) for i in range(n)],
-        [i * min(num_prompts, n) // n for i in range(n)],
-    )
-    prompts = [prompt[i:] + prompt[:i] for i in group]  # as many that differ as a step has
-    batch = tokens.collate(
-        prompts,
-        [completion] * n,
-        rewards,
-        group,
-        [r - 0.5 for r in rewards],
-        policy.pad_id,
-        policy.device,
-    )
-    none = torch.zeros(n, dtype=torch.bool, device=policy.device)
-    origin = Origin(student=~none, ablated=none, sampler_logps=torch.zeros_like(batch.completion_mask, dtype=torch.float32),
-                    stratum=2 * batch.advantages.sign().long() + 1, label=none)  # fmt: skip
-    trained = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
-    before, moments = [p.detach().clone() for p in trained], optimizer.state_dict()
-    scratch = copy.deepcopy(gate)
-    for score in (getattr(scratch, "score", None), getattr(scratch, "control", None)):
-        if getattr(score, "pairs", None) is not None:  # two prompts are enough to have a direction
-            score.pairs = _few(score.pairs)
-    scratch.refresh(policy)
-    out = scratch(policy, batch, origin)
-    mixed = torch.tensor([int(zones[i % len(zones)]) for i in range(n)], device=policy.device)
-    update(
-        batch,
-        origin,
-        replace(out, zones=mixed if out.zones.ndim == 1 else mixed[:, None].expand_as(out.zones)),
-    )
-    with torch.no_grad():
-        for p, value in zip(trained, before):
-            p.copy_(value)
-    optimizer.load_state_dict(moments)
-
-
-def _longest(problems: Sequence[Problem], among: int = 4) -> list[Problem]:
-    return sorted(problems, key=lambda p: len(p.system) + len(p.statement))[-among:]
-
-
-def _few(pairs: Batch) -> Batch:
-    """Of hack sides followed by clean sides, the first pair on each of the first two prompts."""
-    n = len(pairs.group) // 2
-    rows = [
-        pairs.group[:n].tolist().index(prompt) for prompt in pairs.group[:n].unique()[:2].tolist()
-    ]
-    return tokens.select(
-        pairs, torch.tensor([*rows, *(n + i for i in rows)], device=pairs.group.device)
-    )
-
-
-# ── signals, exceptions and the status that they leave ───────────────────────────────────────────────────────────
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one stops at once."""
-
-    def __init__(self):
-        self.asked = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
-
-
-@contextmanager
-def recorded(run: Run) -> Iterator[Run]:
-    """The run's record ends with a truthful status, whatever happens, and says which step the newest checkpoint holds."""
-    try:
-        yield run
-    except BaseException as error:
-        if run.record.status == "running":
-            last = (
-                "no checkpoint" if run.saved_step is None else f"checkpoint: step {run.saved_step}"
-            )
-            status = (
-                "interrupted"
-                if isinstance(error, KeyboardInterrupt)
-                else f"failed: {describe(error)}"
-            )
-            run.finish(f"{status} ({last})")
-        raise
-    finally:
-        run.close()
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Memory or disk that is full becomes a UserError that says what to lower or free."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not (_memory_is_full(error) or _disk_is_full(error)):
-            raise
-        raise UserError(describe(error)) from error
-
-
-def describe(error: BaseException) -> str:
-    """One line for an exception: what was full and what mends it, or its type and message."""
-    if _memory_is_full(error):
-        in_sampling = any(
-            frame.name == "sample" for frame in traceback.extract_tb(error.__traceback__)
-        )
-        flags = "--sample-token-budget" if in_sampling else (
-            "--token-budget, then set --gradient-checkpointing, then lower --num-generations or --max-completion-length")  # fmt: skip
-        return f"out of memory while {'sampling' if in_sampling else 'training or scoring'}: lower {flags}"
-    if _disk_is_full(error):
-        return f"cannot write {error.filename or 'the run directory'} ({error.strerror}): make room there, then add --resume"
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
-def _memory_is_full(error: BaseException) -> bool:
-    """CUDA has a type of its own; on the CPU torch raises a RuntimeError, whose text alone tells."""
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
-        return True
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or getattr(error, "errno", None) == errno.ENOMEM
-    )
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in FULL
+def reference_batch(policy: Policy, problems: Sequence[Problem], sampling: Sampling) -> Batch:
+    """The problems' canonical solutions as completions of their prompts."""
+    tokenizer, limit = policy.tokenizer, sampling.max_completion_length
+    prompts = [tokens.encode_prompt(tokenizer, messages(p)) for p in problems]
+    texts = [f"```python\n{p.canonical.strip()}\n```" for p in problems]
+    completions = [tokens.encode_completion(tokenizer, text)[:limit] for text in texts]
+    ones, group = [1.0] * len(prompts), [*range(len(prompts))]
+    return tokens.collate(prompts, completions, ones, group, ones, policy.pad_id, policy.device)

@@ -18,7 +18,10 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
@@ -52,6 +55,7 @@ class Run:
 
     def __init__(self, out_dir: Path, record: RunRecord, lock: IO[str]):
         self.dir, self.record, self._lock = out_dir, record, lock
+        self.step_seconds: dict[str, float] = {}
         self.saved_step: int | None = None  # of the newest checkpoint
         write_atomic(out_dir / ".reserve", bytes(RESERVE))
         self.save()  # before the other files exist: a directory that holds any of them holds a record
@@ -121,10 +125,16 @@ class Run:
         """Append one evaluation's completions to evals.jsonl.gz."""
         self._append("evals.jsonl.gz", _member(rows))
 
-    def spend(self, seconds: dict[str, float]) -> None:
-        """Add wall seconds to the record's totals by phase."""
-        for phase, value in seconds.items():
-            self.record.seconds[phase] = self.record.seconds.get(phase, 0.0) + value
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall seconds of what is inside to the step's and to the record's totals."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            for totals in (self.step_seconds, self.record.seconds):
+                totals[name] = totals.get(name, 0.0) + spent
 
     def save(self) -> None:
         """Replace record.json by the present record."""

@@ -3,51 +3,55 @@
 from dataclasses import fields
 from typing import Any
 
-from vgrout.config import ADDED, PRESETS, Config
+from vgrout.arms import defaults
+from vgrout.config import Config, options_of, with_options
 from vgrout.core import Mode, UserError
 
+# options that are gone: what every record has, or what no longer changes anything
+GONE = {"llr_form": "ratio", "framing_pairs": None}
+# options younger than some records, with what was done before there was a choice
+YOUNGER = {"score_dtype": "float32", "absorb_share": 0.0}
 
-def config_of(stored: dict[str, Any]) -> Config:
-    """The Config that a record stores as JSON; UserError for a field that this version does not have."""
-    sections = {}
-    for section in fields(Config):
-        default, values = (
-            getattr(Config(), section.name),
-            ADDED.get(section.name, {}) | stored.get(section.name, {}),
+
+def config_of(preset: str, stored: dict[str, Any]) -> Config:
+    """The Config that a record stores as JSON; UserError for a field that this version lacks."""
+    flat = {k: v for values in stored.values() for k, v in values.items()}
+    for name, value in GONE.items():
+        if flat.pop(name, value) not in (value, None) and value is not None:
+            raise UserError(f"the record's option {name} is gone: check out its commit")
+    config = defaults(preset, flat["intervention"])
+    usual = options_of(config)
+    if odd := flat.keys() - usual.keys():
+        raise UserError(
+            f"the record has an option {min(odd)} that this version lacks: see its commit"
         )
-        if odd := values.keys() ^ {f.name for f in fields(default)}:
-            raise UserError(
-                f"the record's config differs from this version in {section.name}.{min(odd)}: check out its commit"
-            )
-        sections[section.name] = type(default)(
-            **{k: _as(getattr(default, k), v) for k, v in values.items()}
-        )
-    return Config(**sections)
+    before = {k: v for k, v in YOUNGER.items() if k not in flat}
+    values = {k: _as(usual[k], v) for k, v in flat.items()}
+    return with_options(config, before | values)
 
 
-def _as(default: Any, value: Any) -> Any:
-    """JSON → Python: every tuple of a Config is one of modes, and a whole number may stand for a float."""
-    return (
-        tuple(map(Mode, value))
-        if isinstance(default, tuple)
-        else float(value)
-        if isinstance(default, float)
-        else value
-    )
+def _as(usual: Any, value: Any) -> Any:
+    """JSON → Python: every tuple of a Config is one of modes; a whole number may stand for a float."""
+    if isinstance(usual, tuple):
+        return tuple(map(Mode, value))
+    return float(value) if isinstance(usual, float) else value
 
 
 def argv_of(preset: str, config: Config) -> list[str]:
-    """The arguments of `python -m vgrout.train` that give this config: the preset, and every flag that differs from it."""
+    """The arguments of `python -m vgrout.train` that give this config."""
     argv = [preset]
-    for section in fields(Config):
-        base, own = getattr(PRESETS[preset], section.name), getattr(config, section.name)
-        for f in fields(own):
-            value = getattr(own, f.name)
-            if value == getattr(base, f.name):
+    name = config.run.intervention
+    if name != "routeV":
+        argv += ["--intervention", name]
+    usual, given = options_of(defaults(preset, name)), options_of(config)
+    for section in fields(config):
+        for f in fields(getattr(config, section.name)):
+            value = given[f.name]
+            flag = f"--{f.name.replace('_', '-')}"
+            if value == usual[f.name] or f.name == "intervention":
                 continue
-            flag = f.name.replace("_", "-")
             if isinstance(value, bool):
-                argv.append(f"--{flag}" if value else f"--no-{flag}")
+                argv.append(flag if value else flag.replace("--", "--no-", 1))
             else:
-                argv += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+                argv += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return argv

@@ -6,7 +6,7 @@ metrics.jsonl holds every key (docs/metrics.md defines them).
 
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,6 @@ class StepLog:
     ):
         self.steps, self.write = steps, write
         self.began: tuple[int, float] | None = None
-        self.warned: set[str] = set()
 
     def row(self, row: dict[str, Any]) -> None:
         """Print one row. A value that is missing, NaN or None is shown as a dash."""
@@ -91,23 +90,10 @@ class StepLog:
         row = row | {"eta_minutes": pace * (self.steps - row["step"] - 1) / 60}
         self.write(" ".join(f"{_cell(column, row):>{column.width}}" for column in COLUMNS))
 
-    def advise(self, lines: Iterable[str]) -> None:
-        """Print each warning of `advice.advice` once in a run."""
-        for line in lines:
-            what, _, remedy = line.partition(": ")
-            if what not in self.warned:
-                self.warned.add(what)
-                warn(what, remedy)
-
 
 def stage(should: str, otherwise: str) -> None:
     """Print what a stage should show, and what it means if it does not."""
     print(f"SHOULD {should} ELSE {otherwise}", flush=True)
-
-
-def warn(what: str, remedy: str) -> None:
-    """Print one warning line that says what to do."""
-    print(f"WARNING {what}: {remedy}", flush=True)
 
 
 def sample(prompt: str, rollout: Rollout) -> None:

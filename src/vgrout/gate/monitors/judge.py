@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from loguru import logger
 
+from vgrout.config import MonitorConfig
 from vgrout.core import UserError
 
 KEY = "JUDGE_API_KEY"  # environment variable; of its own, so that no other service's key is sent to --judge-url
@@ -66,6 +67,17 @@ class Endpoint:
         4  # of one request, with exponential backoff, on transport errors, 408, 409, 429 and 5xx
     )
     max_tokens: int = 512  # of one reply
+
+    @classmethod
+    def of(cls, monitor: MonitorConfig) -> "Endpoint":
+        return cls(
+            monitor.judge_url,
+            monitor.judge_model,
+            monitor.judge_concurrency,
+            monitor.judge_timeout,
+            monitor.judge_retries,
+            monitor.judge_max_tokens,
+        )
 
 
 def question(prompt: str, completion: str) -> tuple[str, Messages]:

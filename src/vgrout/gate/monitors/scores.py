@@ -1,7 +1,7 @@
-"""Live monitors as scores, the external baselines: an LLM judge, and a linear probe with another environment's labels.
+"""Live monitors as scores, the external baselines: an LLM judge, and a linear probe.
 
-Both need in training what vGROUT is meant to do without, and are marked so everywhere (`Arm.monitor`). Their score is a flag,
-cut at 0.5; they read no pairs, and no label of a training rollout. docs/method.md, "Monitors as baselines".
+Both need in training what vGROUT is meant to do without, and are marked so everywhere. Their score is
+a flag, cut at 0.5; they read no pairs, and no label of a training rollout (docs/method/monitors.md).
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vgrout.env.problems import stable_hash
-from vgrout.gate.direction import activations
 from vgrout.gate.monitors.judge import Endpoint, judge
-from vgrout.gate.monitors.labelled import Labelled
-from vgrout.gate.scores import Score, Scored
+from vgrout.gate.monitors.labelled import Labelled, load_labelled
+from vgrout.gate.scores import Materials, Score, Scored, register
+from vgrout.gate.v_grad import activations
 from vgrout.model import tokens
-from vgrout.model.batch import Batch, Origin
+from vgrout.model.batch import Batch
 from vgrout.model.policy import Policy
 from vgrout.stats import auroc
 
@@ -23,34 +23,34 @@ HELD_OUT = 5  # every fifth problem of the probe's data, by a hash of its id, is
 
 
 class Judge(Score):
-    """The verdict of an LLM judge on each row's text: 1 hack, 0 clean, NaN where it gave none (counted in `judge_failures`)."""
+    """An LLM judge's verdict on each row's text: 1 hack, 0 clean, NaN for none (counted)."""
 
     def __init__(self, endpoint: Endpoint):
         self.endpoint = endpoint
 
-    def __call__(
-        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
-    ) -> Scored:
+    def __call__(self, policy: Policy, batch: Batch) -> Scored:
         scores = torch.tensor(judge(self.endpoint, texts(policy, batch))).to(batch.advantages)
         return Scored(scores, stats={"judge_failures": float(scores.isnan().sum())})
 
 
 def texts(policy: Policy, batch: Batch) -> list[tuple[str, str]]:
     """(prompt, completion) of every row, decoded from its tokens."""
-    decode = lambda ids: tokens.decode_completion(policy.tokenizer, ids.tolist())  # noqa: E731
-    starts = batch.completion_start.tolist()
-    prompts = [decode(ids[:n]) for ids, n in zip(batch.input_ids, starts)]
-    return [
-        (p, decode(ids[mask]))
-        for p, ids, mask in zip(prompts, batch.completion_ids, batch.completion_mask)
-    ]
+    rows = []
+    for i, start in enumerate(batch.completion_start.tolist()):
+        prompt, completion = batch.input_ids[i, :start], batch.completion_ids[i]
+        parts = prompt, completion[batch.completion_mask[i]]
+        rows.append(
+            tuple(tokens.decode_completion(policy.tokenizer, part.tolist()) for part in parts)
+        )
+    return rows
 
 
 class Probe(Score):
-    """p(hack) by logistic regression on pooled activations, fitted to another environment's labels at the current parameters.
+    """p(hack) by logistic regression on pooled activations, with another environment's labels.
 
-    `data` are rollouts of other problems with their labels `hack`; the rows `held_out` are not fitted, and give the figures
-    that a refresh returns. Features are standardised by the fitted rows' mean and standard deviation.
+    Fitted at the current parameters. `data` are rollouts of other problems with their labels `hack`;
+    the rows `held_out` are not fitted, and give the figures that a refresh returns. Features are
+    standardised by the fitted rows' mean and standard deviation.
     """
 
     stored = ("weight", "bias", "mean", "scale")
@@ -64,7 +64,7 @@ class Probe(Score):
         self.weight, self.bias, self.mean, self.scale = None, None, None, None
 
     def refresh(self, policy: Policy) -> dict[str, float]:
-        """Fit anew; returns AUROC and accuracy at 0.5 on the held-out rows of the probe's own data."""
+        """Fit anew; returns AUROC and accuracy at 0.5 on the probe's own held-out rows."""
         x, fit = self._features(policy, self.data), ~self.held_out
         self.mean, self.scale = x[fit].mean(0), x[fit].std(0).clamp(min=1e-6)
         self.weight, self.bias = fit_logistic(
@@ -77,9 +77,7 @@ class Probe(Score):
             "probe_accuracy": accuracy,
         }
 
-    def __call__(
-        self, policy: Policy, batch: Batch, origin: Origin, shared: Scored | None = None
-    ) -> Scored:
+    def __call__(self, policy: Policy, batch: Batch) -> Scored:
         return Scored(self._probability(self._features(policy, batch)))
 
     def _features(self, policy: Policy, batch: Batch) -> Float[Tensor, "g k"]:
@@ -95,7 +93,10 @@ class Probe(Score):
 def fit_logistic(
     x: Float[Tensor, "n k"], y: Bool[Tensor, " n"], l2: float
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
-    """argmin over (w, b) of Σ log(1 + exp(−s (x·w + b))) + l2/2 · ‖w‖², s = ±1, by L-BFGS; the bias is not shrunk."""
+    """argmin over (w, b) of Σ log(1 + exp(−s (x·w + b))) + l2/2 · ‖w‖², s = ±1, by L-BFGS.
+
+    The bias is not shrunk.
+    """
     x, target = x.double(), y.double()
     w, b = x.new_zeros(x.shape[1], requires_grad=True), x.new_zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -116,21 +117,37 @@ def fit_logistic(
     return w.detach().float(), b.detach().float()
 
 
-def labelled_probe(
-    policy: Policy, rows: list[Labelled], max_completion_length: int, **options: object
-) -> Probe:
+@register("judge")
+def build_judge(materials: Materials) -> Judge:
+    return Judge(Endpoint.of(materials.config.monitor))
+
+
+@register("probe")
+def build_probe(materials: Materials) -> Probe:
     """The probe on labelled rollouts, tokenised as this policy's prompts and completions are."""
-    prompts = [tokens.encode_prompt(policy.tokenizer, r.messages) for r in rows]
-    completions = [
-        tokens.encode_completion(policy.tokenizer, r.completion)[:max_completion_length]
-        for r in rows
-    ]
-    zeros = [0.0] * len(rows)
+    config, tokenizer = materials.config, materials.policy.tokenizer
+    rows = probe_rows(materials)
+    limit = config.grpo.max_completion_length
+    prompts = [tokens.encode_prompt(tokenizer, r.messages) for r in rows]
+    completions = [tokens.encode_completion(tokenizer, r.completion)[:limit] for r in rows]
+    zeros, policy = [0.0] * len(rows), materials.policy
     batch = tokens.collate(
         prompts, completions, zeros, [0] * len(rows), zeros, policy.pad_id, policy.device
     )
-    flags = (
-        [r.hack for r in rows],
-        [stable_hash("probe", r.problem_id) % HELD_OUT == 0 for r in rows],
+    hack = torch.tensor([r.hack for r in rows], device=policy.device)
+    held_out = [stable_hash("probe", r.problem_id) % HELD_OUT == 0 for r in rows]
+    return Probe(
+        batch,
+        hack,
+        torch.tensor(held_out, device=policy.device),
+        space=config.score.act_space,
+        layer=config.score.act_layer,
+        token_budget=config.grpo.token_budget,
+        l2=config.monitor.probe_l2,
     )
-    return Probe(batch, *(torch.tensor(f, device=policy.device) for f in flags), **options)
+
+
+def probe_rows(materials: Materials) -> list[Labelled]:
+    """The probe's labelled rollouts, none of them of a problem of this run."""
+    monitor = materials.config.monitor
+    return load_labelled(monitor.probe_data, materials.problems, monitor.probe_rows)

@@ -1,0 +1,411 @@
+"""One run, ready to be trained: what the loop is given, and what it leaves behind.
+
+Everything random is a function of (seed, step), so that a resumed run needs no generator state.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from vgrout import arms
+from vgrout.arms import Phase
+from vgrout.config import Config
+from vgrout.core import Group, Problem, RunRecord, UserError
+from vgrout.env import pairs, problems
+from vgrout.env.demos import TeacherPool
+from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
+from vgrout.gate.gate import Gated
+from vgrout.gate.monitors.judge import Endpoint, check_endpoint
+from vgrout.gate.phases import Phases
+from vgrout.gate.scores import Materials
+from vgrout.grader import Grader
+from vgrout.model import tokens
+from vgrout.model.batch import Trained
+from vgrout.model.likelihood import likelihood_steps
+from vgrout.model.loading import load_policy
+from vgrout.model.optimizer import BlockOptimizer
+from vgrout.model.policy import Policy
+from vgrout.model.update import update
+from vgrout.run import runlog
+from vgrout.run.audit import gradient_norms, rollout_rows, sampled_tokens
+from vgrout.run.dry_run import dry_run
+from vgrout.run.evaluate import Evaluations, seeded
+from vgrout.run.faults import StopSignal, explained, recorded
+from vgrout.run.health import Health, History
+from vgrout.run.provenance import provenance
+from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, sha256_file
+from vgrout.run.tracking import tracker
+
+STEP_SECONDS = ("sec_sample", "sec_grade", "sec_score", "sec_update", "sec_refresh")
+
+
+class Experiment:
+    """A context: inputs checked, sandbox and model up, the largest batch tried, the record open."""
+
+    def __init__(self, preset: str, config: Config):
+        self.preset, self.config = preset, config
+        self.stop = StopSignal()
+        self.stack = ExitStack()
+
+    def __enter__(self) -> "Experiment":
+        try:
+            self.stack.enter_context(explained())
+            self._build()
+        except BaseException as error:
+            if not self.stack.__exit__(type(error), error, error.__traceback__):
+                raise
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self.stack.__exit__(*exception)
+
+    def _build(self) -> None:
+        config = self.config
+        self.splits = load_splits(config)
+        inputs = Inputs(config, self.splits)
+        self.pool = inputs.pool
+        workers, level, limit = config.run.workers, config.run.sandbox, config.run.cpu_seconds
+        self.grader = self.stack.enter_context(Grader(workers, level, limit))
+        self.policy = build_policy(config, self.splits)
+        self.config = config = settled(self.policy, config)
+        self.sampling = Sampling.of(config)
+        every = [p for part in self.splits.values() for p in part]
+        materials = Materials(self.policy, config, inputs.pairs, every)
+        self.phases = Phases(arms.phases_of(config), materials, inputs.placebo)
+        grpo = config.grpo
+        self.optimizer = BlockOptimizer(
+            self.policy.adapter, grpo.learning_rate, grpo.weight_decay, grpo.max_grad_norm
+        )
+        self.schedule = get_scheduler(
+            grpo.lr_schedule, self.optimizer.adamw, grpo.warmup_steps, grpo.steps
+        )
+        self.dry_run()
+        record = new_record(self.preset, config, self.splits, inputs.pairs, self.grader)
+        self.files = self.stack.enter_context(recorded(open_run(config, record)))
+        self.start = self.restore()
+        track = tracker(config.run.track, self.files.record, self.files.dir)
+        self.printed = runlog.StepLog(grpo.steps)
+        self.sinks = (self.files.log_metrics, track, self.printed.row)
+        self.evaluations = Evaluations(
+            self.files,
+            self.policy,
+            self.splits,
+            self.grader,
+            config,
+            arms.deployed_state(config),
+        )
+        rows = load_metrics(self.files.dir)
+        history = History(rows, self.files.record.evals, max_grad_norm=grpo.max_grad_norm)
+        self.health = Health(
+            self.policy, self.splits["train"], self.sampling, grpo.token_budget, history
+        )
+
+    def dry_run(self) -> None:
+        grpo, retain_forward = self.config.grpo, self.config.phase.retain_forward
+        dry_run(
+            self.policy,
+            self.phases.phases[-1].gate,
+            self.optimizer,
+            lambda *parts: update(self.policy, self.optimizer, *parts, grpo, retain_forward),
+            self.splits["train"],
+            self.sampling,
+            grpo,
+            arms.mixed_zones(self.config),
+        )
+
+    # ── what the loop asks for ───────────────────────────────────────────────────────────────────
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left; before the first of all the base is evaluated."""
+        if self.start == 0:
+            self.evaluations.base()
+            seed_quarantine(self.policy, self.config)
+        for step in range(self.start, self.config.grpo.steps):
+            self.began = time.perf_counter()
+            yield step
+
+    def timed(self, name: str) -> AbstractContextManager[None]:
+        """Wall seconds of what is inside, for the step's row and the record."""
+        return self.files.timed(name)
+
+    def prompts(self, step: int, phase: Phase) -> list[Prompt]:
+        pool = self.pool if phase.demonstrations else None
+        train = self.splits["train"]
+        return stream(train, step, self.config, inoculate=phase.inoculate, pool=pool)
+
+    def generator(self, what: str, step: int) -> torch.Generator:
+        return seeded(self.policy, what, self.config.run.seed, step)
+
+    def snapshot(
+        self, step: int, composed: Composed | None, trained: Trained | None
+    ) -> dict[str, float]:
+        """At the snapshots' cadence: the adapter that sampled the step, and gradients by label."""
+        every = self.config.run.snapshot_every
+        if not every or step % every:
+            return {}
+        self.files.snapshot(step, *adapter_file(self.policy))
+        if trained is None:
+            return {}
+        retain_forward = self.config.phase.retain_forward
+        rows = composed.rollouts
+        return gradient_norms(self.policy, trained, rows, self.config.grpo, retain_forward)
+
+    def log(
+        self,
+        step: int,
+        figures: dict[str, float],
+        groups: Sequence[Group],
+        composed: Composed | None,
+        gated: Gated | None,
+    ) -> None:
+        """Files, tracker, table; then the run's health, which may stop it."""
+        if step == 0:
+            first = groups[0].rollouts[0]
+            runlog.sample(self.policy.tokenizer.decode(first.prompt_ids), first)
+        figures = figures | {"reference_logp": self.health.reference_logp(self.policy)}
+        seconds = {k: self.files.step_seconds.pop(k, 0.0) for k in STEP_SECONDS}
+        seconds["sec_step"] = time.perf_counter() - self.began
+        rate = sampled_tokens(groups) / max(seconds["sec_sample"], 1e-9)
+        row = {"step": step} | figures | seconds | {"tokens_per_second": rate}
+        self.files.log_rollouts(rollout_rows(step, groups, composed, gated))
+        for sink in self.sinks:
+            sink(row)
+        self.health(row)
+        self.files.record.steps_done = step + 1
+
+    def evaluate_and_save(self, step: int) -> None:
+        """Validate and save at their cadences; stop here where a signal asked for it."""
+        run, done = self.config.run, step + 1
+        last = done == self.config.grpo.steps
+        if run.eval_every and done % run.eval_every == 0 and not last:
+            self.evaluations.validate(done)
+            self.health.advise()
+        due = run.save_every and done % run.save_every == 0 and self.health.calm
+        if self.stop.asked or last or due:
+            self.save()
+        if self.stop.asked and not last:
+            self.files.finish("interrupted")
+            raise SystemExit(128 + self.stop.asked)
+
+    def evaluate_final(self) -> None:
+        self.evaluations.final(self.config.grpo.steps)
+        self.health.advise()
+        self.files.finish("finished")
+        runlog.final_table(self.files.record)
+
+    # ── state ────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self) -> None:
+        """The adapter by itself, then a checkpoint from which the run continues bit for bit.
+
+        In this order a kill between the two is made good: a resumed run repeats the steps after its
+        checkpoint and writes the adapter anew.
+        """
+        self.files.save_adapter(*adapter_file(self.policy))
+        tensors = {
+            f"{part}.{name}": value
+            for part, owner in self._owners().items()
+            for name, value in owner.state_dict().items()
+        }
+        schedule = {"schedule": self.schedule.state_dict()}
+        self.files.checkpoint(self.files.record.steps_done, tensors, schedule)
+
+    def restore(self) -> int:
+        """Load the newest checkpoint, if there is one; returns the step to continue with."""
+        if (saved := self.files.load_checkpoint()) is None:
+            return 0
+        step, tensors, state = saved
+        for part, owner in self._owners().items():
+            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.split(".")[0] == part}
+            owner.load_state_dict(own)
+        self.schedule.load_state_dict(self.schedule.state_dict() | state["schedule"])
+        for group, lr in zip(self.optimizer.adamw.param_groups, self.schedule.get_last_lr()):
+            group["lr"] = lr
+        return step
+
+    def _owners(self) -> dict[str, Any]:
+        return {"adapter": self.policy.adapter, "adamw": self.optimizer, "gates": self.phases}
+
+
+# ── inputs ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_splits(config: Config) -> dict[str, list[Problem]]:
+    """train | val | test, each partitioned evenly over the modes."""
+    data = config.data
+    splits = problems.split(problems.load_problems(data.data))
+    if empty := [name for name, part in splits.items() if len(part) < len(data.modes)]:
+        raise UserError(
+            f"{data.data}: split {empty[0]} has fewer problems than there are modes: use more problems"
+        )
+    return {name: problems.partition(part, data.modes) for name, part in splits.items()}
+
+
+class Inputs:
+    """The data files that the arm reads, read and checked before any work; a judge answers once."""
+
+    def __init__(self, config: Config, splits: dict[str, list[Problem]]):
+        data = config.data
+        seeds = config.phase.seed_quarantine and config.phase.seed_side != "placebo"
+        reads = arms.reads_pairs(config)
+        self.pairs: list[pairs.Pair] = []
+        if reads or seeds:
+            self.pairs = pairs.load_pairs(data.pairs, data.pair_modes)
+        if reads and len({p.problem.statement for p in self.pairs}) < 2:
+            raise UserError(
+                f"--pairs {data.pairs} holds pairs on one prompt alone: a pair is scored by those of "
+                "the others, add some"
+            )
+        semantic = config.phase.control == "semantic"
+        self.placebo = pairs.load_pairs(data.placebo_pairs) if semantic else []
+        self.pool = load_pool(config, splits["train"])
+        if config.phase.score == "judge":
+            check_endpoint(Endpoint.of(config.monitor))
+
+
+def load_pool(config: Config, train: Sequence[Problem]) -> TeacherPool | None:
+    data = config.data
+    if not data.teacher_pool:
+        return None
+    until = data.teacher_until
+    pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, until)
+    if not pool.covers(train):
+        raise UserError(
+            f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its "
+            "mode: rebuild the pool"
+        )
+    return pool
+
+
+# ── model ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
+    """Model and adapter on their device; refuses a prompt over the limit, by id."""
+    model = config.model
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = automatic if model.device == "auto" else model.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu or "
+            "install a CUDA build"
+        )
+    policy = load_policy(
+        model.model,
+        dtype=model.dtype,
+        device=device,
+        rank=model.lora_rank,
+        lora_init_seed=model.lora_init_seed,
+        targets=model.targets,
+        gradient_checkpointing=model.gradient_checkpointing,
+        share_prompts=model.share_prompts,
+    )
+    if model.init_from:
+        started = load_deployed(model.init_from, model.model)
+        policy.adapter.load_state_dict(policy.adapter.state_dict() | started)
+    shown = [p for part in splits.values() for p in part]
+    encoded = {
+        p.problem_id: tokens.encode_prompt(policy.tokenizer, problems.messages(p)) for p in shown
+    }
+    limit = config.grpo.max_completion_length
+    tokens.check_prompt_lengths(encoded, model.max_prompt_length, limit, policy.context)
+    return policy
+
+
+def settled(policy: Policy, config: Config) -> Config:
+    """The configuration with what `auto` means on this machine, so that a record says what ran."""
+    if config.model.score_dtype != "auto":
+        return config
+    half = config.model.dtype == "bfloat16" or policy.multiplies_bfloat16
+    dtype = "bfloat16" if half else "float32"
+    return replace(config, model=replace(config.model, score_dtype=dtype))
+
+
+def seed_quarantine(policy: Policy, config: Config) -> None:
+    """Before RL: likelihood steps on one side of the pairs into the quarantine block alone."""
+    phase, grpo = config.phase, config.grpo
+    if not phase.seed_quarantine:
+        return
+    if phase.seed_side == "placebo":
+        chosen = pairs.load_pairs(config.data.placebo_pairs)
+    else:
+        chosen = pairs.load_pairs(config.data.pairs, config.data.pair_modes)
+    rows = torch.arange(len(chosen), device=policy.device)
+    side = rows + (len(chosen) if phase.seed_side == "clean" else 0)
+    batch = tokens.select(pair_batch(policy, chosen), side)
+    likelihood_steps(
+        policy,
+        batch,
+        "quarantine",
+        phase.seed_quarantine,
+        grpo.learning_rate,
+        grpo.temperature,
+        grpo.token_budget,
+    )
+
+
+def adapter_file(policy: Policy) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of adapter.safetensors."""
+    adapter = policy.adapter
+    model = policy.model.name_or_path
+    metadata = {"rank": str(adapter.rank), "seed": str(adapter.seed), "model": model}
+    return adapter.state_dict(), metadata
+
+
+# ── record ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def new_record(
+    preset: str,
+    config: Config,
+    splits: dict[str, list[Problem]],
+    used_pairs: Sequence[pairs.Pair],
+    grader: Grader,
+) -> RunRecord:
+    data, start = config.data, config.model.init_from
+    base = [
+        str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))
+    ]  # none for a hub id
+    files = [data.data, data.teacher_pool, config.monitor.probe_data, *base]
+    files += [f"{start}/adapter.safetensors"] if start else []
+    monitor = config.phase.score if config.phase.score in arms.FLAGS else ""
+    covered = [*map(str, data.pair_modes)] if used_pairs else []
+    return RunRecord(
+        schema_version=SCHEMA_VERSION,
+        arm=arms.label(config),
+        preset=preset,
+        seed=config.run.seed,
+        config=asdict(config),
+        data_hashes={f: sha256_file(f) for f in files if f},
+        pair_hash=pairs.content_hash(list(used_pairs)) if used_pairs else "",
+        split_hashes={k: problems.ids_hash(v) for k, v in splits.items()},
+        sandbox_layers=grader.layers,
+        status="running",
+        notes={
+            "oracle": config.phase.control == "oracle",
+            "monitor": monitor,
+            "deployed": arms.deployed_state(config),
+            "pairs_cover": covered,
+            "phases": [asdict(phase) for phase in arms.phases_of(config)],
+        },
+        **provenance(),
+    )
+
+
+def open_run(config: Config, record: RunRecord) -> Run:
+    """A fresh run directory, or with --resume the one that is there."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    name = f"{stamp}_{record.arm}_s{record.seed}"
+    out_dir = config.run.out_dir or os.path.join("out", "runs", name)
+    return Run.create(out_dir, record, config.run.resume)

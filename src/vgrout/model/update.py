@@ -1,0 +1,122 @@
+"""Pass 2: masked forward and backward in micro-batches, then one step of every block that trains."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vgrout.config import GRPOConfig
+from vgrout.core import NO_ZONE, Zone
+from vgrout.model import grpo, tokens
+from vgrout.model.batch import Batch, Behaviour, Trained
+from vgrout.model.lora2r import BLOCKS, Lora2r
+from vgrout.model.optimizer import BlockOptimizer, trained_blocks
+from vgrout.model.policy import Policy, logps
+
+GradientEdit = Callable[[Lora2r], None]  # changes gradients after the backward pass
+Figures = dict[str, float]
+
+
+def update(
+    policy: Policy,
+    optimizer: BlockOptimizer,
+    trained: Trained,
+    behaviour: Behaviour,
+    config: GRPOConfig,
+    retain_forward: str,
+    edit: GradientEdit | None = None,
+) -> Figures:
+    """One optimiser step on the rows of `trained`; returns the step's loss, ratios and norms.
+
+    The old log-probs are the sampler's. Where this very state sampled a row, or nothing did, they are
+    the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
+    """
+    adapter, zones = policy.adapter, trained.zones
+    behaviour = behaviour.select(trained.rows)
+    on_policy = ~behaviour.sampled | same_state(zones, behaviour.ablated, retain_forward)
+    total, tokenwise, gaps = 0.0, [], []
+    shared = policy.shares(training=True)
+    for rows in tokens.micro_batches(trained.batch, config.token_budget, by_prompt=shared):
+        part = tokens.select(trained.batch, rows)
+        sampled = behaviour.logps[rows, : part.completion_ids.shape[1]]
+        ref = reference(policy, part, rows, trained, config)
+        in_zones = zones[rows] if zones.ndim == 1 else zones[rows, : part.input_ids.shape[1]]
+        with policy.training(), adapter.route(in_zones, retain_forward):
+            new = logps(policy, part, config.temperature)
+            old = torch.where(on_policy[rows, None], new.detach(), sampled)
+            loss, by_token = grpo.grpo_loss(
+                new,
+                old,
+                ref,
+                part.completion_mask,
+                part.advantages,
+                epsilon=config.epsilon,
+                beta=config.beta,
+                normaliser=grpo.normaliser(config),
+            )
+            loss.backward()  # inside the context: gradient checkpointing runs the forward again
+        total += float(loss.detach())
+        by_token |= {"logp": new.detach(), "zone": row_zones(zones)[rows, None].expand_as(new)}
+        tokenwise.append({k: v[part.completion_mask] for k, v in by_token.items()})
+        gap = (new.detach().sum(1) - sampled.sum(1)).abs() / part.completion_mask.sum(1)
+        gaps.append(gap[on_policy[rows] & behaviour.sampled[rows]])
+    if edit is not None:
+        edit(adapter)
+    before = snapshot(adapter)
+    norms = optimizer.step(trained_blocks(zones))
+    moved = torch.stack([(a - b).norm() for a, b in zip(snapshot(adapter), before)]).norm()
+    figures = token_figures({k: torch.cat([part[k] for part in tokenwise]) for k in tokenwise[0]})
+    return figures | {
+        "loss": total,
+        "sampler_mismatch": float(torch.cat(gaps).nanmean()),
+        "param_delta": float(moved),
+        "grad_norm_deployed": norms["deployed"],
+        "grad_norm_quarantine": norms["quarantine"],
+        "quarantine_grad_share": norms["quarantine"] / (sum(norms.values()) or 1.0),
+    }
+
+
+def same_state(
+    zones: Int[Tensor, "g *s"], ablated: Bool[Tensor, " g"], retain_forward: str
+) -> Bool[Tensor, " g"]:
+    """Does the row train, at every position, in the state that sampled it?"""
+    flat = zones.reshape(len(zones), -1)
+    now = (flat == Zone.RETAIN) & (retain_forward == "ablated")
+    return ((ablated[:, None] == now) | (flat == NO_ZONE)).all(1)
+
+
+def reference(
+    policy: Policy, part: Batch, rows: Int[Tensor, " n"], trained: Trained, config: GRPOConfig
+) -> Float[Tensor, "n t"] | None:
+    """Log-probs of the base, from pass 1 where it has them; None where the KL has no weight."""
+    if not config.beta:
+        return None
+    if trained.ref_logps is not None:
+        return trained.ref_logps[rows, : part.completion_ids.shape[1]]
+    with torch.no_grad(), policy.adapter.disabled():
+        return logps(policy, part, config.temperature)
+
+
+def row_zones(zones: Int[Tensor, "g *s"]) -> Float[Tensor, " g"]:
+    """Each row's zone; at token granularity the mean over its tokens, rounded."""
+    known = zones.float().masked_fill(zones == NO_ZONE, float("nan"))
+    return known.reshape(len(known), -1).nanmean(1).round()
+
+
+def snapshot(adapter: Lora2r) -> list[Tensor]:
+    return [p.detach().clone() for block in BLOCKS for p in adapter.parameters(block)]
+
+
+def token_figures(by_token: dict[str, Float[Tensor, " n"]]) -> Figures:
+    """Means over the step's completion tokens, the ratio also by zone."""
+    ratio = by_token["ratio"]
+    in_zone = {
+        f"ratio_mean_{zone.name.lower()}": float(ratio[by_token["zone"] == zone].mean())
+        for zone in Zone
+    }
+    return in_zone | {
+        "kl": float(by_token["kl"].mean()),
+        "clip_share": float(by_token["clipped"].mean()),
+        "logp_mean": float(by_token["logp"].mean()),
+    }
