@@ -90,7 +90,8 @@ class GRPOConfig:
     warmup_steps: Whole = 2
     weight_decay: NotNegative = 0.0  # decay toward the initialisation
     max_grad_norm: Positive = 0.1  # of each block; healthy organism steps have norms of 0.02 to 0.1
-    beta: NotNegative = 0.02  # weight of the k3 KL to the adapter-off reference
+    beta: NotNegative = 0.02  # weight of the KL to the adapter-off reference
+    kl_estimator: Literal["k3", "corrected"] = "k3"  # corrected: k3 times the PPO ratio
     epsilon: NotNegative = 0.2  # PPO clip
     token_budget: Count = 8192  # padded tokens of one micro-batch
 
