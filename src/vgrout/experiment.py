@@ -306,7 +306,7 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
         dtype=model.dtype,
         device=device,
         rank=model.lora_rank,
-        lora_init_seed=model.lora_init_seed,
+        lora_init_seed=config.run.seed if model.lora_init_seed is None else model.lora_init_seed,
         targets=model.targets,
         gradient_checkpointing=model.gradient_checkpointing,
         share_prompts=model.share_prompts,
