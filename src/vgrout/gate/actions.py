@@ -97,9 +97,7 @@ def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tens
     return z
 
 
-def _only(
-    batch: Batch, gated: Gated, keep: Bool[Tensor, " g"], zone: Zone
-) -> Trained | None:
+def _only(batch: Batch, gated: Gated, keep: Bool[Tensor, " g"], zone: Zone) -> Trained | None:
     """The rows to keep, all in one zone; None where there is none."""
     rows = keep.nonzero()[:, 0]
     if not len(rows):
