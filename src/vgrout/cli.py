@@ -102,7 +102,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     """Flags that do not go together, or not with the arm."""
     data, grpo, phase, name = config.data, config.grpo, config.phase, config.run.intervention
     score, steps = config.score, grpo.steps
-    zone = ARMS[name].phases[-1].zone
+    zone = arms.arm_of(name).phases[-1].zone
     if phase.quarantine_first >= steps:
         first = f"--quarantine-first {phase.quarantine_first}"
         yield f"{first} leaves none of --steps {steps} to the deployed block: shorten it"
