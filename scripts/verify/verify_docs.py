@@ -1,14 +1,15 @@
-"""What the documents name exists, their tables are the records', and their prose keeps to the rules.
+"""What the documents name exists, their tables are the records', their prose keeps to the rules.
 
-A rule finds what is wrong in a document. It must find nothing in the documents, and what is
-planted.
+A rule finds what is wrong in a page. It must find nothing in the documents, and what is planted.
 
     uv run python scripts/verify/verify_docs.py
 """
 
 import csv
 import re
+from collections import defaultdict
 from functools import cache
+from math import nan
 from pathlib import Path
 from statistics import mean
 
@@ -29,6 +30,7 @@ ABSENT = ("data/leetcode", "data/none", "data/organism/teacher.jsonl.gz/")  # do
 HISTORY = ("RESEARCH_JOURNAL.md", "docs/spec/", "docs/plans/")  # its words stay as they are
 NEWCOMERS = ("README.md", "docs/start.md", "docs/findings/")
 BOUNDED = ("README.md", "docs/method/")
+FIGURES = ("seeds", "hack", "solve")
 
 
 def broken_links(name: str, text: str) -> list[str]:
@@ -63,7 +65,13 @@ def is_there(name: str) -> bool:
         field = name[2:].removeprefix("no-").replace("-", "_")
         return bool(re.search(rf"{name}(?![\w-])|^    {field}: ", sources(), re.M))
     module = name.replace(".", "/")
-    places = (name, f"src/**/{name}", f"scripts/**/{name}", f"src/{module}", f"src/{module}.py")
+    places = [
+        name,
+        f"src/**/{name}",
+        f"scripts/**/{name}",
+        f"src/{module}",
+        f"src/{module}.py",
+    ]
     return name.startswith(ABSENT) or any(any(ROOT.glob(place)) for place in places)
 
 
@@ -81,62 +89,71 @@ def stale_figures(name: str, text: str) -> list[str]:
         cells = [cell.strip() for cell in line.split("|")]
         head = (head or cells) if line.startswith("|") else []
         shown = dict(zip(head, cells))
-        if "seeds" in shown and (row := re.match(r"`(\w+)`", cells[1])):
-            for what, figure in committed()[row[1]].items():
-                cell = shown.get(what, str(figure))
-                if float(cell) != round(figure, len(cell.partition(".")[2])):
-                    wrong.append(f"{row[1]}, {what} {cell}: the records say {figure:.4g}")
+        row = re.match(r"`(\w+)`", cells[1]) if "seeds" in shown else None
+        for what in {*FIGURES} & {*shown} if row else ():
+            figure = committed()[row[1]][what]
+            digits = len(shown[what].partition(".")[2])
+            if float(shown[what]) != round(figure, digits):
+                wrong.append(f"{row[1]}, {what} {shown[what]}: the records say {figure:.4g}")
     return wrong
 
 
 @cache
 def committed() -> dict[str, dict[str, float]]:
-    """Row of the decision → its figures, in the tables that `just artifacts` makes of the records."""
-    rows: dict[str, dict[str, float]] = {}
+    """Row of the decision → its figures, in the tables that `just artifacts` makes."""
+    rows = defaultdict(lambda: dict.fromkeys(FIGURES, nan))
     for path in sorted(ROOT.glob("docs/writeup/generated/*.csv")):
         for row in csv.DictReader(path.open()):
-            figures = rows.setdefault(row.get("series") or row.get("name", ""), {})
             if "series" in row:  # a curve: its last point stands
-                figures |= {row["which"]: float(row["mean"]), "seeds": float(row["runs"])}
-            for what in ("seeds", "hack", "solve"):  # overall, or the mean over the modes
-                keys = [what] if what in row else [key for key in row if key.endswith(f"_{what}")]
-                if keys and "name" in row:
-                    figures[what] = mean(float(row[key]) for key in keys)
+                row |= {"name": row["series"], row["which"]: row["mean"], "seeds": row["runs"]}
+            for what in FIGURES if "name" in row else ():
+                by_mode = [key for key in row if key.endswith(f"_{what}")]
+                keys = [what] if what in row else by_mode
+                if keys:
+                    rows[row["name"]][what] = mean(float(row[key]) for key in keys)
     return rows
 
 
-def paragraphs(text: str) -> list[str]:
-    """Paragraphs, list items and headings; a link is its text, and code is one word."""
-    prose = CODE.sub("Code", LINK.sub(r"\1", NO_PROSE.sub("\n", text)))
-    return [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?= *(?:[-#]|\d+\.) )", prose)]
+def prose(text: str) -> str:
+    return NO_PROSE.sub("", text)
 
 
-def lines(text: str) -> list[str]:
-    return NO_PROSE.sub("", text).splitlines()
+def paragraphs(text: str) -> str:
+    """A paragraph, list item or heading a line; a link is its text, and code is one word."""
+    plain = CODE.sub("Code", LINK.sub(r"\1", NO_PROSE.sub("\n", text)))
+    parts = re.split(r"\n\s*\n|\n(?= *(?:[-#]|\d+\.) )", plain)
+    return "\n".join(" ".join(part.split()) for part in parts)
 
 
-def page(text: str) -> list[str]:
-    return [text]
-
-
-UNWANTED = (
-    r"(dis)?honest\w*|ship(s|ped)|canary|knobs?|coin flips?|scoreboard|dies|lives|lottery|folklore"
-)
-PROSE = {  # rule: where, in what unit, and the pattern of a fault
-    "a line of more than 120 columns": ("", lines, r".{121}"),
-    "a sentence of more than 40 words": (NEWCOMERS, paragraphs, r"(\S*[^\s.!?:*]\**\s){40}\S"),
-    "a paragraph of more than six numbers": (NEWCOMERS, paragraphs, r"((^|[^\w.,])\.?\d.*?){7}"),
-    "a page of more than 100 lines": (BOUNDED, page, r"(.*\n){101}"),
-    "a word that the project avoids": ("", paragraphs, rf"(?i)\b({UNWANTED})\b"),
+PROSE = {  # rule: where, in which view of the text, and the pattern of a fault
+    "a line of more than 120 columns": ("", prose, r".{121}"),
+    "a sentence of more than 40 words": (
+        NEWCOMERS,
+        paragraphs,
+        r"(\S*[^\s.!?*]\** ){40}\S",
+    ),
+    "a paragraph of more than six numbers": (
+        NEWCOMERS,
+        paragraphs,
+        r"((^|[^\w.,])\.?\d.*?){7}",
+    ),
+    "a page of more than 100 lines": (BOUNDED, str, r"(.*\n){101}"),
+    "a word that the project avoids": (
+        "",
+        paragraphs,
+        r"(?i)\b((dis)?honest\w*|ship(s|ped)|canary|knobs?|coin flips?|scoreboard|dies|lives"
+        r"|lottery|folklore)\b",
+    ),
 }
 
 
 def faulty_prose(name: str, text: str) -> list[str]:
     """The prose keeps to its rules."""
     found = []
-    for rule, (places, units, fault) in PROSE.items():
+    for rule, (places, view, fault) in PROSE.items():
         if name.startswith(places) and not name.startswith(HISTORY):
-            found += [f"{rule}: {unit[:60]}" for unit in units(text) if re.search(fault, unit)]
+            faults = re.finditer(fault, view(text), re.M)
+            found += [f"{rule}: {match[0][:60]}" for match in faults]
     return found
 
 
@@ -150,11 +167,11 @@ RULES = {  # rule → a text in which it must find something, and how often
 
 def main() -> None:
     failures = 0
-    pages = {path.relative_to(ROOT).as_posix(): path.read_text()
-             for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}  # fmt: skip
+    paths = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+    pages = {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
     for rule, (planted, times) in RULES.items():
         assert len(rule("README.md", planted)) == times, f"{rule.__name__} misses a planted fault"
-        wrong = [f"{name}: {fault}" for name in sorted(pages) for fault in rule(name, pages[name])]
+        wrong = [f"{name}: {fault}" for name, text in pages.items() for fault in rule(name, text)]
         failures += len(wrong)
         print(f"{'BROKEN' if wrong else 'ok':6}  {rule.__doc__}", *wrong, sep="\n        ")
     assert not failures, f"{failures} faults in the documents"

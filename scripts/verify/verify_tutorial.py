@@ -1,4 +1,4 @@
-"""The tutorial works: its blocks are applied to a copy of the package, in order, and its checks run there.
+"""The tutorial works: its blocks are applied to a copy of the package, and its checks run there.
 
 Every section adds fewer than 30 lines in at most two files. With its last block left out, its
 check fails.
