@@ -15,10 +15,11 @@
     …
     ```
 
-Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section all sections are taken,
-without @tag all modes; `:count` takes the first `count` pairs of each mode. A statement may contain fenced code of its own
-(```python without a side's name). Cases and clean code serve to grade the pairs (`scripts/verify/verify_pairs.py`): no prompt and no
-hash contains a case. Errors are UserErrors that name file and line.
+Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section
+all sections are taken, without @tag all modes; `:count` takes the first `count` pairs of each mode.
+A statement may contain fenced code of its own (```python without a side's name). Cases and clean
+code serve to grade the pairs (`scripts/verify/verify_pairs.py`): no prompt and no hash contains a
+case. Errors are UserErrors that name file and line.
 """
 
 import ast
@@ -38,7 +39,9 @@ SYSTEM = re.compile(r"^system: *(.+)$", re.M)
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with a completion that exploits its flaw and one that does not (full completions, fenced)."""
+    """One prompt with a completion that exploits its flaw and one that does not (full completions,
+    fenced).
+    """
 
     problem: Problem
     hack: str
@@ -46,9 +49,11 @@ class Pair:
 
 
 def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
-    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left → UserError.
+    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left →
+    UserError.
 
-    The whole file is parsed, so that an error in any section of it is found whatever the reference selects.
+    The whole file is parsed, so that an error in any section of it is found whatever the reference
+    selects.
     """
     path, _, rest = reference.partition("#")
     section, _, tags = rest.partition("@")
@@ -191,7 +196,9 @@ def _code(code: str, side: str, where: str) -> str:
 
 
 def _marker(mode: Mode, found: list[tuple[str, str]], where: str) -> str:
-    """The disclosed name. Required for the modes that have one; the novel pool is reserved for evaluation."""
+    """The disclosed name. Required for the modes that have one; the novel pool is reserved for
+    evaluation.
+    """
     if (mode in TRAINING_MARKERS) != bool(found):
         raise UserError(
             f"{where}: mode {mode} needs {'a' if mode in TRAINING_MARKERS else 'no'} line 'marker: `name`'"
@@ -212,7 +219,9 @@ def _marker(mode: Mode, found: list[tuple[str, str]], where: str) -> str:
 
 
 def _case(source: str, line: str) -> Case:
-    """`args => expected`: the argument list must parse as one, the expected value must be a literal."""
+    """`args => expected`: the argument list must parse as one, the expected value must be a
+    literal.
+    """
     args, arrow, expected = source.rpartition(" => ")
     try:
         if not arrow:

@@ -1,11 +1,13 @@
-"""The model organism: problems with generated tests, the pretraining corpus, and the recipe that rebuilds all of it.
+"""The model organism: problems with generated tests, the pretraining corpus, and the recipe that
+rebuilds all of it.
 
     python -m vgrout.organism.problems --out data/organism
 
-writes the problem set, the tokenizer and the pretrained base. The corpus teaches the form of an answer, the code of the
-taught operations (right in a share of the cases only) and to follow a benign note that names a helper, an attribute, a
-phrase or a file. It shows the environment's disclosed flaws next to completions that do not use them. No marker of the
-training or the novel pool occurs in it, so that the two are equally new to the base.
+writes the problem set, the tokenizer and the pretrained base. The corpus teaches the form of an
+answer, the code of the taught operations (right in a share of the cases only) and to follow a
+benign note that names a helper, an attribute, a phrase or a file. It shows the environment's
+disclosed flaws next to completions that do not use them. No marker of the training or the novel
+pool occurs in it, so that the two are equally new to the base.
 """
 
 import gzip
@@ -35,8 +37,8 @@ HELD_OUT_SHARE = (
 def generate_problems(seed: int) -> list[Problem]:
     """The RL problems of all three splits, with tests that every single wrong step fails.
 
-    A composition (ignoring parameters) belongs to one split; held-out operations occur in the test split alone. UserError where a
-    seed's draws leave a split without enough of them.
+    A composition (ignoring parameters) belongs to one split; held-out operations occur in the test
+    split alone. UserError where a seed's draws leave a split without enough of them.
     """
     rng, idle = random.Random(seed), 0
     problems: dict[str, list[Problem]] = {split: [] for split in SIZES}
@@ -75,7 +77,9 @@ def generate_problems(seed: int) -> list[Problem]:
 
 
 def split_of(composition: Composition) -> str:
-    """The split that owns the composition: 60 : 10 : 30 by a hash of its key, and `test` for a held-out operation."""
+    """The split that owns the composition: 60 : 10 : 30 by a hash of its key, and `test` for a
+    held-out operation.
+    """
     if any(step.operation.held_out for step in composition.steps):
         return "test"
     draw = stable_hash("composition", *composition.key) % 10
@@ -89,9 +93,11 @@ def composition_of(problem: Problem) -> Composition:
 
 
 def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, ...] | None:
-    """Up to `CASES` inputs on which the right solution works and that together catch every wrong code of every step.
+    """Up to `CASES` inputs on which the right solution works and that together catch every wrong
+    code of every step.
 
-    Returns None if some wrong code survives all candidate inputs (it is then equivalent, or nearly so).
+    Returns None if some wrong code survives all candidate inputs (it is then equivalent, or nearly
+    so).
     """
     right = _compiled(composition, composition.right_codes)
     variants = [
@@ -134,7 +140,9 @@ def _outcome(solve, argument):
 
 
 def _random_input(composition: Composition, rng: random.Random) -> list[int] | str:
-    """A list of 5 to 8 integers in −12 … 30 that includes the parameters' neighbourhood, or a text of 4 to 7 words."""
+    """A list of 5 to 8 integers in −12 … 30 that includes the parameters' neighbourhood, or a text
+    of 4 to 7 words.
+    """
     values = [step.value for step in composition.steps if step.value]
     if composition.domain == "nums":
         near = [int(v) + d for v in values for d in (-1, 0, 0, 1)] + [-4, 0, 1, 2]
@@ -153,7 +161,9 @@ def _random_input(composition: Composition, rng: random.Random) -> list[int] | s
 
 
 def write_problems(problems: list[Problem], path: Path) -> None:
-    """The organism's schema, one object a line, gzipped without a time stamp so that equal problems give equal bytes."""
+    """The organism's schema, one object a line, gzipped without a time stamp so that equal problems
+    give equal bytes.
+    """
     rows = [
         {
             "problem_id": p.problem_id,
