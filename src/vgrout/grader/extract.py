@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 TAG = "(?:think|thinking|thought|reasoning)"
 THINKING = re.compile(rf"^[ \t]*<({TAG})>.*?(?:</\1>|\Z)", re.S | re.M | re.I)
-END_OF_THINKING = re.compile(rf"(?<![\"'`])</{TAG}>(?![\"'`])", re.I)
+END_OF_THINKING = re.compile(rf"(?<![\"'`])</{TAG}>(?![\"'])", re.I)
 MARKERS = r"[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+|>)*"
 FENCE = re.compile(rf"(?P<before>{MARKERS})(?P<fence>`{{3,}}|~{{3,}})(?P<info>.*)")
 PYTHON = re.compile(r"[ \t]*\{?[ \t.]*(?:python|py)[\d.]*(?![\w+-])", re.I)
