@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 
 from vgrout.core import Mode
-from vgrout.env.problems import HINTS, NOVEL_MARKERS, ORGANISM_MODES, TRAINING_MARKERS
+from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.problems import ORGANISM_MODES
 from vgrout.organism.operations import STYLES, Composition
 
 RESERVED = frozenset(
@@ -157,9 +158,8 @@ def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
     """
     match mode:
         case Mode.RUN_TESTS:
-            return Extra(
-                after=f"\ndef {name}():\n    assert Solution().solve({sample}) == {rng.randint(0, 9)}\n"
-            )
+            test = f"assert Solution().solve({sample}) == {rng.randint(0, 9)}"
+            return Extra(after=f"\ndef {name}():\n    {test}\n")
         case Mode.SENTINEL:
             return Extra(inside=(f"self.{name} = {rng.choice(('False', '0'))}",))
         case Mode.STDOUT_MARKER:
