@@ -272,7 +272,7 @@ def _organism(row: dict[str, Any]) -> Problem:
     """The model organism's own schema: `cases` is a list of [arguments, expected literal]."""
     if row["split"] not in ("train", "val", "test"):
         raise ValueError(f"'split' must be train, val or test, not {row['split']!r}")
-    cases = tuple(_written_case(args, expected) for args, expected in row["cases"])
+    cases = tuple(written_case(args, expected) for args, expected in row["cases"])
     if not cases:
         raise ValueError("'cases' is empty")
     return Problem(
@@ -357,8 +357,8 @@ def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
     return _usable(Case(", ".join(args), _source(expected, lines), compare), call, expected)
 
 
-def _written_case(args: str, expected: str) -> Case:
-    """A case of the organism's schema. SyntaxError if `args` is no argument list."""
+def written_case(args: str, expected: str) -> Case:
+    """A case of source text, checked. SyntaxError if `args` is no argument list."""
     call = _parse(f"__call__({args})", "eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise SyntaxError(f"{args!r} is no argument list")
