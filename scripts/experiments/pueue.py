@@ -35,5 +35,7 @@ def submit(jobs: list[Job], group: str) -> int:
                 f"pueue refused {job.name} after {number} jobs ({said[-1]}): is pueued running?"
             )
         print(f"queued {job.name}: {job.label}")
-    print(f"{len(jobs)} jobs queued: `pueue status` lists them, `pueue follow ID` shows one's output")
+    print(
+        f"{len(jobs)} jobs queued: `pueue status` lists them, `pueue follow ID` shows one's output"
+    )
     return 0

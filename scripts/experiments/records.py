@@ -42,8 +42,10 @@ class Row:
     why: str = ""
     resolve: str = ""
 
-    def for_artifact(self, artifact: str) -> bool:
-        return artifact in self.serves.split()
+    @property
+    def words(self) -> set[str]:
+        """What may choose this row."""
+        return {self.name, self.arm, *self.serves.split()}
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,6 +63,11 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 def rows(path: Path = RECORDS / "rows.jsonl") -> tuple[Row, ...]:
     """The rows of the decision, in the order of its tables."""
     return tuple(Row(**line | {"seeds": tuple(line["seeds"])}) for line in lines(path))
+
+
+@cache
+def named(name: str) -> Row:
+    return next(row for row in rows() if row.name == name)
 
 
 def read(path: Path) -> Iterator[tuple[str, RunRecord]]:
@@ -88,8 +95,9 @@ def load(paths: Iterable[Path]) -> tuple[Runs, Diverged]:
     return runs, {row: sorted(seeds) for row, seeds in diverged.items() if seeds}
 
 
-def decision_files(folder: Path = RECORDS) -> list[Path]:
-    return sorted(folder.glob("decision_*.jsonl"))
+def files(wave: str, folder: Path = RECORDS) -> list[Path]:
+    """A finished wave may have several."""
+    return sorted(folder.glob(f"{wave}*.jsonl"))
 
 
 @cache

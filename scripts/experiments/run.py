@@ -147,7 +147,9 @@ class Pool:
     def summary(self) -> str:
         """What ran and what did not."""
         status = {job.name: self.ended.get(job.name, NOT_STARTED) for job in self.jobs}
-        lines = [f"{self.count()} of {len(self.jobs)} runs are finished, {self.before} of them before"]
+        lines = [
+            f"{self.count()} of {len(self.jobs)} runs are finished, {self.before} of them before"
+        ]
         lines += [f"{name}: {how}" for name, how in status.items() if how.startswith("failed")]
         for kind in (STOPPED, NOT_STARTED):
             if names := [name for name, how in status.items() if how == kind]:

@@ -169,61 +169,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("wave", choices=WAVES, help="which rows")
     parser.add_argument("--preset", help="another preset than the wave's own")
     parser.add_argument("--all", action="store_true", help="every row that is not archived")
-    parser.add_argument("--only", nargs="+", default=[], metavar="A", help="rows of an artifact")
-    parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="rows, or arms")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the rows' own")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows, arms or artifacts")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the rows' own")
     parser.add_argument("--flags", default="", help="more training flags of every job, one string")
     parser.add_argument("--rehearse", action="store_true", help="two steps, into out/rehearsal")
 
 
 def choose(options: argparse.Namespace) -> list[Row]:
-    """The rows that --all, --only and --arms leave; UserError where a word names none of them."""
+    """The rows that --all and --only leave; UserError for a word that names none of them."""
     wave = WAVES[options.wave]
-    artifacts = {word for row in wave.rows for word in row.serves.split()}
-    names = {row.name for row in wave.rows}
-    arms = {row.arm for row in wave.rows}
-    for flag, given, known in (
-        ("--only", options.only, artifacts),
-        ("--arms", options.arms, names | arms),
-    ):
-        if unknown := set(given) - known:
-            raise UserError(f"{flag} {min(unknown)}: it takes some of {' '.join(sorted(known))}")
-    only = options.only or [wave.default] * (not options.all and not options.arms)
-    kept = [row for row in wave.rows if not any(only) or set(only) & set(row.serves.split())]
-    if options.arms:
-        wanted = set(options.arms)
-        arms = wanted - names
-        kept = [row for row in kept if row.name in wanted or row.arm in arms]
-    if archived := [row.name for row in kept if row.archived and row.name in options.arms]:
-        raise UserError(f"row {archived[0]} is archived: its records are kept, its arm has no name")
-    return [row for row in kept if not row.archived]
+    rows = [row for row in wave.rows if not row.archived]
+    default = [wave.default] if wave.default and not options.all else []
+    words = options.only or default
+    known = {word for row in rows for word in row.words}
+    if unknown := set(words) - known:
+        raise UserError(f"--only {min(unknown)}: no row, arm or artifact that can still run")
+    names = {row.name for row in rows} & set(words)
+    arms = set(words) - names
+    return [row for row in rows if not words or row.name in names or row.words & arms]
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """Stage by stage and seed by seed, so that a first full comparison is there early."""
     folder = ROOT / "out" / ("rehearsal" if options.rehearse else options.wave)
-    preset = options.preset or WAVES[options.wave].preset
-    extra = f"{options.flags} {REHEARSAL if options.rehearse else ''}"
-    changed = bool(extra.strip()) or preset != WAVES[options.wave].preset
+    usual = WAVES[options.wave].preset
+    preset = options.preset or usual
+    extra = f"{options.flags} {REHEARSAL}" if options.rehearse else options.flags
     jobs = []
     for row in choose(options):
         for seed in options.seeds or row.seeds:
             flags = f"{row.common} {row.flags} {extra}"
             words = f"{preset} --intervention {row.arm} --seed {seed} {flags}"
-            own = seed in row.seeds and not changed
+            own = seed in row.seeds and not extra and preset == usual
             place = folder / f"{row.name}_s{seed}"
             jobs.append(Job(row, seed, tuple(shlex.split(words)), place, own))
-    if not jobs:
-        raise UserError("no row is left: --all, --only and --arms choose rows, --seeds their seeds")
     return sorted(jobs, key=lambda job: (job.row.stage, job.seed))
 
 
 def check(jobs: Iterable[Job]) -> None:
     """UserError for a row that training would refuse, before anything is started."""
-    rows = {}
-    for job in jobs:
-        rows.setdefault(job.row.name, job)
-    for name, job in rows.items():
+    for name, job in {job.row.name: job for job in jobs}.items():
         try:
             parse(job.options)
         except UserError as error:
