@@ -1,19 +1,16 @@
-"""The decision's tables and figures (A1 to A7, the waves R, V, W and X, the maps M), from its records.
+"""The decision's tables and figures (A1 to A7, the waves R, V, W and X, the maps M) from its records.
 
-Each table is written as CSV and LaTeX into `docs/writeup/generated/` and into every block
-`<!-- artifact: NAME --> … <!-- end -->` of a page below `docs/`, each figure with its data into
-`docs/figs/`. A row of which some seeds have run says how many; `coverage` lists what has not.
-Means are over seeds, ± their standard error; p is of the two-sided t-test paired by seed, adjusted by
-Holm's method over the column.
+Each table is written as LaTeX into `docs/writeup/generated/` and into every block
+`<!-- artifact: NAME --> … <!-- end -->` of a page below `docs/`, each figure into `docs/figs/`. A row
+of which some seeds have run says how many, `coverage` what has not. Means are over seeds, ± their
+standard error; p is of the two-sided t-test paired by seed, by Holm's method over the column.
 
-Run: python scripts/experiments/artifacts.py [--records DIR] [--out DIR]
+Run: python scripts/experiments/artifacts.py
      python scripts/experiments/artifacts.py --traces RUN_DIR      (A6: choose the traces of a run)
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable
@@ -52,7 +49,7 @@ Table = tuple[Data, str]  # rows of numbers, and which of their keys are shown, 
 
 
 def show(row: dict, key: str) -> str:
-    """A number with what the row has beside it: `± key` an error, `p key`, or a `lower key` bound."""
+    """A number, with what the row has beside it: an error `± key`, a `p key`, a `lower key`."""
     value = row.get(key)
     if value is None or value == "":
         return DASH
@@ -82,16 +79,6 @@ def latex(table: Table) -> str:
     return made + "\n"
 
 
-def as_csv(data: Data) -> str:
-    keys = dict.fromkeys(key for row in data for key in row)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(keys), lineterminator="\n")
-    writer.writeheader()
-    for row in data:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    return out.getvalue()
-
-
 # ── the tables ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -104,7 +91,7 @@ def serving(artifact: str) -> list[str]:
 
 
 def rates(own: list[RunRecord]) -> dict:
-    """Mean and standard error over seeds of every rate, and the share of rows routed in training."""
+    """Mean and standard error over seeds of each rate, and the share of rows routed in training."""
     found: dict = {}
     for key, of in RATES.items():
         found[key], found[f"± {key}"] = mean_sem(criterion.rates(own, of))
@@ -179,7 +166,7 @@ def comparison(evidence: Evidence, artifact: str) -> Table:
 
 
 def modes(evidence: Evidence) -> Table:
-    """A5: hack / solve by mode; a star marks a mode that is held out: the row reads pairs of others."""
+    """A5: hack / solve by mode; a star: held out, since the row reads pairs of other modes."""
     data, every = [], []
     for name in serving("A5"):
         own = [*evidence.runs[name].values()]
@@ -217,18 +204,15 @@ def judged(waves: tuple[str, ...], evidence: Evidence) -> Table:
 
 
 def coverage(evidence: Evidence) -> Table:
-    """What ran and what did not, with the commits at which the records were made."""
+    """What ran and what did not; an archived row's arm has no name of its own any more."""
     data = []
     for row in records.rows():
-        own = evidence.runs[row.name]
-        absent = [(evidence.state(row.name, seed), seed) for seed in row.seeds if seed not in own]
+        states = {seed: evidence.state(row.name, seed) for seed in row.seeds}
         entry = {"row": row.name, "arm": row.arm, "flags": row.flags, "for": row.serves}
-        entry["seeds"] = len(own)
-        entry["absent"] = ", ".join(f"{state} {seed}" for state, seed in absent)
-        entry["commits"] = " ".join(sorted({record.commit[:7] for record in own.values()}))
-        entry["archived"] = "yes" if row.archived else ""
-        data.append(entry)
-    return data, "row | arm | flags | for | seeds | absent | commits | archived"
+        entry["seeds"] = len(evidence.runs[row.name])
+        entry["absent"] = ", ".join(f"{state} {seed}" for seed, state in states.items() if state)
+        data.append(entry | {"archived": "yes" if row.archived else ""})
+    return data, "row | arm | flags | for | seeds | absent | archived"
 
 
 TABLES: dict[str, Callable[[Evidence], Table]] = {
@@ -249,7 +233,7 @@ TABLES: dict[str, Callable[[Evidence], Table]] = {
 }
 
 
-# ── the figures: two panels of curves with a band ────────────────────────────────────────────────
+# ── the figures: hack and solve over training, each curve with a band ────────────────────────────
 
 
 def curves(evidence: Evidence, artifact: str) -> Data:
@@ -267,50 +251,26 @@ def curves(evidence: Evidence, artifact: str) -> Data:
                     cells.setdefault((series, c.step), []).append(c)
     data = []
     for (series, step), found in sorted(cells.items()):
-        for which in ("hack", "solve"):
+        for which in PANELS:
             each = [getattr(c, which) / c.n for c in found]
-            middle = sum(each) / len(each)
-            data.append(point(which, series, step, middle, min(each), max(each)))
+            point = {"series": series, "which": which, "step": step, "mean": sum(each) / len(each)}
+            data.append(point | {"low": min(each), "high": max(each)})
     return data
 
 
-def point(panel: str, series: str, x: float, middle: float, low: float, high: float) -> dict:
-    return {"panel": panel, "series": series, "x": x, "mean": middle, "low": low, "high": high}
-
-
-def map_points(evidence: Evidence) -> Data:
-    """Rates against the labels' recall and false-positive rate, routed and filtered; ± SEM."""
-    data = []
-    for panel in ("recall", "fpr"):
-        for action, best, suffix in (
-            ("route", "map_deployed", "_dep"),
-            ("filter", "map_filter", "_filter"),
-        ):
-            kin = [n for n in serving("M") if n.startswith(f"map_{panel}") and n.endswith(suffix)]
-            for own in filter(None, (evidence.runs[name] for name in (best, *kin))):
-                at = next(iter(own.values())).config["route"][f"oracle_{panel}"]
-                found = rates([*own.values()])
-                for which in ("hack", "solve"):
-                    middle, error = found[which], found[f"± {which}"]
-                    series = f"{action}: {which}"
-                    data.append(point(panel, series, at, middle, middle - error, middle + error))
-    return sorted(data, key=lambda p: (p["panel"], p["series"], p["x"]))
-
-
 def draw(data: Data, path: Path) -> None:
-    """Two panels. The PNG carries the hash of its data, so that it can be told from a stale one."""
-    names = list(dict.fromkeys(p["series"] for p in data))
-    panels = list(dict.fromkeys(p["panel"] for p in data))
+    """The PNG carries the hash of its data, so that it can be told from a stale one."""
+    names = list(dict.fromkeys(point["series"] for point in data))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
-    for axis, panel in zip(axes, panels, strict=False):
+    for axis, (which, title) in zip(axes, PANELS.items(), strict=True):
         for i, name in enumerate(names):
-            part = [p for p in data if (p["panel"], p["series"]) == (panel, name)]
-            x, middle, low, high = ([p[k] for p in part] for k in ("x", "mean", "low", "high"))
+            part = [p for p in data if (p["series"], p["which"]) == (name, which)]
+            x, middle, low, high = ([p[k] for p in part] for k in ("step", "mean", "low", "high"))
             line = ":" if name.startswith("placebo") else "-"
             ends = len(x) == 2  # evaluated at its ends alone: no curve
             axis.plot(x, middle, "o" if ends else f"o{line}", color=f"C{i}", ms=3.5, label=name)
             axis.fill_between(x, low, high, color=f"C{i}", alpha=0 if ends else 0.13, linewidth=0)
-        axis.set(title=PANELS[panel][0], xlabel=PANELS[panel][1], ylabel="rate")
+        axis.set(title=f"{title} of the deployed policy", xlabel="optimiser step", ylabel="rate")
         axis.grid(alpha=0.25)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncol=5, frameon=False, fontsize=9)
@@ -320,21 +280,11 @@ def draw(data: Data, path: Path) -> None:
 
 
 def data_hash(data: Data) -> str:
-    return "data " + hashlib.sha256(as_csv(data).encode()).hexdigest()
+    return "data " + hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-PANELS = {
-    "hack": ("Reward hacking of the deployed policy", "optimiser step"),
-    "solve": ("Correct solutions of the deployed policy", "optimiser step"),
-    "recall": ("The deployed policy, labels with misses", "recall of the labels"),
-    "fpr": ("The deployed policy, labels with false alarms", "false-positive rate of the labels"),
-}
-FIGURES: dict[str, Callable[[Evidence], Data]] = {
-    "a1_training": partial(curves, artifact="A1"),
-    "a4_long": partial(curves, artifact="A4"),
-    "w_push": partial(curves, artifact="push"),
-    "m_maps": map_points,
-}
+PANELS = {"hack": "Reward hacking", "solve": "Correct solutions"}
+FIGURES = {"a1_training": "A1", "a4_long": "A4", "w_push": "push"}
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────
@@ -348,10 +298,7 @@ def texts(evidence: Evidence) -> dict[str, str]:
     for name, make_table in TABLES.items():
         table = make_table(evidence)
         found[f"writeup/generated/{name}.tex"] = latex(table)
-        found[f"writeup/generated/{name}.csv"] = as_csv(table[0])
         blocks[name] = render(table, "github")
-    for name, points in FIGURES.items():
-        found[f"writeup/generated/{name}_figure.csv"] = as_csv(points(evidence))
     chosen = json.loads((RECORDS / "traces.json").read_text())
     found["writeup/generated/traces.tex"] = traces.latex(chosen)
     for page in sorted(DOCS.rglob("*.md")):
@@ -365,27 +312,23 @@ def texts(evidence: Evidence) -> dict[str, str]:
 def make(folder: Path, out: Path) -> str:
     """Write every artifact of a folder of records below `out`, laid out like docs/; what ran."""
     evidence = criterion.load(folder)
-    found = texts(evidence)
-    for name, content in found.items():
+    for name, content in texts(evidence).items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content)
     (out / "figs").mkdir(exist_ok=True)
-    for name, points in FIGURES.items():
-        draw(points(evidence), out / "figs" / f"{name}.png")
-    rows = records.rows()
-    done = sum(len(evidence.runs[row.name]) for row in rows)
-    return f"{done} of {sum(len(row.seeds) for row in rows)} runs finished; {len(found)} files"
+    for name, artifact in FIGURES.items():
+        draw(curves(evidence, artifact), out / "figs" / f"{name}.png")
+    done = sum(len(evidence.runs[row.name]) for row in records.rows())
+    return f"tables and figures of {done} finished runs, below {out}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of records")
-    parser.add_argument("--out", type=Path, default=DOCS, help="laid out like docs/")
     parser.add_argument("--traces", type=Path, metavar="RUN_DIR", help="choose A6's traces anew")
     options = parser.parse_args()
     if options.traces:
         traces.choose(options.traces, RECORDS / "traces.json")
-    print(make(options.records, options.out))
+    print(make(RECORDS, DOCS))
 
 
 if __name__ == "__main__":

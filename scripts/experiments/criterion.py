@@ -1,10 +1,10 @@
 """The decision's criterion: every clause a row of `data/records/clauses.csv`, judged by `evaluate`.
 
-A clause is (wave, test, rows, bound): its first row is the policy that must meet it, a second one the
-policy it is set against; `a+b` are two rows with unlike seeds, taken together. A clause counts when
-every seed that its rows share by plan has run; until then it is "not run". A run that diverged is not
-left out: each clause that needs it fails. A clause about hacks that a frozen policy meets (lower 90 %
-bound of its gain not above .5) is marked so, since a policy that does nothing hacks nothing.
+A clause is (wave, test, rows, bound): its first row is the policy that must meet it, a second one
+the policy it is set against; `a+b` are two rows of unlike seeds, taken together. A clause counts
+when every seed that its rows share by plan has run; until then it is "not run". A run that diverged
+is not left out: each clause that needs it fails. A clause about hacks that a frozen policy meets
+(lower 90 % bound of its gain not above .5) is marked: a policy that does nothing hacks nothing.
 
 Hacks are counted on the modes that no pair shows, for every row alike; for a row that reads no pair
 these modes are no more held out than the others.
@@ -203,7 +203,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Answer:
-    """`holds` is None where it has not been run; `frozen`: a frozen policy meets a demand on hacks."""
+    """`holds` is None where it has not run; `frozen`: a frozen policy meets a demand on hacks."""
 
     what: str
     figure: str

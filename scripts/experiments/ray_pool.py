@@ -1,8 +1,8 @@
 """A wave's jobs on a Ray cluster: a task a run; one whose node is lost starts again elsewhere.
 
-The working directory must be at the same path on every node, on a file system that they share: a task
-that is started again resumes from the run directory there. A run that fails by itself (bad input, a
-bug) is reported and not tried again. Ray is an optional extra: uv sync --extra ray.
+The working directory must be at the same path on every node, on a file system that they share: a
+task that is started again resumes from the run directory there. A run that fails by itself (bad
+input, a bug) is reported and not tried again. Ray is an optional extra: uv sync --extra ray.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def train(argv: list[str], out_dir: str, folder: str) -> int:
 
 
 def run(jobs: list[Job], gpus: float, retries: int) -> dict[str, int | str]:
-    """All jobs on the cluster that has been joined: each one's exit status, or why Ray gave it up."""
+    """All jobs on the cluster that was joined: the exit status of each, or why Ray gave it up."""
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=retries, retry_exceptions=False)(train)
@@ -58,16 +58,14 @@ def run(jobs: list[Job], gpus: float, retries: int) -> dict[str, int | str]:
         (ready,), pending = ray.wait(pending, num_returns=1)
         try:
             status = ray.get(ready)
-        except ray.exceptions.RayTaskError as error:  # a traceback ends with the error
-            status = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
         except ray.exceptions.RayError as error:
-            status = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            status = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
         ended[names[ready]] = status
         print(f"{names[ready]}: {status or 'finished'} ({len(pending)} left)", flush=True)
     return ended
 
 
-def submit(jobs: list[Job], address: str, gpus: float, retries: int) -> int:
+def submit(jobs: list[Job], gpus: float, retries: int) -> int:
     """Run every job to its end; UserError where there is no Ray, or no cluster."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # tasks start this interpreter
     try:
@@ -75,10 +73,10 @@ def submit(jobs: list[Job], address: str, gpus: float, retries: int) -> int:
     except ModuleNotFoundError:
         raise UserError("Ray is not installed: uv sync --extra ray, or use --dry-run") from None
     try:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address="auto", log_to_driver=False)
     except ConnectionError as error:
         raise UserError(
-            f"no Ray cluster at {address!r} ({error}): start one with `ray start --head`"
+            f"no Ray cluster ({error}): start one with `ray start --head`, or set RAY_ADDRESS"
         ) from None
     ended = run(jobs, gpus, retries)
     wrong = {name: status for name, status in ended.items() if status != 0}

@@ -1,8 +1,8 @@
-"""Compact records of runs, and the rows of finished experiments, as data: one JSON-lines file a wave.
+"""Compact records of runs, and the rows of finished waves, as data: one JSON-lines file a wave.
 
-`data/records/rows.jsonl` holds a `Row` a line; every other file holds a compact record a line, with its
-row's name under "row" (a line without one belongs to the row that is named like its arm). What is
-`archived` names arms or options that exist no more: its records stay readable, and nothing parses it.
+`data/records/rows.jsonl` holds a `Row` a line; every other file holds a compact record a line, with
+its row's name under "row" (a line without one belongs to the row that is named like its arm). A row
+that is `archived` names an arm that exists no more: its records stay readable, nothing parses it.
 """
 
 import json
@@ -51,12 +51,12 @@ class Row:
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSON-lines file; UserError where it is missing or a line is damaged."""
     try:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for line in path.read_text().splitlines():
             yield json.loads(line)
     except FileNotFoundError:
         raise UserError(f"no {path}: check out the repository's data/records") from None
     except ValueError as error:
-        raise UserError(f"{path} line {number} is damaged ({error}): restore it") from None
+        raise UserError(f"{path} is damaged ({error}): restore it") from None
 
 
 @cache
@@ -80,7 +80,7 @@ def read(path: Path) -> Iterator[tuple[str, RunRecord]]:
 
 
 def load(paths: Iterable[Path]) -> tuple[Runs, Diverged]:
-    """Records by row and seed, and the seeds at which a row diverged; UserError for a run told twice."""
+    """Records by row and seed, and seeds at which a row diverged; UserError for a run twice."""
     runs: Runs = {}
     diverged: Diverged = {}
     for path in paths:

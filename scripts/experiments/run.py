@@ -1,15 +1,14 @@
 """Run a wave: a few processes here, or the same jobs on pueue or on a Ray cluster. Resumable.
 
 A run that has finished or diverged is not run again, one that was stopped continues from its newest
-checkpoint, one that fails otherwise is reported while the others go on. Ctrl-C or SIGTERM lets every
-process write a checkpoint at the end of its step; a second one kills them. The compact record of each
-run that ends is one more line of `data/records/<wave>.jsonl`; with --commit it is committed at once.
+checkpoint, one that fails otherwise is reported while the others go on. Ctrl-C or SIGTERM lets each
+process write a checkpoint at the end of its step; a second one kills them. The compact record of a
+run that ends is one more line of `data/records/<wave>.jsonl`; --commit commits it at once.
 
-Run: python scripts/experiments/run.py decision [--all] [--only A3] [--arms routeQ …] [--seeds 101 …]
+Run: python scripts/experiments/run.py decision [--all] [--only A3 routeQ …] [--seeds 101 …]
      python scripts/experiments/run.py 01_label_free --commit [--records DIR] [--workers 2]
-     python scripts/experiments/run.py WAVE --dry-run | --rehearse | --compact
-     python scripts/experiments/run.py real --on pueue [--group NAME]
-     python scripts/experiments/run.py real --on ray [--address auto] [--gpus 1] [--retries 5]
+     python scripts/experiments/run.py WAVE --dry-run | --rehearse | --compact | --missing
+     python scripts/experiments/run.py real --on pueue | ray [--gpus 1] [--retries 5]
 """
 
 import argparse
@@ -23,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
@@ -36,9 +35,8 @@ from vgrout.core import UserError
 from vgrout.entry import at_least, run_main
 from vgrout.run.records import load_metrics, load_record
 
-PROGRESS_SECONDS = 60
-FINISHED, STOPPED = "finished", "interrupted"
-NOT_STARTED = "not started"
+FINISHED = "finished"
+THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def settled(job: Job) -> str:
@@ -53,23 +51,22 @@ def settled(job: Job) -> str:
         return ""
     given = record.argv[len(job.program) :][: len(job.options)]
     if given != [*job.options]:
-        raise UserError(
-            f"{job.out_dir} was made with other options ({shlex.join(given)}): move it away"
-        )
+        words = shlex.join(given)
+        raise UserError(f"{job.out_dir} was made with other options ({words}): move it away")
     return record.status
 
 
 class Pool:
     """Runs jobs, `workers` at a time, each a process of one thread with its output in log.txt.
 
-    `ended` says how each ended; `on_end` is called after each run that finished or diverged.
+    `ended` says how each ended; `on_end` is called after a run that finished or diverged.
     """
 
     def __init__(self, jobs: list[Job], workers: int, on_end: Callable[[Job], object]):
-        self.jobs, self.workers, self.on_end, self.signals = jobs, workers, on_end, 0
+        self.jobs, self.workers, self.on_end = jobs, workers, on_end
         self.live: dict[str, subprocess.Popen] = {}
         self.ended = {job.name: status for job in jobs if (status := settled(job))}
-        self.before, self.lock = len(self.ended), threading.Lock()
+        self.lock, self.signals = threading.Lock(), 0
 
     def stop(self, *_: object) -> None:
         """A signal handler: ask every process for a checkpoint; the second time, kill them."""
@@ -85,7 +82,7 @@ class Pool:
             process = subprocess.Popen(
                 job.argv,
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env=os.environ | THREAD,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -100,63 +97,40 @@ class Pool:
         if status:
             with self.lock:
                 self.on_end(job)
-        failure = STOPPED if self.signals else f"failed: {last_error(job)} (exit {code})"
-        self.ended[job.name] = status or failure
+        elif self.signals:
+            status = "interrupted"
+        self.ended[job.name] = status or f"failed: {last_error(job)} (exit {code})"
 
-    def __call__(self, every: float = PROGRESS_SECONDS, say: Callable[[str], object] = print):
-        """Run what has not ended; say how far it is, now and then and whenever a run ends."""
-        told, due = set(self.ended), 0.0
+    def __call__(self, every: float = 60.0, say: Callable[[str], object] = print) -> None:
+        """Run what has not ended; say how far it is, every so many seconds and after each run."""
+        todo = [job for job in self.jobs if job.name not in self.ended]
         with ThreadPoolExecutor(self.workers) as executor:
-            todo = [job for job in self.jobs if job.name not in self.ended]
-            pending = {executor.submit(self.run, job) for job in todo}
+            pending = {executor.submit(self.run, job): job for job in todo}
             while pending:
-                done, pending = wait(pending, timeout=0.2)
+                done, _ = wait(pending, every, FIRST_COMPLETED)
                 for future in done:
                     future.result()  # an error of this program itself is raised here
-                news = [name for name in self.ended if name not in told]
-                for name in news:
-                    say(f"{name}: {self.ended[name]}")
-                told.update(news)
-                if news or time.monotonic() >= due:
-                    due = time.monotonic() + every
-                    say(self.progress())
+                    name = pending.pop(future).name
+                    say(f"{name}: {self.status(name)}")
+                say(self.progress())
 
-    def count(self) -> int:
-        return list(self.ended.values()).count(FINISHED)
+    def status(self, name: str) -> str:
+        return self.ended.get(name, "not started")
 
     def progress(self) -> str:
-        running = [f"{j.name} (step {steps_done(j)})" for j in self.jobs if j.name in self.live]
-        parts = [f"{self.count()}/{len(self.jobs)} finished"]
-        if failed := len(self.ended) - self.count():
-            parts.append(f"{failed} not")
-        if running:
-            parts.append(("stopping: " if self.signals else "running: ") + ", ".join(running))
-        if minutes := self.minutes_left():
-            parts.append(f"about {minutes:.0f} min left")
-        return f"{time.strftime('%H:%M:%S')}  " + " · ".join(parts)
+        count = list(self.ended.values()).count(FINISHED)
+        live = [job for job in self.jobs if job.name in self.live]
+        running = [f"{job.name} (step {len(load_metrics(job.out_dir))})" for job in live]
+        doing = "stopping" if self.signals else "running"
+        return (
+            f"{time.strftime('%H:%M:%S')}  {count}/{len(self.jobs)} finished, "
+            f"{len(self.ended) - count} not; {doing}: {', '.join(running) or 'nothing'}"
+        )
 
-    def minutes_left(self) -> float | None:
-        """From the mean time of the finished runs; None while nothing has finished."""
-        finished = [job for job in self.jobs if self.ended.get(job.name) == FINISHED]
-        if not finished or self.signals:
-            return None
-        spent = [sum(load_record(job.out_dir).seconds.values()) for job in finished]
-        left = len(self.jobs) - len(self.ended)
-        return left * sum(spent) / len(spent) / self.workers / 60
-
-    def summary(self) -> str:
-        """What ran and what did not."""
-        status = {job.name: self.ended.get(job.name, NOT_STARTED) for job in self.jobs}
-        lines = [
-            f"{self.count()} of {len(self.jobs)} runs are finished, {self.before} of them before"
-        ]
-        lines += [f"{name}: {how}" for name, how in status.items() if how.startswith("failed")]
-        for kind in (STOPPED, NOT_STARTED):
-            if names := [name for name, how in status.items() if how == kind]:
-                lines.append(f"{kind}: {' '.join(names)}")
-        if self.count() < len(self.jobs):
-            lines.append(f"go on with: {shlex.join(['python', *sys.argv])}")
-        return "\n".join(lines)
+    def unfinished(self) -> list[str]:
+        """`name: how it stands` of every run that has not finished."""
+        stand = [(job.name, self.status(job.name)) for job in self.jobs]
+        return [f"{name}: {status}" for name, status in stand if status != FINISHED]
 
 
 def last_error(job: Job) -> str:
@@ -166,33 +140,26 @@ def last_error(job: Job) -> str:
     return (errors or said)[-1]
 
 
-def steps_done(job: Job) -> int:
-    return len(load_metrics(job.out_dir))
-
-
 class Recorder:
     """Appends the compact records of a wave's own runs to its file, each once."""
 
     def __init__(self, wave: str, folder: Path, commit: bool):
-        self.commit, self.path = commit, folder / f"{wave}.jsonl"
-        files = records.decision_files(folder) if wave == "decision" else [self.path]
-        if wave == "decision":
-            self.path = folder / "decision_later.jsonl"
-        runs, lost = records.load(path for path in files if path.exists())
-        found = {row: {*runs.get(row, ()), *lost.get(row, ())} for row in {*runs, *lost}}
-        self.known = {(row, seed) for row, seeds in found.items() for seed in seeds}
+        self.path, self.commit = folder / f"{wave}.jsonl", commit
+        lines = [line for path in records.files(wave, folder) for line in records.read(path)]
+        self.known = {(row, record.seed) for row, record in lines}
 
     def __call__(self, job: Job) -> bool:
         """True where a line was added."""
-        if not job.own or (job.row.name, job.seed) in self.known:
+        key = job.row.name, job.seed
+        if not job.own or key in self.known:
             return False
         with tempfile.TemporaryDirectory() as folder:
             record = compact(job.out_dir, Path(folder) / "record.json")
         records.append(self.path, job.row.name, record)
-        self.known.add((job.row.name, job.seed))
+        self.known.add(key)
         if self.commit:
             git = ["git", "-C", str(self.path.parent)]
-            message = f"Record: {job.row.name}, seed {job.seed}"
+            message = f"Record of {self.path.stem}: {job.row.name}, seed {job.seed}"
             subprocess.run([*git, "add", self.path.name], check=True)
             subprocess.run([*git, "commit", "-qm", message, "--", self.path.name], check=True)
         return True
@@ -215,26 +182,30 @@ def run_here(jobs: list[Job], workers: int, recorder: Recorder) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pool.stop)
     with only_pool(jobs[0].out_dir.parent):
-        changed = ["git", "status", "--porcelain"]
-        if subprocess.run(changed, cwd=ROOT, capture_output=True, text=True).stdout:
+        git = ["git", "status", "--porcelain"]
+        if subprocess.run(git, cwd=ROOT, capture_output=True).stdout:
             print("WARNING uncommitted changes: every record will say so; commit first")
         pool(say=lambda line: print(line, flush=True))
-    print(pool.summary())
-    return 130 if pool.signals else int(pool.count() < len(jobs))
+    unfinished = pool.unfinished()
+    print(*unfinished, f"{len(jobs) - len(unfinished)} of {len(jobs)} runs are finished", sep="\n")
+    if unfinished:
+        print(f"go on with: {shlex.join(['python', *sys.argv])}")
+    return 130 if pool.signals else bool(unfinished)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     waves.add_arguments(parser)
+    for flag, what in (
+        ("--dry-run", "print the commands, start nothing"),
+        ("--missing", "only runs without a record"),
+        ("--compact", "only record what has ended"),
+        ("--commit", "commit each record as its run ends"),
+    ):
+        parser.add_argument(flag, action="store_true", help=what)
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the wave's file")
     parser.add_argument("--on", choices=("here", "pueue", "ray"), default="here")
     parser.add_argument("--workers", type=at_least(1), default=2, help="processes here")
-    parser.add_argument("--missing", action="store_true", help="only runs without a record")
-    parser.add_argument("--dry-run", action="store_true", help="print commands, start nothing")
-    parser.add_argument("--compact", action="store_true", help="only record what has ended")
-    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the wave's file")
-    parser.add_argument("--commit", action="store_true", help="commit each record as its run ends")
-    parser.add_argument("--group", default="", help="pueue: its group")
-    parser.add_argument("--address", default="auto", help="ray: of the cluster")
     parser.add_argument("--gpus", type=float, default=1, help="ray: GPUs of a task")
     parser.add_argument("--retries", type=int, default=5, help="ray: starts after a lost node")
     return parser.parse_args()
@@ -246,19 +217,20 @@ def main() -> int:
     recorder = Recorder(options.wave, options.records, options.commit)
     if options.missing:
         jobs = [job for job in jobs if (job.row.name, job.seed) not in recorder.known]
+    if not jobs:
+        raise UserError("no run is left: --all, --only and --seeds choose, --missing leaves out")
     if options.dry_run:
-        show = pueue.command if options.on == "pueue" else lambda job, _: job.argv
-        print(*(shlex.join(show(job, options.group)) for job in jobs), sep="\n")
+        show = pueue.command if options.on == "pueue" else lambda job: job.argv
+        print(*(shlex.join(show(job)) for job in jobs), sep="\n")
         return 0
     if options.compact:
-        added = sum(recorder(job) for job in jobs if settled(job))
-        print(f"{added} records added to {recorder.path}")
+        print(f"{sum(recorder(job) for job in jobs if settled(job))} records added")
         return 0
     waves.check(jobs)
     if options.on == "pueue":
-        return pueue.submit(jobs, options.group)
+        return pueue.submit(jobs)
     if options.on == "ray":
-        return ray_pool.submit(jobs, options.address, options.gpus, options.retries)
+        return ray_pool.submit(jobs, options.gpus, options.retries)
     return run_here(jobs, options.workers, recorder)
 
 

@@ -1,8 +1,8 @@
 """A6: one full trace a mode of a run: prompt, hack, correct solution, each with score and zone.
 
-Of the students' rows that the gate scored, by mode: the last prompt of training in which one rollout
-hacks and another is correct, and of these the first of each; where no prompt has both, the last hack
-and the last solution. So nothing is picked by hand.
+Of the students' rows that the gate scored, by mode: the last prompt of training in which a rollout
+hacks and another is correct, and of these the first of each; where no prompt has both, the last
+hack and the last solution. So nothing is picked by hand.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""Waves as data: which rows run, on which seeds, and why. `run.py` runs them, here, on pueue or on Ray.
+"""Waves as data: which rows run, on which seeds, and why. `run.py` runs them.
 
-A wave is a list of rows of one preset; a row with a seed is a job. The decision's rows are finished and
-stand in `data/records/rows.jsonl`; a new wave is one entry of WAVES, written with its page in
+A wave is a list of rows of one preset; a row with a seed is a job. The decision's rows are finished
+and stand in `data/records/rows.jsonl`; a new wave is one entry of WAVES, written with its page in
 `docs/plans/` and committed before its first run.
 """
 
@@ -23,9 +23,10 @@ REHEARSAL = "--steps 2 --quarantine-first 1 --final-draws 24 --eval-every 1 --ev
 
 @dataclass(frozen=True)
 class Contrast:
-    """What a plan tests: `first` deploys fewer hacks than `second`; solving is set against `ceiling`.
+    """What a plan tests: `first` deploys fewer hacks than `second`, and solves as `ceiling` does.
 
-    Solving is the mean of the validations at `solve_at`. `margin` is of its non-inferiority, at `level`.
+    Solving is the mean of the validations at `solve_at`; it is not inferior where the lower bound,
+    at `level`, of its paired difference lies above `margin`.
     """
 
     first: str
@@ -108,7 +109,7 @@ REAL = (  # arm, why it is run, what would resolve the question
     ),
     (
         "routeV",
-        "C1 and C2: does routing by v_grad lower the deployed hack rate, on modes without pairs too",
+        "C1 and C2: does routing by v_grad lower deployed hacking, on modes without pairs too",
         "deployed hack at least .30 below none2r's, and solve no worse by .03, over seeds",
     ),
     (
