@@ -12,12 +12,9 @@ Run: python scripts/analysis/results.py [RUN …] [--out DIR]     (default: ever
          out/runs; DIR/results.csv)
      python scripts/analysis/results.py RUN_DIR --compact FILE  (write what tables need of one
          finished run's record)
-     python scripts/analysis/results.py --page docs/results.md  (make its tables anew, each from the
-         compact records that it names)
 """
 
 import json
-import re
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,7 +36,6 @@ WINDOW, EMERGED = 5, 0.5  # steps of a running mean; student hack rate at which 
 NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
 BOTH = ("hack", "solve")
 HEADERS = ["arm", "seed", "preset", "steps", "n", *BOTH, "base solve", GAIN, "remarks", "run"]
-BLOCK = re.compile(r"(<!-- runs: (\S+)(?: arms: ([\w ]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 Triple = tuple[Counts, Counts, Counts]  # of solve, base and ceiling on the same problems
 
 
@@ -223,29 +219,6 @@ def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
     return rows, plain
 
 
-def with_tables(text: str) -> str:
-    """The page's text with every table made anew from its records.
-
-    A table stands between `<!-- runs: GLOB [arms: ARM …] -->` and `<!-- end -->`.
-    """
-
-    def block(match: re.Match) -> str:
-        opening, pattern, arms, closing = match.groups()
-        if not (files := sorted(ROOT.glob(pattern))):
-            remedy = "commit them with --compact, or take the table out"
-            raise UserError(f"no record matches {pattern!r}; {remedy}")
-        rows = table(with_absorb(finished(files)))[0]
-        several = {row[0].removesuffix(MEAN) for row in rows if row[0].endswith(MEAN)}
-        body = []
-        for name, *rest, _ in rows:
-            arm = name.removesuffix(MEAN)
-            if (name != arm or arm not in several) and (not arms or arm in arms.split()):
-                body.append([arm, *rest])
-        return f"{opening}{as_text(body, HEADERS[:-1], 'github')}\n{closing}"
-
-    return BLOCK.sub(block, text)
-
-
 # ── compact records ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -289,14 +262,6 @@ def compact(run: str | Path, target: str | Path) -> RunRecord:
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_page(page: Path) -> None:
-    if not page.is_file():
-        expected = "--page takes one whose tables are to be made anew, such as docs/results.md"
-        raise UserError(f"no page {page}: {expected}")
-    page.write_text(with_tables(page.read_text()))
-    print(f"{page}: tables made anew")
-
-
 def make_compact(runs: list[Path], target: str) -> None:
     if len(runs) != 1:
         raise UserError("--compact takes one run directory")
@@ -309,10 +274,7 @@ def main() -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "figs", every=True)
     command.add_argument("--compact", metavar="FILE", help="write one run's compact record alone")
-    command.add_argument("--page", type=Path, metavar="FILE", help="make a page's tables anew")
     options = command.parse_args()
-    if options.page:
-        return make_page(options.page)
     if options.compact:
         return make_compact(options.runs, options.compact)
     rows, plain = table(with_absorb(finished(options.runs)))

@@ -1,4 +1,4 @@
-"""Runs for the gates of what reads runs: trained at tiny size, or planted; and bad input refused."""
+"""Runs for gates: trained at tiny size, or planted; and bad input that is refused."""
 
 import contextlib
 import io

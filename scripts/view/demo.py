@@ -60,7 +60,7 @@ def progress(arm: str) -> str:
 
 
 def wait(processes: dict[str, subprocess.Popen]) -> str | None:
-    """Print one line of progress now and then, until all have ended or one has failed: that arm."""
+    """Print progress now and then until all have ended, or one has failed: that arm."""
     began, printed, running = time.monotonic(), 0.0, True
     while running:
         time.sleep(0.5)
@@ -85,7 +85,7 @@ def stop(processes: dict[str, subprocess.Popen]) -> None:
 
 
 def draw_curve(axis: Axes, record: RunRecord, which: str) -> None:
-    """The deployed policy with novel markers: validation problems between two points of the test."""
+    """The deployed policy with novel markers: validation between the two points of the test."""
     name, colour = ARMS[record.arm]
     cells = {}
     for c in record.evals:
@@ -129,7 +129,7 @@ def main() -> int:
     steps = command.parse_args().steps
     began = time.monotonic()
     runlog.stage(
-        "none2r learn to hack and routeQ, once its quarantine is ablated, hack less and still solve",
+        "none2r learn to hack and routeQ, its quarantine ablated, hack less and still solve",
         "look at the sample and the zones in out/runs/demo_*/log.txt",
     )
     processes = {arm: start(arm, steps) for arm in ARMS}

@@ -86,7 +86,7 @@ def histogram(rows: list[dict], rollouts: list[dict]) -> str | None:
                 if r["step"] in steps and sign * r["advantage"] > 0:
                     values[outcome(r)].append(r["score"])
             labels = [f"{label} ({len(part)})" for label, part in values.items()]
-            look = {"color": COLOURS.values(), "label": labels, "stacked": True}
+            look = {"color": list(COLOURS.values()), "label": labels, "stacked": True}
             axis.hist(list(values.values()), bins=bins, **look)
             cuts = np.array(edges(rows, steps))
             for cut, style in zip(cuts.T, (":", "--")):
