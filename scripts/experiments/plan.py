@@ -18,7 +18,7 @@ from scripts.experiments.waves import WAVES
 from tabulate import tabulate
 
 from vgrout.core import RunRecord, UserError
-from vgrout.entry import run_main
+from vgrout.core import run_main
 from vgrout.stats import noninferior
 
 LEVEL = 0.95

@@ -32,7 +32,7 @@ from scripts.experiments.records import DIVERGED, RECORDS, ROOT
 from scripts.experiments.waves import Job
 
 from vgrout.core import UserError
-from vgrout.entry import at_least, run_main
+from vgrout.core import at_least, run_main
 from vgrout.run.records import load_metrics, load_record
 
 FINISHED = "finished"
