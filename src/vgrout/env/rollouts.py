@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -36,6 +36,7 @@ class Prompt:
     demonstrations: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Grades(Protocol):
     """What of a grader a step needs."""
 
