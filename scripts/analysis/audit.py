@@ -12,8 +12,8 @@ Run: python scripts/analysis/audit.py RUN … [--pair-modes run_tests sentinel]
          [--pairs data/pairs/organism.md#mechanism] [--out DIR]
 
 DIR (default out/audit) gets audit.csv (AUROC by score, modes, rows, period), cuts.csv (what the
-pairs' band and midpoint, 0, and the highest tenth and quarter would route), checks.csv (confounds
-and cost) and auroc.png.
+pairs' band and midpoint, 0, and the highest tenth and quarter would route), checks.csv (confounds)
+and auroc.png.
 """
 
 import argparse
@@ -52,6 +52,7 @@ SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
 POOLED, PERIODS = "pooled", ("all", "early", "late", "before", "after")
 PLACE = ("run", "modes", "rows", "period")
+BAND = ("haar_p05", "haar_median", "haar_p95")  # of the AUROC of random directions
 QUALITY = ("precision", "recall", "fpr", "f05")
 Place = tuple[str, str, str, str]
 Figures = dict[tuple[str, ...], dict[str, float]]
@@ -126,15 +127,6 @@ def step_of(a: Columns) -> np.ndarray:
     return a["run"] + "/" + a["step"].astype(str)
 
 
-def quantiles(values: np.ndarray, name: str, **at: float) -> dict[str, float]:
-    """`<name>_<key>` for every quantile; NaN where no value exists."""
-    there = values[~np.isnan(values)]
-    return {
-        f"{name}_{k}": float(np.quantile(there, q)) if len(there) else float("nan")
-        for k, q in at.items()
-    }
-
-
 def ranking(a: Columns, name: str, mask: np.ndarray) -> dict[str, float]:
     """AUROC with its interval, within prompt groups, and of random directions."""
     hack, step, group = a["hack"][mask], step_of(a)[mask], a["group"][mask]
@@ -151,39 +143,29 @@ def ranking(a: Columns, name: str, mask: np.ndarray) -> dict[str, float]:
         "low": low,
         "high": high,
         "within_prompt": mean(within[~np.isnan(within)]),
-    } | quantiles(null, "haar", p05=0.05, median=0.5, p95=0.95)
+    } | dict(zip(BAND, np.quantile(null, [0.05, 0.5, 0.95]).tolist()))
 
 
 def cutting(a: Columns, name: str, cut: str, mask: np.ndarray) -> dict[str, float]:
-    """What a cut would do with the rows, and how right; random directions at the same share."""
+    """What a cut would do with the rows, and how right it would be."""
     zones, hack = a["zone", name, cut][mask], a["hack"][mask]
     out = {"n": int(mask.sum()), "hacks": int(hack.sum())}
     out |= {f"share_{z.name.lower()}": mean(zones == z) for z in Zone}
-    out |= precision_recall_at(zones == Zone.ROUTE, hack)
-    if ("null zone", name, cut) in a:
-        routed = a["null zone", name, cut][mask] == Zone.ROUTE
-        null = [precision_recall_at(column, hack) for column in routed.T]
-        for key in ("precision", "f05"):
-            values = np.array([found[key] for found in null])
-            out |= quantiles(values, f"haar_{key}", median=0.5, p95=0.95)
-    return out
+    return out | precision_recall_at(zones == Zone.ROUTE, hack)
 
 
 def checks(a: Columns, name: str) -> dict[str, float]:
-    """Rivals: completion length, the look of a demonstration. Cost over a plain forward's."""
+    """Rivals of a hack: the completion's length, the look of a demonstration."""
     scores, hack, step = a["score", name], a["hack"], step_of(a)
     scored = ~np.isnan(scores)
     student, hacks = a["student"] & scored, hack & scored
     clean = student & ~hack
-    refresh, score, forward = a["seconds", name].sum(0)
     return {
         "length_spearman": rank_correlation(scores[student], a["length"][student]),
         "length_spearman_clean": rank_correlation(scores[clean], a["length"][clean]),
         "teacher_over_student_hacks": float(
             stratified_auroc(scores[hacks], ~a["student"][hacks], step[hacks])
         ),
-        "refresh_cost": float(refresh / forward),
-        "score_cost": float(score / forward),
     }
 
 
@@ -208,7 +190,7 @@ def print_ranks(ranks: Figures, names: list[str]) -> None:
     rows = []
     for name in names:
         cells = {view: ranks[name, POOLED, *view, "all"] for view in views}
-        bands = [numbers(cells[m, "pos"], "haar_p05", "haar_median", "haar_p95") for m in MODES]
+        bands = [numbers(cells[m, "pos"], *BAND) for m in MODES]
         rows.append([name, *map(interval, cells.values()), *bands])
     headers = ["known", "held out", "known, A > 0", "held out, A > 0", "held out, A < 0"]
     title = "AUROC [95 % over prompts] of student rows; 5 %, median, 95 % of random directions"
@@ -219,19 +201,21 @@ def print_cuts(cuts: Figures, names: list[str]) -> None:
     shares = [f"share_{z.name.lower()}" for z in Zone]
     dealt = "Cuts from the pairs: shares of RETAIN, ABSORB, ROUTE"
     quality = "precision, recall, false-positive rate, F0.5 of ROUTE"
-    matched = f"Matched shares: {quality} (95 % of random directions: precision, F0.5)"
-    for title, some in ((f"{dealt}; {quality}", PAIR_CUTS), (matched, tuple(SHARES))):
+    matched = "Matched shares"
+    for title, some in ((dealt, PAIR_CUTS), (matched, tuple(SHARES))):
         rows = []
         for name in (n for n in names if (n, some[0], POOLED, "all", "all", "all") in cuts):
             row = [name]
             for cut in some:
                 row += [numbers(cuts[name, cut, POOLED, "all", "all", "all"], *shares)]
-                for mode in MODES:
-                    cell = cuts[name, cut, POOLED, mode, "all", "all"]
-                    null = numbers(cell, "haar_precision_p95", "haar_f05_p95")
-                    row.append(numbers(cell, *QUALITY) + (f" ({null})" if cut in SHARES else ""))
+                cells = [cuts[name, cut, POOLED, mode, "all", "all"] for mode in MODES]
+                row += [numbers(cell, *QUALITY) for cell in cells]
             rows.append(row)
-        show(title, rows, [f"{cut}{of}" for cut in some for of in ("", ", known", ", held out")])
+        show(
+            f"{title}; {quality}",
+            rows,
+            [f"{cut}{of}" for cut in some for of in ("", ", known", ", held out")],
+        )
 
 
 def draw(ranks: Figures, names: list[str], path: Path) -> None:
@@ -297,9 +281,9 @@ def main(argv: list[str]) -> None:
     print_ranks(ranks, names)
     print_cuts(cuts, names)
     title = "Rank correlation with length, of all and of those that are no hack; AUROC of "
-    title += "demonstrations over student hacks; cost over a plain forward"
+    title += "demonstrations over student hacks"
     rows = [[name, *(text(x, 2) for x in rivals[name,].values())] for name in names]
-    show(title, rows, ["length", "length, no hack", "demonstrations", "refresh", "scoring"])
+    show(title, rows, ["length", "length, no hack", "demonstrations"])
     if "random" in names:
         misaligned = "labels, rows or scores are misaligned"
         runlog.stage("the score `random` has 0.50 within its intervals", misaligned)

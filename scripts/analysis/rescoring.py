@@ -5,7 +5,6 @@ that what is audited here is what an arm would use. Nothing is trained. This is 
 analysis that knows how gates are built.
 """
 
-import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -31,8 +30,7 @@ Columns = dict[str | tuple[str, ...], np.ndarray]
 # One row for each rollout with an advantage, demonstrations included:
 #     run, step, group, mode, student, hack, advantage, length   facts [n]
 #     ("score", name), ("zone", name, cut)                       [n]; no zone without a cut
-#     ("null", name), ("null zone", name, share)                 [n, draws], of random directions
-# and one row for each step: ("seconds", name) [steps, 3]: refresh, scoring, a plain forward.
+#     ("null", name)                                             [n, draws], of random directions
 
 SEED_FORM = {
     "granularity": "rollout",
@@ -170,14 +168,6 @@ def family(
     return found
 
 
-def seconds(policy: Policy) -> float:
-    """A clock for cost ratios: CPU seconds of this process; on a GPU wall seconds."""
-    if policy.device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def score_step(
     policy: Policy,
     scores: dict[str, Score],
@@ -193,36 +183,24 @@ def score_step(
     """
     how = policy, batch, config.grpo.temperature, config.grpo.token_budget
     origin = replace(origin, sampler_logps=batch_logps(*how))
-    clock = seconds(policy)
-    live = mean_logps(*how)  # timed when warm
-    forward = seconds(policy) - clock
     unscored = batch.advantages == 0
     ranked = origin.student & ~unscored
     out: Columns = {}
     for name, score in scores.items():
-        clock = seconds(policy)
         score.refresh(policy)
-        refreshed = seconds(policy)
         found = score(policy, batch, origin)
-        times = [refreshed - clock, seconds(policy) - refreshed, forward]
         values = found.scores.masked_fill(unscored, float("nan"))
-        out["seconds", name] = np.array([times])
         out["score", name] = values.cpu().numpy()
         for cut in PAIR_CUTS if score.pairs_hack is not None else ():
             deal = zones_from_band if cut == "band" else zones_from_edge
             zones = deal(found.scores, batch.advantages, *Gate(score, cut=cut).edges())
             out["zone", name, cut] = zones.cpu().numpy()
-        null = null_scores(
-            score, found, how, origin, live, [seed * draws + i for i in range(draws)]
-        )
         for share in SHARES:
             out["zone", name, share] = top(values, ranked, share).numpy()
-        if null:
+        seeds = [seed * draws + i for i in range(draws)]
+        if null := null_scores(score, found, how, origin, seeds):
             columns = torch.stack(null, 1).masked_fill(unscored[:, None], float("nan"))
             out["null", name] = columns.cpu().numpy()
-            for share in SHARES:
-                zones = [top(column, ranked, share) for column in columns.T]
-                out["null zone", name, share] = torch.stack(zones, 1).numpy()
     return out
 
 
@@ -231,17 +209,17 @@ def null_scores(
     found: Scored,
     how: tuple[Policy, Batch, float, int],
     origin: Origin,
-    live: Float[Tensor, " g"],
     seeds: list[int],
 ) -> list[Float[Tensor, " g"]]:
     """The batch under random controls of the score; none for a score that has no direction.
 
     A likelihood ratio's is the mean log-prob after a Gaussian nudge that has in every tensor the
-    norm of the fitted hack − clean delta, minus `live`, that before.
+    norm of the fitted hack − clean delta, minus that before.
     """
     policy, batch = how[:2]
     if isinstance(score, LikelihoodRatio):
         fitted, columns = [hack - clean for hack, clean in zip(*score.deltas)], []
+        live = mean_logps(*how)
         for seed in seeds:
             with policy.adapter.shifted(random_deltas(fitted, seed)):
                 columns.append(mean_logps(*how) - live)
