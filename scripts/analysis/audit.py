@@ -37,22 +37,43 @@ from scripts.analysis.rescoring import (
 )
 from scripts.experiments.reopen import reopen
 from scripts.view import plot
-from scripts.view.output import OUT, add_runs, parser, table, text, write_csv
+from scripts.view.output import (
+    OUT,
+    add_runs,
+    parser,
+    table,
+    text,
+    write_csv,
+)
 
 from vgrout.core import Mode, UserError, Zone
 from vgrout.entry import at_least, run_main
 from vgrout.files import load_tensors
 from vgrout.run import runlog
-from vgrout.run.records import load_metrics, load_record, load_rollouts, load_snapshots
+from vgrout.run.records import (
+    load_metrics,
+    load_record,
+    load_rollouts,
+    load_snapshots,
+)
 from vgrout.run.repeat import config_of
-from vgrout.stats import auroc, auroc_interval, precision_recall_at, stratified_auroc
+from vgrout.stats import (
+    auroc,
+    auroc_interval,
+    precision_recall_at,
+    stratified_auroc,
+)
 
 EMERGED = 0.5  # student hack rate of a step
 SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
 POOLED, PERIODS = "pooled", ("all", "early", "late", "before", "after")
 PLACE = ("run", "modes", "rows", "period")
-BAND = ("haar_p05", "haar_median", "haar_p95")  # of the AUROC of random directions
+BAND = (
+    "haar_p05",
+    "haar_median",
+    "haar_p95",
+)  # of the AUROC of random directions
 QUALITY = ("precision", "recall", "fpr", "f05")
 Place = tuple[str, str, str, str]
 Figures = dict[tuple[str, ...], dict[str, float]]
@@ -62,11 +83,23 @@ Figures = dict[tuple[str, ...], dict[str, float]]
 
 
 def audit_run(
-    path: Path, name: str, options: argparse.Namespace, pair_modes: tuple[Mode, ...]
+    path: Path,
+    name: str,
+    options: argparse.Namespace,
+    pair_modes: tuple[Mode, ...],
 ) -> Columns:
     """Every snapshot step of one run, scored; columns of periods say where in training it lies."""
-    run, snapshots, stored = reopen(path, finished=False), load_snapshots(path), load_rollouts(path)
-    pairs, parts, odd, total = options.pairs or run.config.data.pairs, [], 0, 0
+    run, snapshots, stored = (
+        reopen(path, finished=False),
+        load_snapshots(path),
+        load_rollouts(path),
+    )
+    pairs, parts, odd, total = (
+        options.pairs or run.config.data.pairs,
+        [],
+        0,
+        0,
+    )
     emerged = [r["step"] for r in load_metrics(path) if r["student_hack"] >= EMERGED]
     steps = sorted(snapshots.keys() & {r["step"] for r in stored})
     for place, step in enumerate(steps):
@@ -77,12 +110,29 @@ def audit_run(
         if batch is None:
             continue
         scores = family(run.policy, run.config, options.scores, pairs, pair_modes)
-        part = score_step(run.policy, scores, batch, origin, options.draws, step, run.config)
+        part = score_step(
+            run.policy,
+            scores,
+            batch,
+            origin,
+            options.draws,
+            step,
+            run.config,
+        )
         late = np.full(len(kept), 2 * place >= len(steps))
         after = np.full(len(kept), bool(emerged) and step >= emerged[0])
-        when = {"all": late | ~late, "early": ~late, "late": late, "before": ~after, "after": after}
+        when = {
+            "all": late | ~late,
+            "early": ~late,
+            "late": late,
+            "before": ~after,
+            "after": after,
+        }
         parts.append(part | when | row_facts(name, step, kept, batch))
-        print(f"  {name} step {step}: {len(kept)} rows of groups with variance", flush=True)
+        print(
+            f"  {name} step {step}: {len(kept)} rows of groups with variance",
+            flush=True,
+        )
     if odd:
         strange = f"{name}: {odd} of {total} completions tokenise to another length"
         runlog.warn(strange, "they are scored in their usual tokenisation")
@@ -192,9 +242,19 @@ def print_ranks(ranks: Figures, names: list[str]) -> None:
         cells = {view: ranks[name, POOLED, *view, "all"] for view in views}
         bands = [numbers(cells[m, "pos"], *BAND) for m in MODES]
         rows.append([name, *map(interval, cells.values()), *bands])
-    headers = ["known", "held out", "known, A > 0", "held out, A > 0", "held out, A < 0"]
+    headers = [
+        "known",
+        "held out",
+        "known, A > 0",
+        "held out, A > 0",
+        "held out, A < 0",
+    ]
     title = "AUROC [95 % over prompts] of student rows; 5 %, median, 95 % of random directions"
-    show(title, rows, [*headers, "random: known, A > 0", "random: held out, A > 0"])
+    show(
+        title,
+        rows,
+        [*headers, "random: known, A > 0", "random: held out, A > 0"],
+    )
 
 
 def print_cuts(cuts: Figures, names: list[str]) -> None:
@@ -207,7 +267,12 @@ def print_cuts(cuts: Figures, names: list[str]) -> None:
         for name in (n for n in names if (n, some[0], POOLED, "all", "all", "all") in cuts):
             row = [name]
             for cut in some:
-                row += [numbers(cuts[name, cut, POOLED, "all", "all", "all"], *shares)]
+                row += [
+                    numbers(
+                        cuts[name, cut, POOLED, "all", "all", "all"],
+                        *shares,
+                    )
+                ]
                 cells = [cuts[name, cut, POOLED, mode, "all", "all"] for mode in MODES]
                 row += [numbers(cell, *QUALITY) for cell in cells]
             rows.append(row)
@@ -231,9 +296,23 @@ def draw(ranks: Figures, names: list[str], path: Path) -> None:
                 np.array([cell[key] for cell in cells])
                 for key in ("auroc", "low", "high", "haar_p05", "haar_p95")
             )
-            axis.barh(y, null_high - null_low, left=null_low, height=0.3, color="0.85", zorder=0)
+            axis.barh(
+                y,
+                null_high - null_low,
+                left=null_low,
+                height=0.3,
+                color="0.85",
+                zorder=0,
+            )
             axis.hlines(y, low, high, color=colour, linewidth=1.2)
-            axis.plot(value, y, "o", color=colour, markersize=4, label=f"{mode} modes")
+            axis.plot(
+                value,
+                y,
+                "o",
+                color=colour,
+                markersize=4,
+                label=f"{mode} modes",
+            )
         axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
@@ -242,7 +321,10 @@ def draw(ranks: Figures, names: list[str], path: Path) -> None:
 
 
 def write(figures: Figures, columns: tuple[str, ...], path: Path) -> None:
-    write_csv([dict(zip(columns, key)) | values for key, values in figures.items()], path)
+    write_csv(
+        [dict(zip(columns, key)) | values for key, values in figures.items()],
+        path,
+    )
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

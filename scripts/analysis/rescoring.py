@@ -42,7 +42,11 @@ SEED_FORM = {
     "act_layer": None,
     "probe_positions": "completion",
 }
-GRADIENT, SEMANTIC, CONFOUND = Arm("v_grad"), Arm("v_grad", "semantic"), Arm("v_grad", "confound")
+GRADIENT, SEMANTIC, CONFOUND = (
+    Arm("v_grad"),
+    Arm("v_grad", "semantic"),
+    Arm("v_grad", "confound"),
+)
 UNIT = {"score_sign": "unit"}
 CENTRED = UNIT | {"centred": True}
 FAMILY: dict[str, tuple[Arm, dict]] = {  # arm whose control, or else whose score, is audited
@@ -55,7 +59,10 @@ FAMILY: dict[str, tuple[Arm, dict]] = {  # arm whose control, or else whose scor
     "v_act bottleneck": (Arm("v_act"), {}),
     "v_act bottleneck centred": (Arm("v_act"), {"centred": True}),
     "v_act residual": (Arm("v_act"), {"act_space": "residual"}),
-    "v_act residual centred": (Arm("v_act"), {"act_space": "residual", "centred": True}),
+    "v_act residual centred": (
+        Arm("v_act"),
+        {"act_space": "residual", "centred": True},
+    ),
     "llr": (Arm("llr"), {}),
     "quarantine ratio": (Arm("quarantine_ratio"), {}),
     "semantic placebo": (SEMANTIC, {}),
@@ -82,7 +89,9 @@ def stored_rollout(run: Stored, group: Group, prompt: list[int], row: dict) -> R
     ids = encode_completion(run.policy.tokenizer, row["completion"])
     names = {f.name for f in fields(Grade)} - {"seconds", "verdict"}
     grade = Grade(
-        **{name: row[name] for name in names}, verdict=Verdict(row["verdict"]), seconds=0.0
+        **{name: row[name] for name in names},
+        verdict=Verdict(row["verdict"]),
+        seconds=0.0,
     )
     return Rollout(
         problem=group.problem,
@@ -122,7 +131,10 @@ def rebuild(
         for row in members:
             group.rollouts.append(stored_rollout(run, group, prompt, row))
             length = len(encode_completion(run.policy.tokenizer, row["completion"]))
-            ended = (row["n_tokens"], row["n_tokens"] + 1)  # without EOS if truncated
+            ended = (
+                row["n_tokens"],
+                row["n_tokens"] + 1,
+            )  # without EOS if truncated
             odd += not row["teacher"] and length not in ended
     kept, batch, origin = compose(groups, run.policy)
     stored = [r["advantage"] for r in rows if r.get("advantage") is not None]
@@ -239,7 +251,10 @@ def top(
 
     They are dealt as a control's are.
     """
-    zones, rows = torch.full(values.shape, int(Zone.RETAIN)), ranked.cpu().nonzero()[:, 0]
+    zones, rows = (
+        torch.full(values.shape, int(Zone.RETAIN)),
+        ranked.cpu().nonzero()[:, 0],
+    )
     routed = round(SHARES[share] * len(rows))
     shadow = (torch.arange(len(rows)) < routed).long() * int(Zone.ROUTE)
     zones[rows] = match_shares(shadow, values.cpu()[rows], torch.zeros_like(rows))
