@@ -40,7 +40,8 @@ from vgrout.model.batch import Batch, GateOutput, Origin
 from vgrout.model.fused import fuse_norms
 from vgrout.model.lora2r import Lora2r
 from vgrout.model.optimizer import BlockOptimizer
-from vgrout.model.policy import Policy, decoding_batches, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import decoding_batches, sample
 
 BASE = "data/organism/base"
 FLOPS, BANDWIDTH = (

@@ -26,7 +26,7 @@ from vgrout.gate.ratio import logps_with
 from vgrout.grader import Grader
 from vgrout.model.batch import Batch
 from vgrout.model.likelihood import random_deltas
-from vgrout.model.policy import sample
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt
 from vgrout.run.diagnose import scaled
 from vgrout.run.records import load_snapshots

@@ -11,8 +11,9 @@ from vgrout.model.grpo import scored_loss
 from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.optimizer import BlockOptimizer, trained_blocks
 from vgrout.model.packing import Packing
-from vgrout.model.policy import logps, sample
+from vgrout.model.policy import logps
 from vgrout.model.products import MaskedUp, Merged
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import select
 
 ALL = (Zone.RETAIN, Zone.ABSORB, Zone.ROUTE)

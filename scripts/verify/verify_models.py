@@ -8,7 +8,6 @@ included. What `loading.check` refuses: logits that the model scales, an adapted
     uv run python scripts/verify/verify_models.py
 """
 
-import contextlib
 import io
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from loguru import logger
 from scripts.verify.tiny import perturb
 from torch.nn import functional as F
 from transformers import (
@@ -46,7 +46,8 @@ from vgrout.model.loading import load_policy
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import BlockOptimizer, trained_blocks
 from vgrout.model.packing import Packing
-from vgrout.model.policy import Policy, logps, sample
+from vgrout.model.policy import Policy, logps
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt
 
 TOKENIZER = Path("data/organism/base")
@@ -283,8 +284,10 @@ def check_loading(tmp: Path) -> None:
         self.kept = defaultdict(First)
 
     Packing.__init__ = wrong
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        policy = load(tmp / "diffllama")
+    said = io.StringIO()
+    sink = logger.add(said, level="WARNING")
+    policy = load(tmp / "diffllama")
+    logger.remove(sink)
     Packing.__init__ = right
     assert (
         make is field.default_factory

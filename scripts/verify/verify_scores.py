@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from vgrout.config import ARMS
 from vgrout.core import NO_ZONE, Zone
+from vgrout.gate import gate as gates
 from vgrout.gate.actions import Options, drop, group_z, penalise, route
 from vgrout.gate.controls import Confound, Oracle, RandomScore
 from vgrout.gate.direction import activations, probe_gradients
 from vgrout.gate.gate import Gate
-from vgrout.gate import gate as gates
 from vgrout.gate.ratio import (
     LikelihoodRatio,
     QuarantineRatio,
@@ -32,7 +32,7 @@ from vgrout.model.likelihood import (
 )
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import trained_blocks
-from vgrout.model.policy import sample
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, select
 from vgrout.stats import auroc
 

@@ -13,7 +13,8 @@ from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.grader import Grader
 from vgrout.model import grpo, tokens
 from vgrout.model.batch import Batch, Origin
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 
 
 @dataclass(frozen=True)

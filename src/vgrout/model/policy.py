@@ -1,20 +1,17 @@
-"""A model with its adapter, the one log-prob function, and sampling.
+"""A model with its adapter, and the one log-prob function.
 
 Log-probs are temperature-scaled and untruncated everywhere; top-p shapes what is drawn and never what is scored.
 """
 
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from vgrout.model.batch import Batch
 from vgrout.model.fused import TokenLogps
@@ -159,10 +156,10 @@ def _predicting_positions(batch: Batch) -> Int[Tensor, "g t"]:
 def _token_logps(
     policy: Policy, states: Float[Tensor, "n d"], targets: Tensor, temperature: float
 ) -> Float[Tensor, " n"]:
-    return TokenLogps.apply(_logits(policy, states), targets, temperature)
+    return TokenLogps.apply(logits(policy, states), targets, temperature)
 
 
-def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+def logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
     """Logits as fp32 (the product of a bf16 model's head is rounded to bf16), soft-capped where the architecture caps them."""
     head, dtype = policy.model.get_output_embeddings(), policy.adapter.products
     rounded = dtype != torch.float32 == states.dtype == head.weight.dtype
@@ -171,138 +168,3 @@ def _logits(policy: Policy, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 
     )
     cap = getattr(policy.model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-@torch.no_grad()
-def sample(
-    policy: Policy,
-    prompts: Sequence[list[int]],
-    num_generations: Sequence[int],
-    *,
-    max_completion_length: int,
-    temperature: float,
-    top_p: float,
-    token_budget: int,
-    generator: torch.Generator,
-    ablated: bool = False,
-) -> list[list[tuple[list[int], list[float]]]]:
-    """Draw `num_generations[i]` completions of prompt i on merged weights, in as few batches as `token_budget` allows.
-
-    Returns, by prompt, (completion ids ending with EOS unless truncated, log-probs of the drawn tokens under the sampler:
-    temperature-scaled, untruncated). The draws are a function of the generator and of the batches, which lengths and budget set.
-    """
-    out: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
-    if not (
-        batches := decoding_batches(
-            [*map(len, prompts)], num_generations, max_completion_length, token_budget
-        )
-    ):
-        return out  # nothing is merged for no rows
-    with policy.adapter.merged(ablated):
-        for part in batches:
-            chosen, rows = zip(*part)
-            drawn = iter(
-                _decode(
-                    policy,
-                    [prompts[i] for i in chosen],
-                    rows,
-                    max_completion_length,
-                    temperature,
-                    top_p,
-                    generator,
-                )
-            )
-            for i, n in part:
-                out[i] += islice(drawn, n)
-    return out
-
-
-def decoding_batches(
-    lengths: Sequence[int],
-    num_generations: Sequence[int],
-    max_completion_length: int,
-    token_budget: int,
-) -> list[list[tuple[int, int]]]:
-    """Batches of (prompt, rows) whose rows × (longest prompt + completion) fit in `token_budget`: the bound of the KV cache.
-
-    All rows in one batch where they fit. Else whole groups, sorted by length; a group is divided only where it alone exceeds the
-    budget, and a batch has at least one row.
-    Example: lengths [3, 9, 4], 2 rows each, completions of 1, budget 20 → [[(0, 2), (2, 2)], [(1, 2)]]; budget 10 divides the last.
-    """
-    groups = [(i, n) for i, n in enumerate(num_generations) if n]
-    if sum(num_generations) * (max(lengths, default=0) + max_completion_length) <= token_budget:
-        return [groups] if groups else []
-    batches: list[list[tuple[int, int]]] = [[]]
-    for i, n in sorted(groups, key=lambda group: lengths[group[0]]):
-        most = max(
-            1, token_budget // (lengths[i] + max_completion_length)
-        )  # rows; prompt i is the longest so far
-        for part in [most] * (n // most) + [n % most] * (n % most > 0):
-            if batches[-1] and sum(rows for _, rows in batches[-1]) + part > most:
-                batches.append([])
-            batches[-1].append((i, part))
-    return batches
-
-
-def _decode(
-    policy: Policy, prompts: Sequence[list[int]], num_generations: Sequence[int], max_completion_length: int, temperature: float,
-    top_p: float, generator: torch.Generator,
-) -> list[tuple[list[int], list[float]]]:  # fmt: skip
-    """One batch of `sample`: (ids, log-probs) of all rows, in the prompts' order.
-
-    Prompts are left-padded and prefilled once each; the cache is then repeated over the group, and rows leave the batch as they
-    finish.
-    """
-    device, width = policy.device, max(map(len, prompts))
-    ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    eos = torch.tensor(sorted(policy.eos_ids), device=device)
-    repeats = torch.tensor(num_generations, device=device)
-    cache = DynamicCache(config=policy.model.config)
-    rows = torch.arange(sum(num_generations), device=device)
-    drawn = torch.full((len(rows), max_completion_length), policy.pad_id, device=device)
-    lengths = torch.full((len(rows),), max_completion_length, device=device)
-    logps = torch.zeros(drawn.shape, device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    states = _next(policy, ids, mask, position, cache)
-    cache.batch_repeat_interleave(repeats)
-    states, mask, position = (
-        x.repeat_interleave(repeats, 0) for x in (states, mask, position[:, -1:])
-    )
-    for step in range(max_completion_length):
-        scores = torch.log_softmax(_logits(policy, states) / temperature, dim=-1)
-        token = torch.multinomial(_nucleus(scores.exp(), top_p), 1, generator=generator)
-        drawn[rows, step] = token[:, 0]
-        logps[rows, step] = scores.gather(1, token)[:, 0]
-        live = ~torch.isin(token[:, 0], eos)
-        lengths[rows[~live]] = step + 1
-        if not live.any() or step + 1 == max_completion_length:
-            break
-        if not live.all():
-            rows, token, mask, position = rows[live], token[live], mask[live], position[live]
-            cache.batch_select_indices(live.nonzero()[:, 0])
-        mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        states = _next(policy, token, mask, position, cache)
-    return [(d[:n], lp[:n]) for d, lp, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
-
-
-def _next(
-    policy: Policy, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache
-) -> Float[Tensor, "n d"]:
-    """The last position's hidden states; `cache` grows by the tokens of `ids`."""
-    return policy.model.base_model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1]
-
-
-def _nucleus(probs: Float[Tensor, "n v"], top_p: float) -> Float[Tensor, "n v"]:
-    """Keep the smallest set of tokens whose mass reaches top_p (https://arxiv.org/abs/1904.09751)."""
-    if top_p >= 1:
-        return probs
-    sorted_probs, order = probs.sort(dim=-1, descending=True)
-    drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p
-    return probs.masked_fill(drop.scatter(-1, order, drop), 0.0)

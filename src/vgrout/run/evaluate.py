@@ -15,7 +15,8 @@ from vgrout.env.rollouts import Sampling
 from vgrout.grader import Grader
 from vgrout.model import tokens
 from vgrout.model.batch import Batch, GateOutput, Origin
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 from vgrout.stats import auroc, precision_recall_at
 
 

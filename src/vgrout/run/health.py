@@ -25,7 +25,8 @@ from vgrout.model.batch import Batch, GateOutput, Origin
 from vgrout.model.likelihood import mean_logps
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import BlockOptimizer
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 from vgrout.run import runlog
 from vgrout.run.records import Run
 
