@@ -37,7 +37,6 @@ from vgrout.env.problems import messages
 from vgrout.env.rollouts import Sampling, stream
 from vgrout.model import tokens
 from vgrout.model.batch import Batch, GateOutput, Origin
-from vgrout.model.fused import fuse_norms
 from vgrout.model.lora2r import Lora2r
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import Policy
@@ -85,7 +84,6 @@ def random_policy(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    fuse_norms(model)
     adapter = Lora2r(model, rank, 0, r"\.layers\.\d+\.")
     return Policy(model, AutoTokenizer.from_pretrained(BASE), adapter, frozenset(), 0)
 

@@ -5,6 +5,7 @@ uv run python scripts/verify/verify_export.py
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def planted_run(folder: Path, policy: Policy, deployed: str) -> Path:
 def ours(policy: Policy, block: str, ids: Tensor) -> Tensor:
     """Logits of our policy with one block, or both, in the forward."""
     without = {"deployed": "quarantine", "quarantine": "deployed"}
-    with policy.adapter.ablated(without[block]) if block in without else policy.adapter._state():
+    with policy.adapter.ablated(without[block]) if block in without else nullcontext():
         return policy.model(ids).logits
 
 

@@ -235,7 +235,7 @@ def update(
     normaliser = float(cfg.num_generations * cfg.max_completion_length * cfg.num_prompts)
     total, gaps, stats, zone = 0.0, [], [], out.by_row()[1]
     for rows in tokens.micro_batches(
-        batch, cfg.token_budget, by_prompt=policy.shares(training=True)
+        batch, cfg.token_budget, by_prompt=policy.share_prompts
     ):
         part, ref = tokens.select(batch, rows), None
         t, mask, zones = part.completion_ids.shape[1], part.completion_mask, out.zones[rows]

@@ -4,6 +4,8 @@ Features: the c-probe gradient ∂L/∂c (one number for each rank of the deploy
 activation A x itself, or the residual stream. See docs/method.md, "Scores".
 """
 
+from contextlib import nullcontext
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -39,13 +41,13 @@ def probe_gradients(
     everywhere = by_token or positions == "all"
     gradients: Tensor | None = None
     for rows in micro_batches(
-        batch, token_budget, by_prompt=policy.shares(training=True) and not everywhere
+        batch, token_budget, by_prompt=policy.share_prompts and not everywhere
     ):
         part = select(batch, rows)
         s = part.input_ids.shape[1] if by_token else 1
         column = torch.arange(part.input_ids.shape[1], device=rows.device)
         where = None if everywhere else column >= part.completion_start[:, None] - 1
-        masks = adapter.ablated() if state == "deployed" else adapter._state()
+        masks = adapter.ablated() if state == "deployed" else nullcontext()
         with (
             torch.enable_grad(),
             policy.training(),
@@ -74,7 +76,7 @@ def activations(
     final norm, as transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=False)):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
         inside = part.completion_mask.clone()
         inside[:, 0] &= (

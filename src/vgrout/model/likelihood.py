@@ -39,8 +39,8 @@ def likelihood_steps(
     temperature: float,
     token_budget: int,
 ) -> None:
-    """`steps` Adam steps on the mean over rows of −mean logp, into one block alone; the other is in the
-    forward, as a constant."""
+    """`steps` Adam steps on the mean over rows of −mean logp, into one block alone; the other is
+    in the forward, as a constant."""
     params = policy.adapter.parameters(block)
     zone, forward = (Zone.ROUTE, "ablated") if block == "quarantine" else (Zone.RETAIN, "both")
     adam = torch.optim.Adam(params, lr=learning_rate)
@@ -64,7 +64,8 @@ def likelihood_deltas(
     temperature: float,
     token_budget: int,
 ) -> list[Tensor]:
-    """How the deployed block would move under `likelihood_steps`; its parameters are restored exactly."""
+    """How the deployed block would move under `likelihood_steps`; its parameters are restored
+    exactly."""
     params = policy.adapter.parameters("deployed")
     with policy.adapter.shifted([torch.zeros_like(p) for p in params]):
         before = [p.detach().clone() for p in params]

@@ -1,22 +1,23 @@
-"""Load a model and attach its adapter; then see that this code computes what the model itself does."""
+"""Load a model and attach its adapter; then see that this code computes what the model itself
+does."""
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from loguru import logger
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from vgrout.core import UserError
 from vgrout.model import tokens
 from vgrout.model.batch import Batch
-from vgrout.model.fused import fuse_norms
+from vgrout.model.fast import can_pack, checkpoint_contexts
 from vgrout.model.lora2r import Lora2r
-from vgrout.model.packing import can_pack
 from vgrout.model.policy import Policy, logps, predicting
 
 CHATS = (
@@ -40,11 +41,11 @@ def load_policy(
     gradient_checkpointing: bool,
     share_prompts: bool = True,
 ) -> Policy:
-    """Load a causal LM from a folder or the hub (safetensors only, no remote code), without dropout,
-    and attach the adapter.
+    """Load a causal LM from a folder or the hub (safetensors only, no remote code), without
+    dropout, and attach the adapter.
 
-    Raises UserError where the model cannot be read, has no chat template, has no Linear that `targets`
-    matches, or is one of those that `check` refuses.
+    Raises UserError where the model cannot be read, has no chat template, has no Linear that
+    `targets` matches, or is one of those that `check` refuses.
     """
     transformers_logging.disable_progress_bar()
     keep_freed_memory()
@@ -67,13 +68,12 @@ def load_policy(
     if tokenizer.chat_template is None:
         raise UserError(f"model {path!r} has no chat template: use an instruction-tuned model")
     model.to(device).eval().requires_grad_(False)
-    fuse_norms(model)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     ends = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     adapter = Lora2r(model, rank, lora_init_seed, targets)
+    if gradient_checkpointing:
+        enable_checkpointing(model, adapter)
     policy = Policy(model, tokenizer, adapter, frozenset(eos), pad, share_prompts)
     check(policy)
     return policy
@@ -81,13 +81,13 @@ def load_policy(
 
 @torch.no_grad()
 def check(policy: Policy) -> None:
-    """Log-probs of the chats by the model's own forward pass, by `logps` on rows in full, and on packed
-    rows, agree (the delta is zero).
+    """Log-probs of the chats by the model's own forward pass, by `logps` on rows in full, and on
+    packed rows, agree (the delta is zero).
 
     UserError where the output layer is adapted, where the model does more to its logits than
-    `policy.logits` knows (some families scale them), or where `targets` match Linears that text never
-    reaches (an encoder of images). A model whose rows cannot be packed, or would be packed wrongly,
-    runs every row in full, and says so.
+    `policy.logits` knows (some families scale them), or where `targets` match Linears that text
+    never reaches (an encoder of images). A model whose rows cannot be packed, or would be packed
+    wrongly, runs every row in full, and says so.
     """
     model, adapter, name = policy.model, policy.adapter, type(policy.model).__name__
     if model.get_output_embeddings() in adapter.linears.values():
@@ -144,15 +144,23 @@ def chats(policy: Policy) -> Batch:
 
 
 def own_logps(policy: Policy, batch: Batch) -> Float[Tensor, "g t"]:
-    """Log-probs of the completions by the model's own forward pass to logits, without the adapter."""
+    """Log-probs of the completions by the model's own forward pass to logits, without the
+    adapter."""
     with policy.adapter.disabled():
         out = policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     scores = predicting(batch, out.logits.float().log_softmax(-1))
     return scores.gather(2, batch.completion_ids[..., None])[..., 0] * batch.completion_mask
 
 
+def enable_checkpointing(model: nn.Module, adapter: Lora2r) -> None:
+    """Layers run again in the backward pass, under the adapter's state of their first run."""
+    contexts = partial(checkpoint_contexts, model, adapter)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Every dropout rate set to 0: the log-probs of an update are those of the policy that sampled."""
+    """Every dropout rate set to 0: the log-probs of an update are those of the policy that
+    sampled."""
     for part in (config, config.get_text_config()):
         for name, value in vars(part).items():
             if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):

@@ -1,4 +1,5 @@
-"""Sampling: batches within a budget of tokens, on merged weights. Top-p shapes what is drawn and never what is scored."""
+"""Sampling: batches within a budget of tokens, on merged weights. Top-p shapes what is drawn and
+never what is scored."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -27,11 +28,12 @@ def sample(
     generator: torch.Generator,
     ablated: bool = False,
 ) -> list[Drawn]:
-    """Draw `num_generations[i]` completions of prompt i, in as few batches as `token_budget` allows.
+    """Draw `num_generations[i]` completions of prompt i, in as few batches as `token_budget`
+    allows.
 
-    Returns, by prompt, (completion ids ending with EOS unless truncated, log-probs of the drawn tokens
-    under the sampler: temperature-scaled, untruncated). The draws are a function of the generator and
-    of the batches, which lengths and budget set.
+    Returns, by prompt, (completion ids ending with EOS unless truncated, log-probs of the drawn
+    tokens under the sampler: temperature-scaled, untruncated). The draws are a function of the
+    generator and of the batches, which lengths and budget set.
     """
     completions: list[Drawn] = [[] for _ in prompts]
     lengths = [len(p) for p in prompts]
@@ -66,10 +68,10 @@ def decoding_batches(
     """Batches of (prompt, rows) with rows × (longest prompt + completion) within `token_budget`,
     the bound of the KV cache.
 
-    All rows in one batch where they fit. Else whole groups, sorted by length; a group is divided only
-    where it alone exceeds the budget, and a batch has at least one row.
-    Example: lengths [3, 9, 4], 2 rows each, completions of 1, budget 20 → [[(0, 2), (2, 2)], [(1, 2)]];
-    budget 10 divides the last.
+    All rows in one batch where they fit. Else whole groups, sorted by length; a group is divided
+    only where it alone exceeds the budget, and a batch has at least one row.
+    Example: lengths [3, 9, 4], 2 rows each, completions of 1, budget 20 → [[(0, 2), (2, 2)], [(1,
+    2)]]; budget 10 divides the last.
     """
     groups = [(i, n) for i, n in enumerate(num_generations) if n]
     widest = max(lengths, default=0) + max_completion_length
@@ -151,7 +153,8 @@ def _next(
 
 
 def _nucleus(probs: Float[Tensor, "n v"], top_p: float) -> Float[Tensor, "n v"]:
-    """Keep the smallest set of tokens whose mass reaches top_p (https://arxiv.org/abs/1904.09751)."""
+    """Keep the smallest set of tokens whose mass reaches top_p
+    (https://arxiv.org/abs/1904.09751)."""
     if top_p >= 1:
         return probs
     sorted_probs, order = probs.sort(dim=-1, descending=True)

@@ -1,4 +1,5 @@
-"""The only place that renders, tokenises, pads and slices: one path for prompts, rollouts and pairs."""
+"""The only place that renders, tokenises, pads and slices: one path for prompts, rollouts and
+pairs."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,7 +14,8 @@ from vgrout.model.batch import Batch
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Chat messages → prompt ids that end where the assistant begins; Qwen's thinking switch is off."""
+    """Chat messages → prompt ids that end where the assistant begins; Qwen's thinking switch is
+    off."""
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -33,8 +35,8 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str
 def check_prompt_lengths(
     prompts: dict[str, list[int]], limit: int, completion: int, context: int | None
 ) -> None:
-    """Refuse a prompt (by id) over the limit, or one behind which a completion would leave the model's
-    `context`; all in tokens."""
+    """Refuse a prompt (by id) over the limit, or one behind which a completion would leave the
+    model's `context`; all in tokens."""
     lengths = {i: len(ids) for i, ids in prompts.items()}
     worst = max(lengths, key=lengths.get, default=None)
     longest = lengths.get(worst, 0)
@@ -60,8 +62,8 @@ def collate(
     pad_id: int,
     device: torch.device | str,
 ) -> Batch:
-    """Right-pad prompt + completion; see `Batch` for a literal example. No padding token is attended to
-    or scored."""
+    """Right-pad prompt + completion; see `Batch` for a literal example. No padding token is
+    attended to or scored."""
     input_ids, attention_mask = _padded(
         [p + c for p, c in zip(prompts, completions, strict=True)], pad_id
     )
@@ -95,8 +97,8 @@ def _fields(batch: Batch) -> list[tuple[str, Tensor]]:
 def select(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
     """Some rows of a batch, with the padding that they do not need cut off.
 
-    Example: rows with prompts of 3 and 2 and completions of 1 and 1, taken from a batch of s = 9, t = 4,
-    come out as s = 4, t = 1.
+    Example: rows with prompts of 3 and 2 and completions of 1 and 1, taken from a batch of s = 9,
+    t = 4, come out as s = 4, t = 1.
     """
     part = {name: x[rows] for name, x in _fields(batch)}
     s, t = int(part["attention_mask"].sum(1).max()), int(part["completion_mask"].sum(1).max())
@@ -107,12 +109,13 @@ def select(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
 def micro_batches(
     batch: Batch, token_budget: int, by_prompt: bool = False
 ) -> list[Int[Tensor, " n"]]:
-    """Row indices of length-sorted micro-batches whose padded size stays within `token_budget` tokens
-    (at least one row each).
+    """Row indices of length-sorted micro-batches whose padded size stays within `token_budget`
+    tokens (at least one row each).
 
-    With `by_prompt` rows of one prompt stay together, so that they can share it; each prompt's rows are
-    sorted by length.
-    Example: lengths [5, 9, 4], budget 10 → [[2, 0], [1]] (4 and 5 padded to 2 × 5 = 10, then 9 alone).
+    With `by_prompt` rows of one prompt stay together, so that they can share it; each prompt's
+    rows are sorted by length.
+    Example: lengths [5, 9, 4], budget 10 → [[2, 0], [1]] (4 and 5 padded to 2 × 5 = 10, then 9
+    alone).
     """
     lengths = batch.attention_mask.sum(1).tolist()
     groups = batch.group.tolist() if by_prompt else [0] * len(lengths)
