@@ -27,7 +27,7 @@ from vgrout.gate.ratio import logps_with
 from vgrout.grader import Grader
 from vgrout.model.batch import Batch
 from vgrout.model.likelihood import likelihood_steps, random_deltas
-from vgrout.model.policy import sample
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
 from vgrout.run.diagnose import scaled
 from vgrout.run.records import load_record, load_rollouts, load_snapshots

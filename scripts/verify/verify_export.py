@@ -46,7 +46,7 @@ def planted(folder: Path, policy: Policy, deployed: str) -> Path:
 def ours(policy: Policy, block: str, ids: Tensor) -> Tensor:
     """Logits of our policy with one block, or both, in the forward."""
     without = {"deployed": "quarantine", "quarantine": "deployed"}.get(block)
-    with policy.adapter.ablated(without) if without else policy.adapter._state():
+    with policy.adapter.ablated(without) if without else nullcontext():
         return policy.model(ids).logits
 
 

@@ -15,7 +15,8 @@ from vgrout.env.pairs import Pair
 from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.model import grpo, tokens
 from vgrout.model.batch import Batch, Behaviour
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 
 
 @dataclass(frozen=True)
