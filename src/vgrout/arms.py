@@ -314,7 +314,6 @@ READERS: dict[str, tuple[Reads, str]] = {
         "placebo_semantic, or --seed-side placebo",
     ),
     "teacher_modes": (_pool, "a --teacher-pool"),
-    "score_dtype": (_score("v_grad", "llr"), "the scores v_grad and llr"),
     "refresh_every": (_refreshed, "a score or control that is refreshed"),
     "granularity": (_score("v_grad"), "the score v_grad"),
     "probe_state": (_score("v_grad"), "the score v_grad"),

@@ -47,7 +47,6 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = (
         "float32"  # of the frozen base; the adapter trains in fp32
     )
-    score_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of v_grad's and llr's products
     device: str = "auto"  # auto | cpu | cuda | cuda:N; auto takes a GPU where there is one
     lora_rank: Count = 8  # r, for each of the two blocks
     lora_init_seed: int | None = None  # of the frozen A0 and B0; None: the run's seed

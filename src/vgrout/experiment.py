@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,6 @@ class Experiment:
         workers, level, limit = config.run.workers, config.run.sandbox, config.run.cpu_seconds
         self.grader = self.stack.enter_context(Grader(workers, level, limit))
         self.policy = build_policy(config, self.splits)
-        self.config = config = settled(self.policy, config)
         self.sampling = sampling_of(config)
         every = [p for part in self.splits.values() for p in part]
         materials = Materials(self.policy, config, inputs.pairs, every)
@@ -341,15 +340,6 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     limit = config.grpo.max_completion_length
     tokens.check_prompt_lengths(encoded, model.max_prompt_length, limit, policy.context)
     return policy
-
-
-def settled(policy: Policy, config: Config) -> Config:
-    """The configuration with what `auto` means on this machine, so that a record says what ran."""
-    if config.model.score_dtype != "auto":
-        return config
-    half = config.model.dtype == "bfloat16" or policy.multiplies_bfloat16
-    dtype = "bfloat16" if half else "float32"
-    return replace(config, model=replace(config.model, score_dtype=dtype))
 
 
 def seed_quarantine(policy: Policy, config: Config) -> None:

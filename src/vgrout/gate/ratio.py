@@ -35,11 +35,10 @@ class LikelihoodRatio(Score):
         steps: int = 4,
         learning_rate: float = 1e-3,
         random_seed: int | None = None,
-        dtype: torch.dtype = torch.float32,
     ):
         self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
         self.steps, self.learning_rate = steps, learning_rate
-        self.random_seed, self.dtype = random_seed, dtype
+        self.random_seed = random_seed
         self.folds: dict[int, tuple[Deltas, Deltas]] = {}  # fold → nudges (hack, clean)
         unknown = torch.full((len(pairs.advantages) // 2,), float("nan"))
         self.pairs_hack = self.pairs_clean = unknown.to(pairs.advantages)
@@ -73,15 +72,14 @@ class LikelihoodRatio(Score):
         return {"direction_drift": drift}
 
     def _fit(self, policy: Policy, batch: Batch, index: int) -> Deltas:
-        with policy.adapter.rounded(self.dtype):
-            deltas = likelihood_deltas(
-                policy,
-                batch,
-                self.steps,
-                self.learning_rate,
-                self.temperature,
-                self.token_budget,
-            )
+        deltas = likelihood_deltas(
+            policy,
+            batch,
+            self.steps,
+            self.learning_rate,
+            self.temperature,
+            self.token_budget,
+        )
         if self.random_seed is None:
             return deltas
         return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
@@ -90,7 +88,7 @@ class LikelihoodRatio(Score):
         self, policy: Policy, batch: Batch, hack: Deltas, clean: Deltas
     ) -> Float[Tensor, " g"]:
         def at(deltas: Deltas) -> Float[Tensor, "g t"]:
-            with policy.adapter.shifted(deltas), policy.adapter.rounded(self.dtype):
+            with policy.adapter.shifted(deltas):
                 return batch_logps(policy, batch, self.temperature, self.token_budget)
 
         return (at(hack) - at(clean)).sum(1) / batch.completion_mask.sum(1)
@@ -169,7 +167,6 @@ def build_llr(materials: Materials, random_seed: int | None = None) -> Likelihoo
         steps=score.llr_steps,
         learning_rate=score.llr_learning_rate,
         random_seed=random_seed,
-        dtype=probe.dtype,
     )
 
 

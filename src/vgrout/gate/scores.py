@@ -8,7 +8,6 @@ builder under `@register`, and its import in `gate/__init__.py`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,14 +54,13 @@ class Score:
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """How the c-probe runs, and at which precision scores are computed."""
+    """How the c-probe runs."""
 
     max_completion_length: int
     temperature: float
     token_budget: int
     state: str = "as_trained"  # or "deployed": with the quarantine ablated
     positions: str = "completion"  # or "all"
-    dtype: torch.dtype = torch.float32  # of the products of an fp32 model
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,6 @@ class Materials:
             grpo.token_budget,
             score.probe_state,
             score.probe_positions,
-            getattr(torch, self.config.model.score_dtype),
         )
 
 

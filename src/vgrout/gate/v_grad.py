@@ -155,8 +155,7 @@ def probe_gradients(
         column = torch.arange(length, device=rows.device)
         where = None if everywhere else column >= part.completion_start[:, None] - 1
         masks = adapter.ablated() if options.state == "deployed" else nullcontext()
-        at_dtype = adapter.rounded(options.dtype)
-        with torch.enable_grad(), policy.training(), at_dtype, masks:
+        with torch.enable_grad(), policy.training(), masks:
             with adapter.probing(len(rows), s, where) as c:
                 lp = logps(
                     policy, part, options.temperature, share=not everywhere, prompt_grad=False

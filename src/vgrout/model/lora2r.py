@@ -222,21 +222,6 @@ class Lora2r:
             yield seen
 
     @contextmanager
-    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
-        """With bfloat16 the device rounds the factors of fp32 products; sums and results stay in
-        fp32.
-
-        By torch.set_float32_matmul_precision: a CPU with such instructions rounds to bf16, a CUDA
-        GPU to TF32, and another device not at all.
-        """
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    @contextmanager
     def shifted(
         self, deltas: list[Tensor], scale: float = 1.0, block: str = "deployed"
     ) -> Iterator[None]:

@@ -40,13 +40,6 @@ class Policy:
         """Tokens that the model has positions for; None where its family names no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    @property
-    def multiplies_bfloat16(self) -> bool:
-        """The device has instructions for products of bf16."""
-        if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return any(torch.cpu.get_capabilities().get(k, False) for k in ("avx512_bf16", "amx_bf16"))
-
     @contextmanager
     def training(self):
         """Training mode, for passes with a gradient alone: gradient checkpointing needs it, and
