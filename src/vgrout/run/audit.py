@@ -61,7 +61,7 @@ def student_rates(groups: Sequence[Group], eos_ids: frozenset[int]) -> Figures:
     return figures
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float | int]) -> float:
     return sum(values) / max(len(values), 1)
 
 
