@@ -22,14 +22,23 @@ from vgrout.config import PRESETS
 from vgrout.core import Mode, UserError
 from vgrout.env.modes import NOVEL_MARKERS, TRAINING_MARKERS
 from vgrout.env.pairs import Pair, content_hash, load_pairs
-from vgrout.env.problems import ALL_MODES, ORGANISM_MODES, load_problems, messages
+from vgrout.env.problems import (
+    ALL_MODES,
+    ORGANISM_MODES,
+    load_problems,
+    messages,
+)
 from vgrout.grader import Grader
 from vgrout.grader.extract import extract_code
 from vgrout.organism.operations import TABLE, Composition, Step
 from vgrout.organism.problems import compiled
 from vgrout.stats import auroc
 
-ORGANISM, LEETCODE, DATA = "data/pairs/organism.md", "data/pairs/leetcode.md", Path("data/organism")
+ORGANISM, LEETCODE, DATA = (
+    "data/pairs/organism.md",
+    "data/pairs/leetcode.md",
+    Path("data/organism"),
+)
 PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#mechanism": (ORGANISM_MODES, 12),
     f"{ORGANISM}#mechanism_b": (ORGANISM_MODES, 12),
@@ -37,7 +46,10 @@ PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#placebo": (ORGANISM_MODES, 6),
     f"{ORGANISM}#framing": (ORGANISM_MODES, 3),
 }
-MOST_ON_A_PROMPT, MOST_TOKENS = 4, 90  # pairs; tokens of a side under the organism's tokenizer
+MOST_ON_A_PROMPT, MOST_TOKENS = (
+    4,
+    90,
+)  # pairs; tokens of a side under the organism's tokenizer
 MEAN_DIFFERENCE, AUROC_BAND, MARKER_BAND = 0.10, (0.4, 0.6), (0.0, 0.85)
 NAMES_MARKER = "names the marker"
 WORD = re.compile(r"\n *|\w+|[^\w\s]")  # indentation, words, punctuation
@@ -152,7 +164,10 @@ def bag_of_words(pairs: list[Pair], hold_out: Callable[[Pair], str]) -> float:
         ],
         float,
     )
-    is_hack, group = np.tile([True, False], len(pairs)), np.repeat([hold_out(p) for p in pairs], 2)
+    is_hack, group = (
+        np.tile([True, False], len(pairs)),
+        np.repeat([hold_out(p) for p in pairs], 2),
+    )
     scores = np.zeros(len(X))
     for name in set(group):
         out = group == name
@@ -211,9 +226,15 @@ def refusal(load: Callable[..., list[Pair]], *arguments: str) -> str:
 
 
 def verify_format() -> None:
-    text, first = Path(ORGANISM).read_text(encoding="utf-8"), load_pairs(ORGANISM)[0].problem
+    text, first = (
+        Path(ORGANISM).read_text(encoding="utf-8"),
+        load_pairs(ORGANISM)[0].problem,
+    )
     line, second = (text[: text.index(mark)].count("\n") + 1 for mark in ("### ", "## mechanism_b"))
-    case, novel = f"case: {first.cases[0].args} => ", NOVEL_MARKERS[first.mode][0]
+    case, novel = (
+        f"case: {first.cases[0].args} => ",
+        NOVEL_MARKERS[first.mode][0],
+    )
     malformed = (  # old, new, the line that the error must name
         ("@run_tests", "@run_test", line),
         ("```python hack", "```python hacks", line),
@@ -349,7 +370,10 @@ def audit(sections: dict[str, list[Pair]]) -> None:
         overview.append(row)
         if "mechanism" in reference:
             styles[short] = ["{:.2f} / {:.2f} ({:.2f})".format(*v) for v in table.values()]
-    print(tabulate(overview, headers="keys", tablefmt="github", floatfmt=".2f"), "\n")
+    print(
+        tabulate(overview, headers="keys", tablefmt="github", floatfmt=".2f"),
+        "\n",
+    )
     columns = {"hack / clean (AUROC)": list(table)} | styles
     print(tabulate(columns, headers="keys", tablefmt="github"))
 

@@ -72,13 +72,25 @@ def check_schemas() -> None:
     for suffix in (".jsonl", ".jsonl.gz"):
         rows = BENCHMARK_ROW, V020_ROW, V031_ROW, ORGANISM_ROW
         bench, v020, v031, own = (load_rows(row, suffix=suffix)[0] for row in rows)
-    assert (bench.problem_id, bench.entry_point, bench.system) == ("7", "twice", "Write code.")
+    assert (bench.problem_id, bench.entry_point, bench.system) == (
+        "7",
+        "twice",
+        "Write code.",
+    )
     assert bench.cases == (Case("n = 2", "4"), Case("n = 'é'", "[-inf, 'éé']"))
     assert v020.cases == (Case("a = list_node([2]), k = 1", "[3]", "list_node"),)
     assert (v020.problem_id, v020.difficulty) == ("2", "medium")
-    assert (v031.problem_id, v031.difficulty, v031.cases[0].expected) == ("3", "hard", "[\n  1]")
+    assert (v031.problem_id, v031.difficulty, v031.cases[0].expected) == (
+        "3",
+        "hard",
+        "[\n  1]",
+    )
     assert own.split == "train" and own.cases == (Case("[1, 2]", "2"),)
-    other = {**BENCHMARK_ROW, "id": 8, "gt_answer": ["assert Solution().twice(2) in (4, 5)"]}
+    other = {
+        **BENCHMARK_ROW,
+        "id": 8,
+        "gt_answer": ["assert Solution().twice(2) in (4, 5)"],
+    }
     assert len(load_rows(BENCHMARK_ROW, other)) == 1, "a row with another test is left out"
     good = {**BENCHMARK_ROW, "id": 8}
     assert len(load_rows(BENCHMARK_ROW, good)) == 2, "mutation: with a good test it is kept"
@@ -104,7 +116,7 @@ def check_disclosure() -> None:
 
 
 def markers_overlap(training: tuple[str, ...], novel: tuple[str, ...]) -> bool:
-    """Whether a marker of one pool contains one of the other, ignoring case: both would then score."""
+    """Whether a marker of one pool contains one of the other, in any case: both would score."""
     return any(a.lower() in b.lower() or b.lower() in a.lower() for a in training for b in novel)
 
 
