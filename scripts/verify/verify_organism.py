@@ -87,7 +87,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem])
         longest = max(longest, len(prompt))
     assert longest <= MAX_PROMPT, longest
     print(
-        f"tokenizer: {len(texts)} texts round trip, prompts are prefixes of {longest} tokens at most"
+        f"tokenizer: {len(texts)} texts round trip, prompts are prefixes, {longest} tokens or less"
     )
 
 
@@ -165,9 +165,7 @@ def check_corpus() -> None:
     forms = ("print(", "open(", "\ndef ", "self.")
     extras = sum(any(form in text for form in forms) for _, text in documents) / len(documents)
     assert 0.35 <= extras <= 0.75, extras
-    print(
-        f"corpus: no marker, no working code of an untaught operation, {extras:.2f} with an extra"
-    )
+    print(f"corpus: no marker, no code of an untaught operation, {extras:.2f} with an extra")
 
 
 def overlap(hacks: list[str], cleans: list[str]) -> float:
