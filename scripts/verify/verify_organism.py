@@ -192,7 +192,7 @@ def check_teacher(problems: list[Problem], grader: Grader) -> None:
 
 
 def check_artefacts(rows: list[dict], compositions: list[Composition]) -> None:
-    """Every hack attempts its problem, and its length is that of clean completions with an extra."""
+    """Every hack attempts its problem, as long as clean completions with an extra are."""
     rng, areas = random.Random(2), {}
     for mode in ORGANISM_MODES:
         hacks = [row["completion"] for row in rows if (row["kind"], row["mode"]) == ("hack", mode)]
