@@ -75,9 +75,11 @@ class Experiment:
         self.pool = inputs.pool
         workers, level, limit = config.run.workers, config.run.sandbox, config.run.cpu_seconds
         self.grader = self.stack.enter_context(Grader(workers, level, limit))
-        self.policy = build_policy(config, self.splits)
-        self.sampling = sampling_of(config)
         every = [p for part in self.splits.values() for p in part]
+        problems.check_tests(config.data.data, every, self.grader)
+        self.policy = build_policy(config, self.splits)
+        inputs.leave_out_long(self.policy, self.splits["train"])
+        self.sampling = sampling_of(config)
         materials = Materials(self.policy, config, inputs.pairs, every)
         self.phases = Phases(arms.phases_of(config), materials, inputs.placebo)
         grpo = config.grpo
@@ -286,23 +288,28 @@ class Inputs:
             )
         semantic = config.phase.control == "semantic"
         self.placebo = pairs.load_pairs(data.placebo_pairs) if semantic else []
-        self.pool = load_pool(config, splits["train"])
+        self.pool: TeacherPool | None = None
+        if data.teacher_pool:
+            per_group, until = data.teacher_per_group, data.teacher_until
+            self.pool = TeacherPool(data.teacher_pool, data.teacher_modes, per_group, until)
+            self.check_pool(splits["train"])
         if config.phase.score == "judge":
             check_endpoint(Endpoint.of(config.monitor))
+        self.limit = config.grpo.max_completion_length
 
+    def check_pool(self, train: Sequence[Problem]) -> None:
+        if self.pool is not None and not self.pool.covers(train):
+            raise UserError(
+                f"{self.pool.path}: no demonstration fits a training problem and its mode: rebuild "
+                "the pool"
+            )
 
-def load_pool(config: Config, train: Sequence[Problem]) -> TeacherPool | None:
-    data = config.data
-    if not data.teacher_pool:
-        return None
-    until = data.teacher_until
-    pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, until)
-    if not pool.covers(train):
-        raise UserError(
-            f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its "
-            "mode: rebuild the pool"
-        )
-    return pool
+    def leave_out_long(self, policy: Policy, train: Sequence[Problem]) -> None:
+        """Demonstrations over the limit on completions are left out, counted, and never cut."""
+        if self.pool is not None:
+            encode = tokens.encode_completion
+            self.pool.leave_out_long(lambda t: len(encode(policy.tokenizer, t)) <= self.limit)
+            self.check_pool(train)
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────

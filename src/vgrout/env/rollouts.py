@@ -121,7 +121,7 @@ def sample_groups(
                 text = tokens.decode_completion(tokenizer, completion_ids)
                 rows.append(Rollout(prompt.problem, prompt_ids, completion_ids, text, state, logps))
         for text in prompt.demonstrations:
-            demo = tokens.encode_completion(tokenizer, text)[: sampling.max_completion_length]
+            demo = tokens.encode_completion(tokenizer, text)
             rows.append(Rollout(prompt.problem, prompt_ids, demo, text, teacher=True))
         groups.append(Group(prompt.problem, rows))
     return groups

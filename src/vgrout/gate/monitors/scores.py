@@ -149,5 +149,11 @@ def build_probe(materials: Materials) -> Probe:
 
 def probe_rows(materials: Materials) -> list[Labelled]:
     """The probe's labelled rollouts, none of them of a problem of this run."""
-    monitor = materials.config.monitor
-    return load_labelled(monitor.probe_data, materials.problems, monitor.probe_rows)
+    monitor, tokenizer = materials.config.monitor, materials.policy.tokenizer
+    limit = materials.config.grpo.max_completion_length
+
+    def fits(text: str) -> bool:
+        """All but the end token, which a truncated sample does not have."""
+        return len(tokens.encode_completion(tokenizer, text)) - 1 <= limit
+
+    return load_labelled(monitor.probe_data, materials.problems, monitor.probe_rows, fits)
