@@ -1,9 +1,9 @@
-"""Kill a training run at random moments of every phase, resume it, and compare with an uninterrupted run: bit for bit.
+"""Kill training runs at random moments of every phase, resume, compare: equal to the bit.
 
-Each arm is run once to the end, then again with kill -9 in sampling, grading, update, checkpoint and evaluation until the kills
-are used up. The last adapter, metrics.jsonl, rollouts and record.json must be equal (wall times aside), and no process may stay.
-Then: a full disk, a read-only disk, sandbox workers killed under way, a second process on the directory.
-As root the disks are small tmpfs mounts in a mount namespace of their own; otherwise a file size limit stands in for the full one.
+Each arm is run once to its end, then again with kill -9 in sampling, grading, update, checkpoint
+and evaluation. Then a full and a read-only disk, and sandbox workers killed under way. As root the
+disks are small tmpfs mounts; otherwise a file size limit stands in for the full one.
+verify_faults.py is the short form.
 
 Run: python scripts/verify/chaos.py [--kills 50] [--seed 0] [--arms routeV none2r …]
 """
@@ -16,7 +16,6 @@ import resource
 import shutil
 import signal
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,90 +24,66 @@ import torch
 from scripts.verify import trainer
 from scripts.verify.trainer import LIBC, PHASES, Trainer, differences, kill_in
 
-from vgrout.config import ARMS
+from vgrout.arms import ARMS, FLAGS
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 
-TINY = ("--steps 5 --num-prompts 3 --num-generations 5 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 2 "
-        "--eval-every 2 --eval-draws 4 --refresh-every 3 --pair-modes run_tests --threads 1 --workers 1").split()  # fmt: skip
+TINY = (
+    "--steps 5 --num-prompts 3 --num-generations 5 --max-completion-length 64 --teacher-until 9 "
+    "--final-draws 8 --save-every 2 --eval-every 2 --eval-draws 4 --threads 1 --workers 1"
+).split()
+UNMONITORED = [name for name, arm in ARMS.items() if arm.phases[-1].score not in FLAGS]
+MOUNT, READ_ONLY, REMOUNT, DETACH = 0, 1, 32, 2  # flags of mount(2) and umount2(2)
 
 
-def start(out: Path, *flags: str, **options) -> Trainer:
-    return trainer.start(out, *TINY, *flags, **options)
+def start(out: Path, **options) -> Trainer:
+    return trainer.start(out, *TINY, **options)
 
 
-def go_on(out: Path, arm: str) -> Trainer:
-    """Start a run, or continue the one that is there."""
-    return start(out, *["--resume"] * (out / "record.json").exists(), arm=arm)
+def equals(reference: Path, out: Path) -> None:
+    assert not (found := differences(reference, out)), f"{out} differs in {found}"
 
 
-def kill_and_resume(
-    root: Path, arm: str, reference: Path, rng: random.Random, kills: int
-) -> Counter:
-    """One run with `kills` kills, then to its end; its files equal the reference's. Returns the phases that were hit."""
-    out, hit = root / f"killed_{arm}_{rng.randrange(10**9)}", Counter()
-    while sum(hit.values()) < kills:
-        run = go_on(out, arm)
-        name = rng.choice(list(PHASES))
-        if not kill_in(run, name, rng, rng.randint(1, 4)):
-            assert run.status == 0, run.log.read_text()[-3000:]
-            break  # it ended first
-        hit[name] += 1
-        for load in (load_metrics, load_rollouts):
-            load(out)  # readable at once, whatever the moment
-    if not (out / "record.json").exists() or load_record(out).status != "finished":
-        run = go_on(out, arm)
-        assert run.wait() == 0, run.log.read_text()[-3000:]
-    found = differences(reference, out)
-    assert not found, f"{arm}, killed in {dict(hit)}: differs in {found}; see {out}"
-    shutil.rmtree(out)
-    return hit
-
-
-def check_kills(root: Path, arms: list[str], kills: int, seed: int) -> None:
-    rng, hit, done, began = random.Random(seed), Counter(), Counter(), time.monotonic()
-    references: dict[str, Path] = {}
-    each = max(1, kills // len(arms))  # kills of one run, so that every arm has its turn
-    while sum(hit.values()) < kills:
-        arm = arms[sum(done.values()) % len(arms)]
-        if arm not in references:
-            references[arm] = root / f"whole_{arm}"
-            assert start(references[arm], arm=arm).wait() == 0, (
-                root / f"whole_{arm}.log"
-            ).read_text()[-3000:]
-        new = kill_and_resume(root, arm, references[arm], rng, min(each, kills - sum(hit.values())))
-        hit, done = hit + new, done + Counter({arm: 1})
-        print(
-            f"    {sum(hit.values())} kills, {time.monotonic() - began:.0f} s: {arm} {dict(new)}",
-            flush=True,
-        )
-    print(
-        f"ok  {sum(hit.values())} of {kills} kills resumed to the bits of the uninterrupted run: {dict(hit)}, {len(done)} arms"
-    )
-
-
-# ── disks, workers, a second process ─────────────────────────────────────────────────────────────────────────────
+def check_kills(root: Path, arms: list[str], kills: int, rng: random.Random) -> None:
+    """Every arm has its share of the kills."""
+    hit: Counter[str] = Counter()
+    for i, arm in enumerate(arms):
+        whole, out = root / f"whole_{arm}", root / f"killed_{arm}"
+        start(whole, arm=arm).ends(0)
+        for _ in range(kills * i // len(arms), kills * (i + 1) // len(arms)):
+            name = rng.choice([*PHASES])
+            run = start(out, arm=arm)
+            if not kill_in(run, name, rng, rng.randint(1, 4)):
+                run.ends(0)
+                break
+            hit[name] += 1
+            for load in (load_metrics, load_rollouts):
+                load(out)  # readable at once, whatever the moment
+        if not (out / "record.json").exists() or load_record(out).status != "finished":
+            start(out, arm=arm).ends(0)
+        equals(whole, out)
+        shutil.rmtree(out)
+        print(f"    {arm}: {hit.total()} kills so far, {dict(hit)}", flush=True)
+    print(f"ok  {hit.total()} kills in {len(arms)} arms resumed to the bits of the whole run")
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[bool]:
     """A tmpfs at `folder`; yields False where mounting is not permitted."""
     folder.mkdir()
-    mounted = LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
+    mounted = mount(folder, f"size={size}", MOUNT)
     try:
         yield mounted
     finally:
         if mounted:
-            LIBC.umount2(bytes(folder), 2)  # MNT_DETACH
+            LIBC.umount2(bytes(folder), DETACH)
 
 
-def remount(folder: Path, options: str, read_only: bool = False) -> None:
-    assert LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", 32 | read_only, options.encode()) == 0, (
-        f"cannot remount {folder}"
-    )
+def mount(folder: Path, options: str, flags: int) -> bool:
+    return LIBC.mount(b"tmpfs", bytes(folder), b"tmpfs", flags, options.encode()) == 0
 
 
 def small_files(size: int = 1_500_000) -> None:
-    """Stands in for a full disk: no file of this process may grow beyond `size` bytes, which a checkpoint does."""
+    """Stands in for a full disk: no file of this process may grow beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -116,21 +91,14 @@ def check_full_disk(root: Path, reference: Path) -> None:
     with small_disk(root / "disk", "4m") as mounted:
         out = root / "disk" / "run"
         run = start(out, log=root / "full.log", within=(lambda: None) if mounted else small_files)
-        assert run.wait() == 2, (run.status, run.log.read_text()[-3000:])
-        status, answer = load_record(out).status, _last_line(run)
+        assert run.ends(2).startswith("error: cannot write")
+        status = load_record(out).status
         assert status.startswith("failed: cannot write") and "add --resume" in status, status
-        assert answer.startswith("error: cannot write"), answer
         if mounted:
-            remount(root / "disk", "size=200m")
-        assert start(out, "--resume").wait() == 0
-        assert not differences(reference, out), differences(reference, out)
-    print(
-        f"ok  a full disk ({'4 MB tmpfs' if mounted else 'file size limit'}): one line, status failed, and --resume equals the whole run"
-    )
-
-
-def _last_line(run: Trainer) -> str:
-    return [line for line in run.log.read_text().splitlines() if line.strip()][-1]
+            assert mount(root / "disk", "size=200m", REMOUNT)
+        start(out).ends(0)
+        equals(reference, out)
+    print(f"ok  a full disk (tmpfs: {mounted}): one line, a true status, and it resumes exactly")
 
 
 def check_read_only(root: Path, reference: Path) -> None:
@@ -138,83 +106,52 @@ def check_read_only(root: Path, reference: Path) -> None:
         if not mounted:
             print("--  a read-only disk was not tried: mounting needs root")
             return
-        out = root / "fixed" / "run"
-        run = start(out, log=root / "fixed.log")
-        while not (out / "checkpoints" / "latest.json").exists() and not run.ended():
-            time.sleep(0.05)
+        out, log = root / "fixed" / "run", root / "fixed.log"
+        run = start(out, log=log)
+        run.wait_until((out / "checkpoints" / "latest.json").exists)
         run.kill()  # a disk with files open for writing does not turn read-only by mount(2)
-        remount(root / "fixed", "size=200m", read_only=True)
-        again = start(out, "--resume", log=root / "fixed.log")
-        assert again.wait() == 2 and _last_line(again).startswith("error: cannot write"), (
-            again.log.read_text()[-2000:]
-        )
-        remount(root / "fixed", "size=200m")
-        assert start(out, "--resume").wait() == 0
-        assert not differences(reference, out), differences(reference, out)
+        assert mount(root / "fixed", "size=200m", REMOUNT | READ_ONLY)
+        assert start(out, log=log).ends(2).startswith("error: cannot write")
+        assert mount(root / "fixed", "size=200m", REMOUNT)
+        start(out).ends(0)
+        equals(reference, out)
     print("ok  a read-only disk is refused in one line, and the run goes on once it is writable")
 
 
 def check_workers(root: Path, reference: Path, rng: random.Random) -> None:
-    """Kill sandbox workers during grading: they are replaced, the job is retried, the run is the same."""
-    out, killed, inside = root / "workers", 0, False
-    run = start(out)
-    while not run.ended():
-        now = run.phase[:1] == PHASES["grade"]
-        if (
-            now and not inside
-        ):  # once each time: a job is retried once, and two kills of one job are a SandboxError by design
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                os.kill(rng.choice(sorted(trainer.descendants(run.pid))), signal.SIGKILL)
-                killed += 1
-        inside = now
-        time.sleep(0.0002)
-    assert run.status == 0, run.log.read_text()[-3000:]
-    assert killed >= 2 and not differences(reference, out), (killed, differences(reference, out))
-    print(
-        f"ok  {killed} sandbox processes killed under way: replaced, and the run equals the whole one"
-    )
+    """Sandbox workers killed once a grading are replaced, their job is repeated.
 
-
-def check_second(root: Path) -> None:
-    out = root / "shared"
-    first = start(out)
-    while not (out / "record.json").exists() and not first.ended():
-        time.sleep(0.02)
-    second = start(out, "--resume")
-    assert second.wait() == 2 and "another process is running" in second.log.read_text(), (
-        second.log.read_text()[-500:]
-    )
-    assert not first.ended(), "the first process ended too early for this check to mean something"
-    first.kill()
-    trainer.reap()
-    third = start(out, "--resume")
-    assert third.wait() == 0, third.log.read_text()[-500:]
-    print(
-        "ok  a second process on one --out-dir is refused; after a kill of the first the directory is free"
-    )
+    Two kills of one job are a SandboxError by design.
+    """
+    run, killed = start(root / "workers"), 0
+    while run.enters("grade"):
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(rng.choice(sorted(trainer.descendants(run.pid))), signal.SIGKILL)
+            killed += 1
+    run.ends(0)
+    assert killed >= 2, killed
+    equals(reference, root / "workers")
+    print(f"ok  {killed} sandbox processes killed under way, and the run equals the whole one")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--arms", nargs="*", default=[name for name, arm in ARMS.items() if not arm.monitor]
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--arms", nargs="*", default=UNMONITORED)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     trainer.adopt_orphans()
-    root = Path(tempfile.mkdtemp(prefix="chaos_"))
-    rng = random.Random(arguments.seed)
-    check_kills(root, arguments.arms, arguments.kills, arguments.seed)
-    reference = root / "whole_routeV"
-    if not reference.exists():
-        assert start(reference).wait() == 0
-    for check in (check_full_disk, check_read_only):
-        check(root, reference)
-    check_workers(root, reference, rng)
-    check_second(root)
-    shutil.rmtree(root, ignore_errors=True)
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="chaos_") as folder:
+        root = Path(folder)
+        check_kills(root, options.arms, options.kills, rng)
+        reference = root / "whole_routeV"
+        if not reference.exists():
+            start(reference).ends(0)
+        check_full_disk(root, reference)
+        check_read_only(root, reference)
+        check_workers(root, reference, rng)
 
 
 if __name__ == "__main__":

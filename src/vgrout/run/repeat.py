@@ -31,7 +31,7 @@ def config_of(preset: str, stored: dict[str, Any]) -> Config:
 
 
 def _as(usual: Any, value: Any) -> Any:
-    """JSON → Python: every tuple of a Config is one of modes; a whole number may stand for a float."""
+    """JSON → Python: every tuple is one of modes; a whole number may stand for a float."""
     if isinstance(usual, tuple):
         return tuple(map(Mode, value))
     return float(value) if isinstance(usual, float) else value
