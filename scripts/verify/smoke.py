@@ -1,11 +1,11 @@
-"""The gate before every run: all scripts/verify/verify_*.py and a tiny routeV run, with shapes checked.
+"""The gate before every run: all scripts/verify/verify_*.py and a tiny run, with shapes checked.
 
-The tiny run goes through the real pipeline with demonstrations; at least three of its steps must move
-the parameters and every zone must be occupied. Two jobs run at a time, the longest first. The last
-line is `N passed, M failed`; the exit status is 1 if M > 0.
+The tiny run (routeV) goes through the real pipeline with demonstrations; at least three of its
+steps must move the parameters and every zone must be occupied. Two jobs run at a time, the longest
+first. The last line is `N passed, M failed`; the exit status is 1 if M > 0.
 
-Importing torch and transformers costs seconds a process, so the jobs are forks of one server that has
-imported them once; those of FRESH check what is imported when, and get an interpreter of their own.
+Importing torch and transformers costs seconds a process, so the jobs are forks of one server that
+has imported them once; those of FRESH check what is imported when, in an interpreter of their own.
 
 Run: python scripts/verify/smoke.py [--arms] [--long]     (--arms: every arm without a live monitor,
 tiny; --long: the long forms alone)
@@ -18,7 +18,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,8 +33,8 @@ ENVIRONMENT = {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 AT_ONCE, TAIL_LINES, LIMIT, LONG_LIMIT = 2, 40, 300, 7200  # seconds; a job that hangs has failed
 FRESH = ("verify_errors.py", "verify_budget.py", "verify_sandbox.py")
 LONGEST = (  # the jobs that take longest start first
-    "verify_faults verify_train verify_audit verify_models verify_organism verify_errors verify_full "
-    "verify_monitors verify_record verify_scores verify_bench verify_decision verify_lora2r"
+    "verify_faults verify_train verify_audit verify_models verify_organism verify_errors "
+    "verify_full verify_monitors verify_record verify_scores verify_bench verify_lora2r"
 ).split()
 SERVER = multiprocessing.get_context("forkserver")
 LIVE: set[int] = set()  # process groups of running jobs
@@ -57,13 +56,15 @@ def tiny(arm: str) -> list[str]:
 
 
 def execute(arguments: list[str], output: str) -> None:
-    """A job's body, in a fork of the server: `script.py …` or `-m module …`, its output in a file."""
+    """A job in a fork of the server: `script.py …` or `-m module …`, its output in a file."""
     os.setsid()
     log = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdin = open(os.devnull)
     os.chdir(ROOT)
+    if Path(arguments[0]).name in FRESH:
+        os.execv(sys.executable, [sys.executable, *arguments])
     module = arguments[0] == "-m"
     sys.argv = arguments[module:]
     sys.path[0] = str(ROOT)
@@ -74,21 +75,13 @@ def execute(arguments: list[str], output: str) -> None:
         sys.stderr.flush()
 
 
-def fresh(arguments: list[str], output: str) -> None:
-    """The same in an interpreter of its own."""
-    with open(output, "w") as log:
-        command = [sys.executable, *arguments]
-        sys.exit(subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode)
-
-
 def run(arguments: Sequence[str]) -> bool:
     """Run one job to its end or its limit, print its line, and its last lines if it failed."""
     start = time.perf_counter()
     name = " ".join(arguments).replace(f"{ROOT}/", "").replace("scripts/verify/", "")
     limit = LONG_LIMIT if "--long" in arguments else LIMIT
-    body = fresh if name.startswith(FRESH) else execute
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        process = SERVER.Process(target=body, args=([*arguments], log.name))
+        process = SERVER.Process(target=execute, args=([*arguments], log.name))
         process.start()
         LIVE.add(process.pid)
         process.join(limit)
@@ -96,7 +89,7 @@ def run(arguments: Sequence[str]) -> bool:
         end(process.pid)
         output = log.read() + (f"\nkilled after {limit} s" if status is None else "")
     took = time.perf_counter() - start
-    print(f"{'FAILED' if status else 'ok':6} {took:6.1f} s  {name}", flush=True)
+    print(f"{'FAILED' if status != 0 else 'ok':6} {took:6.1f} s  {name}", flush=True)
     if status != 0:
         print(*(f"        {line}" for line in output.splitlines()[-TAIL_LINES:]), sep="\n")
     return status == 0

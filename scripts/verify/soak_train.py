@@ -22,7 +22,9 @@ SMALL = (
     "--num-prompts 3 --num-generations 6 --max-completion-length 96 --final-draws 24 "
     "--eval-every 50 --eval-draws 12 --save-every 25 --threads 1"
 ).split()
-WARM, GROWTH_MB, ENDS = 50, 50.0, 10
+WARM = 50  # steps before the first sample
+GROWTH_MB = 50.0
+ENDS = 10  # samples at either end
 
 
 @dataclass
@@ -66,7 +68,9 @@ def main() -> None:
     options = parser.parse_args()
     assert options.steps >= WARM + 2 * ENDS, f"--steps must be at least {WARM + 2 * ENDS}"
     torch.set_num_threads(1)
-    leak = Watch([400.0 + 2 * i for i in range(40)], [20.0 + i // 10 for i in range(40)], {1})
+    leak = Watch(zombies={1})
+    leak.mb = [400.0 + 2 * i for i in range(40)]
+    leak.descriptors = [20.0 + i // 10 for i in range(40)]
     assert not Watch([400.0] * 40, [20.0] * 40).faults(), "a flat run has faults"
     assert len(leak.faults()) == 3, "the check cannot see a leak"
     watch = Watch()

@@ -23,9 +23,14 @@ PACKAGE = "src/vgrout/"
 ORDER = (  # a unit imports those before it: files and folders at the top of src/vgrout
     "core config files stats arms model env grader gate run organism experiment cli train"
 ).split()
-EDGES, TOP, COLUMNS_WIDE, DENSITY = 45, 15, 100, 10.0
+EDGES = 45  # at most, between units
+TOP = 15  # files and folders
+COLUMNS_WIDE = 100
+DENSITY = 10.0  # tokens a code line
 FUNCTION_LINES = {"train.main": 60, "model.update.update": 45}
-LONGEST, FIELDS, STREAMED = 60, 15, 14
+LONGEST = 60  # lines of any other function
+FIELDS = 15  # of a section of the config
+STREAMED = 14  # columns
 PAYLOAD = {"scripts/verify/attacks.py"}  # a table of payloads: its density says nothing
 SEES_LABELS = {"gate/oracle.py", "gate/controls.py", "gate/monitors/labelled.py"}
 LABELS = {"correct", "reward_hack", "mechanism", "teacher", "grade", "own_tests_pass"}
@@ -197,61 +202,52 @@ def key_differences(keys: Iterable[str], page: str, complete: bool) -> Iterator[
 
 # ── a small house in order, and what breaks each rule ────────────────────────────────────────────
 
+CONFIG, TRAIN = "src/vgrout/config.py", "src/vgrout/train.py"
+GATE, UPDATE = "src/vgrout/gate/gate.py", "src/vgrout/model/update.py"
 GOOD = {
-    PACKAGE + "config.py": "class RunConfig:\n    seed: int = 1\n",
-    PACKAGE + "train.py": "import vgrout.config\n\nprint(config.seed)\n",
-    PACKAGE + "gate/gate.py": "",
+    CONFIG: "class RunConfig:\n    seed: int = 1\n",
+    TRAIN: "import vgrout.config\n\nprint(config.seed)\n",
+    GATE: "",
 }
-
-
-def planted(path: str, text: str) -> Sources:
-    path = path if path.startswith("scripts") else PACKAGE + path
-    return GOOD | {path: GOOD.get(path, "") + text}
-
-
-def function(name: str, lines: int) -> str:
-    return f"def {name}():\n" + "    x = 1\n" * (lines - 1)
-
-
 SKIP = "x = 1  # fmt: " + "skip\n"
-MUTATIONS = {  # rule → sources that it must find fault with
+BODY = "    x = 1\n"
+EVERY = f"from vgrout import {', '.join(ORDER)}\n"
+MUTATIONS = {  # rule → (path, text that is added there), each of which it must find fault with
     imports: [
-        planted("gate/gate.py", "from vgrout import train\n"),
-        planted("config.py", "from vgrout.gate.gate import x\n"),
-        planted("zap.py", "from vgrout import core\n"),
-        planted("scripts/view/a.py", "from vgrout.train import main\n"),
-        GOOD | {f"{PACKAGE}{u}.py": f"from vgrout import {', '.join(ORDER)}\n" for u in ORDER},
+        (GATE, "from vgrout import train\n"),
+        (CONFIG, "from vgrout.gate.gate import x\n"),
+        ("src/vgrout/zap.py", "from vgrout import core\n"),
+        ("scripts/view/a.py", "from vgrout.train import main\n"),
     ],
     names: [
-        planted("types.py", ""),
-        planted("scripts/verify/trace.py", ""),
-        GOOD | {f"{PACKAGE}file_{i}.py": "" for i in range(TOP)},
+        ("src/vgrout/types.py", ""),
+        ("scripts/verify/trace.py", ""),
     ],
     lengths: [
-        planted("gate/gate.py", function("f", 61)),
-        planted("train.py", function("main", 61)),
-        planted("model/update.py", function("update", 46)),
+        (GATE, "def f():\n" + BODY * 60),
+        (TRAIN, "def main():\n" + BODY * 60),
+        (UPDATE, "def update():\n" + BODY * 45),
     ],
     shape: [
-        planted("gate/gate.py", "x = [1, 2, 3, 4, 5, 6]\n"),
-        planted("scripts/a.py", f"# {'x' * 99}\n"),
-        planted("gate/gate.py", SKIP),
+        (GATE, "x = [1, 2, 3, 4, 5, 6]\n"),
+        ("scripts/a.py", f"# {'x' * 99}\n"),
+        (GATE, SKIP),
     ],
     config: [
-        planted("config.py", "    never: int = 0\n"),
-        planted("config.py", "    seed: int = 1\n" * 15),
+        (CONFIG, "    never: int = 0\n"),
+        (CONFIG, "    seed: int = 1\n" * FIELDS),
     ],
     arms: [
-        planted("train.py", "if run.intervention:\n    pass\n"),
-        planted("train.py", "x = 1 if phase.score in ('a', 'b') else 0\n"),
+        (TRAIN, "if run.intervention:\n    pass\n"),
+        (TRAIN, "x = 1 if phase.score in ('a', 'b') else 0\n"),
     ],
     labels: [
-        planted("gate/gate.py", "score = rollout.grade.reward_hack\n"),
-        planted("model/grpo.py", "w = row.teacher\n"),
+        (GATE, "score = rollout.grade.reward_hack\n"),
+        (UPDATE, "w = row.teacher\n"),
     ],
     foreign_code: [
-        planted("gate/gate.py", "import pickle\n"),
-        planted("model/a.py", "m = torch.load(path)\n"),
+        (GATE, "import pickle\n"),
+        (UPDATE, "m = torch.load(path)\n"),
     ],
 }
 
@@ -268,10 +264,14 @@ def main() -> None:
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in files}
     broken = 0
     for rule, mutations in MUTATIONS.items():
-        assert not (found := [*rule(GOOD)]), f"{rule.__name__} finds {found} in a good house"
-        for number, mutation in enumerate(mutations):
-            assert [*rule(mutation)], f"{rule.__name__} misses its violation {number}"
+        assert not [*rule(GOOD)], f"{rule.__name__} finds fault with a good house"
+        for path, text in mutations:
+            broken_house = GOOD | {path: GOOD.get(path, "") + text}
+            assert [*rule(broken_house)], f"{rule.__name__} misses {text!r} in {path}"
         broken += report(rule.__doc__, [*rule(sources)])
+    crowd = {f"src/vgrout/unit_{i}.py": EVERY for i in range(TOP + 1)}
+    assert len([*names(crowd)]) == 1, "too many files at the top go unnoticed"
+    assert len(edges(crowd)) > EDGES and "more than" in next(imports(crowd)), "or imports"
     page = PAGE.read_text()
     rows = [json.loads(line) for path in sys.argv[1:] for line in open(path)]
     keys = {key for row in rows for key in row}

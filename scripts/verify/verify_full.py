@@ -40,7 +40,8 @@ SMALL = (
     "--max-prompt-length 4096 --token-budget 4096"
 ).split()
 TOLERANCE = 0.05  # relative error of a block's gradient, from bf16's 8 bits over this depth
-TEMPERATURE, ADVANTAGES = 0.7, (1.5, -0.5, -1.0, 0.5, 1.0, -1.5)
+TEMPERATURE = 0.7
+ADVANTAGES = (1.5, -0.5, -1.0, 0.5, 1.0, -1.5)
 
 
 def problem_rows() -> list[str]:
@@ -65,13 +66,20 @@ def problem_rows() -> list[str]:
 
 
 def check_run(folder: Path, standin: Path) -> None:
-    data, pool, out = folder / "problems.jsonl", folder / "teacher.jsonl", folder / "run"
+    out = folder / "run"
+    data = folder / "problems.jsonl"
+    pool = folder / "teacher.jsonl"
     data.write_text("".join(problem_rows()))
     with pool.open("w") as file:
         for p in problems.partition(problems.split(problems.load_problems(data))["train"], MODES):
             row = {"problem_id": p.problem_id, "mode": p.mode, "completion": canonical_hack(p)}
             file.write(json.dumps(row) + "\n")
-    files = {"model": standin, "data": data, "teacher-pool": pool, "out-dir": out}
+    files = {
+        "model": standin,
+        "data": data,
+        "teacher-pool": pool,
+        "out-dir": out,
+    }
     named = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(*parse([*SMALL, *named, "--modes", *MODES]))
@@ -94,8 +102,8 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """The first update's gradients by block, on fixed rows in all three zones."""
     argv = ["full", "--model", str(standin), "--data", __file__, "--pairs", __file__]
-    flags = ["--temperature", str(temperature), "--max-completion-length", "64"]
-    config = parse([*argv, *flags])[1]
+    argv += ["--temperature", str(temperature), "--max-completion-length", "64"]
+    config = parse(argv)[1]
     options = {k: options_of(config)[k] for k in ("targets", "lora_init_seed")}
     policy = load_policy(
         str(standin),
@@ -115,7 +123,8 @@ def gradients(
     with torch.no_grad():
         sampled = logps(policy, batch, temperature)
     rows = torch.arange(6)
-    trained = Trained(batch, torch.tensor([*Zone] * 2), rows)
+    zones = torch.tensor([*Zone] * 2)
+    trained = Trained(batch, zones, rows)
     behaviour = Behaviour(torch.zeros(6, dtype=torch.bool), sampled)
     seen: dict[str, torch.Tensor] = {}
 

@@ -15,11 +15,22 @@ from scripts.verify.tiny import tiny_policy
 from vgrout.core import EvalResult
 from vgrout.env.rollouts import Sampling
 from vgrout.run import health
-from vgrout.run.health import CHECKS, FINITE, PATIENCE, WINDOW, Check, Diverged, Health, History
+from vgrout.run.health import (
+    CHECKS,
+    FINITE,
+    PATIENCE,
+    WINDOW,
+    Check,
+    Diverged,
+    Health,
+    History,
+)
 from vgrout.run.records import load_metrics, load_record
 
 Row = dict[str, float | None]
-STEPS, EVERY, BASE = 30, 5, -0.5
+STEPS = 30
+EVERY = 5  # steps between refreshes
+BASE = -0.5  # reference log-prob of the base
 ROW: Row = {
     "n_students": 44,
     "n_teachers": 4,
@@ -35,7 +46,12 @@ ROW: Row = {
     "sampler_mismatch": 1e-6,
     "timeout_share": 0.0,
 }
-REFRESH: Row = {"gate_lower": 0.1, "gate_upper": 0.2, "gate_collapsed": 0.0, "direction_drift": 0.9}
+REFRESH: Row = {
+    "gate_lower": 0.1,
+    "gate_upper": 0.2,
+    "gate_collapsed": 0.0,
+    "direction_drift": 0.9,
+}
 
 
 def cell(step: int, solve: int, state: str = "deployed") -> EvalResult:

@@ -28,10 +28,17 @@ from vgrout import files as store
 from vgrout.core import EvalResult, RunRecord, UserError
 from vgrout.run import records
 from vgrout.run.provenance import provenance
-from vgrout.run.records import SCHEMA_VERSION, Run, load_evals, load_metrics, load_rollouts
-from vgrout.run.records import load_record as read_record
+from vgrout.run.records import (
+    SCHEMA_VERSION,
+    Run,
+    load_evals,
+    load_metrics,
+    load_record,
+    load_rollouts,
+)
 
-STEPS, KILLED = 7, -signal.SIGKILL
+STEPS = 7
+KILLED = -signal.SIGKILL
 ROOT = Path(tempfile.mkdtemp(prefix="verify_records_"))
 WHOLE = ROOT / "reference"
 CELL = EvalResult("val", "novel", "deployed", 0, 4, 1, 2, {}, {"a": [4, 1, 2]})
@@ -295,7 +302,7 @@ def verify_files() -> None:
     check("an adapter with the same content has the same bytes", *same)
     assert records.load_adapter(WHOLE)[1] == METADATA
     assert provenance()["versions"].keys() >= {"python", "torch", "transformers", "vgrout"}
-    record = read_record(WHOLE)
+    record = load_record(WHOLE)
     assert record.status == "finished" and record.evals[0] == CELL
 
 

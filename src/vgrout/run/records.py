@@ -41,7 +41,7 @@ APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz", "evals.jsonl.gz")
 FREE_TO_CHANGE = set(  # at a resume: where and how a run goes, not what it computes
     "out_dir resume track workers sandbox judge_url judge_concurrency".split()
 )
-IDENTITY = ("arm", "preset", "seed", "config", "data_hashes", "pair_hash", "split_hashes")
+IDENTITY = "arm preset seed config data_hashes pair_hash split_hashes".split()
 KEPT_CHECKPOINTS = 2
 RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB
 NOT_READABLE = (KeyError, TypeError, ValueError)  # of a damaged JSON file
@@ -132,7 +132,6 @@ class Run:
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         saved = {
-            "schema_version": SCHEMA_VERSION,
             "step": step,
             "state": state,
             "record": asdict(self.record),
@@ -229,8 +228,11 @@ def _cut_back(out_dir: Path, record: RunRecord) -> RunRecord:
 
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:
     """`config.grpo.steps 60 → 80` for every field of a run's identity that changed."""
-    before, after = (flatten({k: getattr(record, k) for k in IDENTITY}) for record in (old, new))
-    before, after = (json.loads(dumps(values)) for values in (before, after))
+
+    def identity(record: RunRecord) -> Row:
+        return json.loads(dumps(flatten({k: getattr(record, k) for k in IDENTITY})))
+
+    before, after = identity(old), identity(new)
     return [
         f"{key} {before.get(key)!r} → {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -242,8 +244,10 @@ def flatten(value: Any, prefix: str = "") -> Row:
     """Nested dicts as one: {"grpo": {"steps": 60}} → {"grpo.steps": 60}."""
     if not isinstance(value, dict):
         return {prefix: value}
-    inner = ((f"{prefix}.{key}" if prefix else key, item) for key, item in value.items())
-    return {k: v for path, item in inner for k, v in flatten(item, path).items()}
+    flat = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def _pointer_names(out_dir: Path) -> list[str]:
