@@ -2,6 +2,9 @@
 
 set positional-arguments
 
+# recipes find the environment's programs, whether it is active or not
+export PATH := justfile_directory() + "/.venv/bin:" + env_var_or_default("PATH", "")
+
 runs := "out/runs"
 
 # List the recipes.
@@ -20,10 +23,9 @@ smoke:
 smoke-all:
     python scripts/verify/smoke.py --arms
 
-# The long forms of the checks.
+# The long forms of the checks: every arm killed in every phase, 500 steps watched for leaks, …
 verify-long:
     python scripts/verify/smoke.py --long
-    python scripts/verify/chaos.py
     python scripts/verify/soak_train.py
 
 # Re-evaluate the saved adapter of runs and compare with what their records say, e.g. `just verify-record out/runs/demo_routeQ`.

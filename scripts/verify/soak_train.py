@@ -1,7 +1,7 @@
 """A long run of small steps, watched from outside: memory and descriptors stay flat, no zombies.
 
 From step 50 on the training process may grow by 50 MB (medians of ten samples at either end, so
-that one large batch decides nothing); open descriptors may not grow, nor may a dead child stay unreaped.
+that one large batch decides nothing); open descriptors may not grow, nor may a dead child stay.
 
 Run: python scripts/verify/soak_train.py [--steps 500] [--intervention routeV]
 """

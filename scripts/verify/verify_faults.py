@@ -1,9 +1,10 @@
 """Faults in short: kills, signals, a full disk, full memory, divergence, secrets.
 
 All runs are of one tiny configuration in forked processes, and equal the whole one to the bit
-wherever they were resumed. chaos.py is the long form.
+wherever they were resumed.
 
-Run: python scripts/verify/verify_faults.py
+Run: python scripts/verify/verify_faults.py [--long]     (--long: every arm killed in every phase at
+random moments, and sandbox workers killed under way)
 """
 
 import contextlib
@@ -12,15 +13,16 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from scripts.verify import trainer
-from scripts.verify.chaos import small_files
 
 from vgrout import arms, experiment, train
 from vgrout.cli import parse
@@ -37,13 +39,15 @@ from vgrout.model.optimizer import BlockOptimizer
 from vgrout.run import dry_run
 from vgrout.run.faults import Stopped, describe, explained, recorded
 from vgrout.run.health import Diverged
-from vgrout.run.records import Run, load_adapter, load_metrics, load_record
+from vgrout.run.records import Run, load_adapter, load_metrics, load_record, load_rollouts
 
 STEPS = 3
 SHORT = (
     f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 96 "
     "--teacher-until 9 --final-draws 96 --save-every 1 --threads 1 --workers 1"
 ).split()
+LONG = "--steps 5 --save-every 2 --eval-every 2 --eval-draws 4 --final-draws 8".split()
+UNMONITORED = [name for name, arm in arms.ARMS.items() if arm.phases[-1].score not in arms.FLAGS]
 TOKEN = "hf_" + "plantedsecret" * 2
 SPY = """import os
 print(dict(os.environ))
@@ -59,7 +63,11 @@ class Solution:
 """
 
 
-def start(out: Path, within: Callable[[], object] = lambda: None, *flags: str, **options):
+def nothing() -> None:
+    pass
+
+
+def start(out: Path, within: Callable[[], object] = nothing, *flags: str, **options):
     """A run with a token in its environment and demonstrations that print theirs."""
 
     def prepare() -> None:
@@ -116,6 +124,11 @@ def check_chain(root: Path, whole: Path) -> None:
     print(
         "ok  killed in an update and in its last save, stopped in the final evaluation: same bits"
     )
+
+
+def small_files(size: int) -> None:
+    """Stands in for a full disk: no file of this process may grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def stop(run: trainer.Trainer, out: Path, status: str) -> None:
@@ -200,14 +213,49 @@ def check_secrets(root: Path) -> None:
     print("ok  a token in the environment reaches no file of a run, nor the sandbox")
 
 
+def check_kills(root: Path, rng: random.Random) -> None:
+    """Every arm, killed in every phase; its files can be read at once, whatever the moment."""
+    kills = 0
+    for arm in UNMONITORED:
+        whole, out = root / f"whole_{arm}", root / f"killed_{arm}"
+        start(whole, nothing, *LONG, arm=arm).ends(0)
+        for name in trainer.PHASES:
+            run = start(out, nothing, *LONG, arm=arm)
+            if not trainer.kill_in(run, name, rng, rng.randint(1, 2)):
+                run.ends(0)
+                break
+            kills += 1
+            load_metrics(out)
+            load_rollouts(out)
+        if load_record(out).status != "finished":
+            start(out, nothing, *LONG, arm=arm).ends(0)
+        assert not (found := trainer.differences(whole, out)), f"{arm} differs in {found}"
+    print(f"ok  {kills} kills in {len(UNMONITORED)} arms resumed to the bits of the whole run")
+
+
+def check_workers(root: Path, rng: random.Random) -> None:
+    """Sandbox workers killed once a grading are replaced, and their jobs repeated.
+
+    Two kills of one job are a SandboxError by design.
+    """
+    run, killed = start(root / "workers", nothing, *LONG), 0
+    while run.enters("grade"):
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            os.kill(rng.choice(sorted(trainer.descendants(run.pid))), signal.SIGKILL)
+            killed += 1
+    run.ends(0)
+    found = trainer.differences(root / "whole_routeV", root / "workers")
+    assert killed >= 2 and not found, (killed, found)
+    print(f"ok  {killed} sandbox processes killed under way, and the run equals the whole one")
+
+
 # ── without a run ────────────────────────────────────────────────────────────────────────────────
 
 
 def check_read_only(whole: Path) -> None:
+    record = load_record(whole)
     for mode, expected in ((0o555, True), (0o777, False)):  # the second is the mutation
-        folder = shutil.copytree(whole, tempfile.mkdtemp(prefix="faults_"), dirs_exist_ok=True)
-        record = load_record(folder)
-        shutil.rmtree(folder / "checkpoints")
+        folder = Path(tempfile.mkdtemp(prefix="faults_"))
         os.chmod(folder, mode)
         if (pid := os.fork()) == 0:
             if os.getuid() == 0:
@@ -346,6 +394,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         root = Path(folder)
         write_spies(root / "spies.jsonl")
+        if "--long" in sys.argv:
+            check_kills(root, random.Random(0))
+            check_workers(root, random.Random(0))
+            return
         whole = root / "whole"
         start(whole).ends(0)
         check_chain(root, whole)
