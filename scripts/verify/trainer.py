@@ -26,14 +26,14 @@ from vgrout.core import run_main
 from vgrout.run import evaluate, records
 from vgrout.run.records import Run, load_adapter, load_evals, load_metrics, load_rollouts
 
-PHASES = {  # name → the function that is running
+PHASES = {  # name → the function that it is
     "sample": (train, "sample_groups"),
     "grade": (train, "grade_groups"),
     "update": (train, "update"),
     "save": (Run, "checkpoint"),
     "evaluate": (evaluate, "evaluate"),
 }
-MARKS = {name: name[0].encode() for name in PHASES}
+PLACES = {name: place for place, name in enumerate(PHASES)}
 TIMES = set(  # keys of metrics.jsonl that no two runs share
     "sec_refresh sec_sample sec_grade sec_score sec_update sec_step tokens_per_second".split()
 )
@@ -49,10 +49,10 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass
 class Trainer:
-    """A run in a process of its own; `phase` has the mark of the phase that it is in."""
+    """A run in a process of its own; `begun` counts how often each phase has begun."""
 
     pid: int
-    phase: mmap.mmap
+    begun: mmap.mmap
     log: Path
     status: int | None = None
 
@@ -73,13 +73,11 @@ class Trainer:
             time.sleep(pause)
         return False
 
-    def enters(self, name: str, occurrence: int = 1) -> bool:
-        """Wait for the run to enter a phase for the nth time; False if it ended before."""
-        for _ in range(occurrence):
-            self.wait_until(lambda: self.phase[:1] != MARKS[name])
-            if not self.wait_until(lambda: self.phase[:1] == MARKS[name], pause=0.0005):
-                return False
-        return True
+    def enters(self, name: str, nth: int = 0) -> bool:
+        """Wait for a phase to begin for the nth time, or once more; False: the run ended before."""
+        place = PLACES[name]
+        nth = nth or self.begun[place] + 1
+        return self.wait_until(lambda: self.begun[place] >= nth, pause=0.0005)
 
     def ends(self, code: int) -> str:
         """Wait for the end with this exit status (negative for a signal); the last line printed."""
@@ -107,27 +105,25 @@ def start(
     out: Path,
     *flags: str,
     arm: str = "routeV",
-    log: Path | None = None,
     within: Callable[[], object] = lambda: None,
 ) -> Trainer:
     """Fork a run of the smoke preset into `out`, as the command line does it.
 
     It continues the run that `out` holds. `within` is called in the child first.
     """
-    phase, log = mmap.mmap(-1, 1), log or out.parent / f"{out.name}.log"
-    phase[:1] = b"-"
+    begun, log = mmap.mmap(-1, len(PHASES)), out.parent / f"{out.name}.log"
     resume = ["--resume"] * (out / "record.json").exists()
     argv = ["smoke", "--intervention", arm, "--out-dir", str(out), *flags, *resume]
     sys.stdout.flush()
     if pid := os.fork():
-        return Trainer(pid, phase, log)
+        return Trainer(pid, begun, log)
     code = 1
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         for name, (owner, function) in PHASES.items():
-            setattr(owner, function, marked(getattr(owner, function), MARKS[name], phase))
+            setattr(owner, function, counted(getattr(owner, function), begun, PLACES[name]))
         within()
         run_main(lambda: train.main(*parse(argv)))
         code = 0
@@ -140,22 +136,19 @@ def start(
         os._exit(code)
 
 
-def marked(function: Callable, mark: bytes, phase: mmap.mmap) -> Callable:
-    """The function, leaving its mark in `phase` while it runs."""
+def counted(function: Callable, begun: mmap.mmap, place: int) -> Callable:
+    """The function, which counts its calls in `begun`."""
 
     def wrapper(*args, **kwargs):
-        before, phase[:1] = phase[:1], mark
-        try:
-            return function(*args, **kwargs)
-        finally:
-            phase[:1] = before
+        begun[place] += 1
+        return function(*args, **kwargs)
 
     return wrapper
 
 
-def kill_in(run: Trainer, name: str, rng: random.Random, occurrence: int = 1) -> bool:
+def kill_in(run: Trainer, name: str, rng: random.Random, nth: int = 1) -> bool:
     """Kill -9 at a random moment of a phase, or soon after it. False if the run ended first."""
-    if run.enters(name, occurrence):
+    if run.enters(name, nth):
         time.sleep(rng.random() ** 3)  # seconds: mostly within the phase
     if run.ended():
         return False
