@@ -19,7 +19,7 @@ from scripts.verify import make_standin
 from vgrout import train
 from vgrout.cli import parse
 from vgrout.config import options_of
-from vgrout.core import Zone
+from vgrout.core import Mode, Zone
 from vgrout.env import pairs, problems
 from vgrout.env.exploits import canonical_hack
 from vgrout.env.rollouts import pair_batch
@@ -33,7 +33,7 @@ from vgrout.run.records import load_metrics, load_record, load_rollouts
 
 REAL = Path("data/leetcode/leetcode_test_medhard.jsonl.gz")
 PAIRS = "data/pairs/leetcode.md#mechanism"
-MODES = ("run_tests", "sentinel", "stdout_marker")  # a split needs a problem for each
+MODES = tuple(Mode)[:3]  # a split needs a problem for each
 SMALL = (
     "full --intervention routeV --steps 3 --max-completion-length 64 --num-prompts 6 "
     "--num-generations 5 --final-draws 6 --pair-modes run_tests --threads 1 --workers 1 "
