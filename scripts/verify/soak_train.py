@@ -46,7 +46,8 @@ class Watch:
         self.dead = dead
 
     def faults(self) -> list[str]:
-        memory, descriptors = growth(self.mb), growth(self.descriptors)
+        memory = growth(self.mb)
+        descriptors = growth(self.descriptors)
         found = [f"memory grew by {memory:.1f} MB"] if memory > GROWTH_MB else []
         found += [f"{descriptors:g} more descriptors"] if descriptors > 0 else []
         return found + [f"{len(self.zombies)} zombies"] * bool(self.zombies)
@@ -58,7 +59,8 @@ def longer(file: Path, lines: int) -> bool:
 
 def growth(values: list[float]) -> float:
     """Median of the last samples minus that of the first."""
-    return statistics.median(values[-ENDS:]) - statistics.median(values[:ENDS])
+    start = statistics.median(values[:ENDS])
+    return statistics.median(values[-ENDS:]) - start
 
 
 def main() -> None:
