@@ -1,309 +1,310 @@
-"""Every score of the family on stored rollouts: a snapshot's parameters, that step's batch, the classes that train (diag_pinning.py).
+"""Audit: how well does each score find hacks in stored rollouts, against random directions?
 
-`train.make_gate` builds each score from a row of ARMS' kind and the run's own configuration, so that what is audited here is what an
-arm would use. Nothing is trained.
+For every snapshot of the runs (`--snapshot-every`) the step's stored rollouts are scored at that
+snapshot by the classes that train: the whole family, the placebo pairs, gates that rank by
+advantage, reward, length or mean log-prob alone, and in each space of directions random draws,
+whose 5–95 % band is the null. Nothing is trained. Labels come from the stored grades. Rows are
+student rollouts with an advantage; an AUROC compares rows of one step alone, since a gate never
+sees two, and its interval resamples prompts. *Known* modes are those that the pairs cover, the
+others are *held out*: they may be reported, and may select nothing.
+
+Run: python scripts/analysis/audit.py RUN … [--pair-modes run_tests sentinel]
+         [--pairs data/pairs/organism.md#mechanism] [--out DIR]
+
+DIR (default out/audit) gets audit.csv (AUROC by score, modes, rows, period), cuts.csv (what the
+pairs' band and midpoint, 0, and the highest tenth and quarter would route), checks.csv (confounds
+and cost) and auroc.png.
 """
 
-import copy
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+import argparse
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from scripts.experiments.reopen import Stored
-from torch import Tensor
+from scripts.analysis.detect import mean, rank_correlation
+from scripts.analysis.rescoring import (
+    FAMILY,
+    PAIR_CUTS,
+    SHARES,
+    Columns,
+    family,
+    joined,
+    rebuild,
+    row_facts,
+    score_step,
+)
+from scripts.experiments.reopen import reopen
+from scripts.view import plot
+from scripts.view.output import OUT, add_runs, parser, table, text, write_csv
 
-from vgrout import train
-from vgrout.config import Arm, Config
-from vgrout.core import Grade, Group, Mode, Rollout, UserError, Verdict, Zone
-from vgrout.env.problems import disclose
-from vgrout.env.rollouts import compose
-from vgrout.gate.gate import Gate, match_shares, zones_from_band, zones_from_edge
-from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio, RandomQuarantine
-from vgrout.gate.scores import DirectionScore, HaarScore, Score, Scored
-from vgrout.model.batch import Batch, Origin
-from vgrout.model.likelihood import batch_logps, mean_logps, random_deltas
-from vgrout.model.policy import Policy
-from vgrout.model.tokens import encode_completion, encode_prompt
+from vgrout.core import Mode, UserError, Zone
+from vgrout.core import at_least, run_main
+from vgrout.files import load_tensors
+from vgrout.run import runlog
+from vgrout.run.records import load_metrics, load_record, load_rollouts, load_snapshots
+from vgrout.run.repeat import config_of
+from vgrout.stats import auroc, auroc_interval, precision_recall_at, stratified_auroc
 
-SEED_FORM = dict(granularity="rollout", probe_state="as_trained", score_sign="advantage", centred=False, metric="cosine",
-                 act_space="bottleneck", act_layer=None, probe_positions="completion", llr_form="ratio")  # fmt: skip
-UNIT, CENTRED = dict(score_sign="unit"), dict(score_sign="unit", centred=True)
-FAMILY: dict[
-    str, tuple[Arm, dict]
-] = {  # name → arm whose control, or else whose score, is audited; options beside SEED_FORM
-    "v_grad": (Arm("v_grad"), {}),
-    "v_grad all positions": (Arm("v_grad"), dict(probe_positions="all")),
-    "v_grad deployed": (Arm("v_grad"), dict(probe_state="deployed")),
-    "v_grad unit": (Arm("v_grad"), UNIT),
-    "v_grad centred": (Arm("v_grad"), CENTRED),
-    "v_grad centred dot": (Arm("v_grad"), CENTRED | dict(metric="dot")),
-    "v_act bottleneck": (Arm("v_act"), {}),
-    "v_act bottleneck centred": (Arm("v_act"), dict(centred=True)),
-    "v_act residual": (Arm("v_act"), dict(act_space="residual")),
-    "v_act residual centred": (Arm("v_act"), dict(act_space="residual", centred=True)),
-    "llr": (Arm("llr"), {}),
-    "llr one-sided": (Arm("llr"), dict(llr_form="one_sided")),
-    "llr first order": (Arm("llr"), dict(llr_form="first_order")),
-    "quarantine ratio": (Arm("quarantine_ratio"), {}),
-    "semantic placebo": (Arm("v_grad", "semantic"), {}),
-    "semantic placebo centred": (Arm("v_grad", "semantic"), CENTRED),
-    "framing": (Arm("v_grad", "framing"), {}),
-    "framing centred": (Arm("v_grad", "framing"), CENTRED),
-    "advantage": (Arm("v_grad", "confound"), dict(confound="advantage")),
-    "reward": (Arm("v_grad", "confound"), dict(confound="reward")),
-    "length": (Arm("v_grad", "confound"), dict(confound="length")),
-    "mean logp": (Arm("v_grad", "confound"), dict(confound="logp")),
-    "random": (Arm("v_grad", "random"), {}),
-}
-SHARES = {"top 10 %": 0.10, "top 25 %": 0.25}
-PAIR_CUTS = ("band", "midpoint", "zero")  # of RouteConfig.cut
-CUTS = (*PAIR_CUTS, *SHARES)
+EMERGED = 0.5  # student hack rate of a step
+SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
+MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
+POOLED, PERIODS = "pooled", ("all", "early", "late", "before", "after")
+PLACE = ("run", "modes", "rows", "period")
+QUALITY = ("precision", "recall", "fpr", "f05")
+Place = tuple[str, str, str, str]
+Figures = dict[tuple[str, ...], dict[str, float]]
 
 
-@dataclass
-class Audited:
-    """Rows of snapshot steps under every score: one row for each rollout with an advantage, demonstrations included."""
-
-    rows: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # run, step, group, mode, student, hack, advantage, length: [n]
-    scores: dict[str, np.ndarray] = field(default_factory=dict)  # score → [n]
-    zones: dict[tuple[str, str], np.ndarray] = field(
-        default_factory=dict
-    )  # (score, cut) → Zone [n]; no entry without a cut
-    haar: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # score → [n, draws], random directions in its space
-    haar_zones: dict[tuple[str, str], np.ndarray] = field(
-        default_factory=dict
-    )  # (score, share) → [n, draws]
-    seconds: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # score → [steps, 3]: refresh, scoring, a plain forward
+# ── runs → scores ────────────────────────────────────────────────────────────────────────────────
 
 
-def join(parts: list[Audited]) -> Audited:
-    merge = lambda name: {
-        k: np.concatenate([getattr(p, name)[k] for p in parts]) for k in getattr(parts[0], name)
+def audit_run(
+    path: Path, name: str, options: argparse.Namespace, pair_modes: tuple[Mode, ...]
+) -> Columns:
+    """Every snapshot step of one run, scored; columns of periods say where in training it lies."""
+    run, snapshots, stored = reopen(path, finished=False), load_snapshots(path), load_rollouts(path)
+    pairs, parts, odd, total = options.pairs or run.config.data.pairs, [], 0, 0
+    emerged = [r["step"] for r in load_metrics(path) if r["student_hack"] >= EMERGED]
+    steps = sorted(snapshots.keys() & {r["step"] for r in stored})
+    for place, step in enumerate(steps):
+        run.load(load_tensors(snapshots[step])[0])
+        rows = [r for r in stored if r["step"] == step]
+        kept, batch, origin, strange = rebuild(run, rows)
+        odd, total = odd + strange, total + len(rows)
+        if batch is None:
+            continue
+        scores = family(run.policy, run.config, options.scores, pairs, pair_modes)
+        part = score_step(run.policy, scores, batch, origin, options.draws, step, run.config)
+        late = np.full(len(kept), 2 * place >= len(steps))
+        after = np.full(len(kept), bool(emerged) and step >= emerged[0])
+        when = {"all": late | ~late, "early": ~late, "late": late, "before": ~after, "after": after}
+        parts.append(part | when | row_facts(name, step, kept, batch))
+        print(f"  {name} step {step}: {len(kept)} rows of groups with variance", flush=True)
+    if odd:
+        strange = f"{name}: {odd} of {total} completions tokenise to another length"
+        runlog.warn(strange, "they are scored in their usual tokenisation")
+    if not parts:
+        nothing = "no snapshot step has a group with variance in reward"
+        raise UserError(f"{path}: {nothing}; nothing can be scored")
+    when = f"at {emerged[0]}" if emerged else "none"
+    what = f"{run.record.arm} seed {run.record.seed}"
+    print(f"{name}: {what}, snapshots {steps}, emergence {when}")
+    return joined(parts)
+
+
+def modes_of(options: argparse.Namespace) -> tuple[Mode, ...]:
+    """The modes that the pairs cover: as told, or those of the runs, which must agree."""
+    if options.pair_modes:
+        return tuple(map(Mode, options.pair_modes))
+    found = {config_of(load_record(path).config).data.pair_modes for path in options.runs}
+    if len(found) > 1:
+        raise UserError("the runs' pairs cover different modes: choose with --pair-modes")
+    return found.pop()
+
+
+# ── scores → figures ─────────────────────────────────────────────────────────────────────────────
+
+
+def masks(a: Columns, known: tuple[Mode, ...], runs: list[str]) -> dict[Place, np.ndarray]:
+    """PLACE → the student rows that it names."""
+    covered = np.isin(a["mode"], [str(mode) for mode in known])
+    by_mode = {"all": a["all"], "known": covered, "heldout": ~covered}
+    by_run = {name: a["run"] == name for name in runs} if len(runs) > 1 else {}
+    by_run[POOLED] = a["all"]
+    chosen = {}
+    for place in itertools.product(by_run, by_mode, SIGNS, PERIODS):
+        run, mode, sign, period = place
+        signed = np.isin(np.sign(a["advantage"]), SIGNS[sign])
+        chosen[place] = a["student"] & by_run[run] & by_mode[mode] & signed & a[period]
+    return chosen
+
+
+def step_of(a: Columns) -> np.ndarray:
+    """The stratum of every row: its run and step."""
+    return a["run"] + "/" + a["step"].astype(str)
+
+
+def quantiles(values: np.ndarray, name: str, **at: float) -> dict[str, float]:
+    """`<name>_<key>` for every quantile; NaN where no value exists."""
+    there = values[~np.isnan(values)]
+    return {
+        f"{name}_{k}": float(np.quantile(there, q)) if len(there) else float("nan")
+        for k, q in at.items()
     }
-    return Audited(*(merge(f.name) for f in fields(Audited)))
 
 
-# ── stored rollouts → the batch that the gate saw ────────────────────────────────────────────────────────────────
+def ranking(a: Columns, name: str, mask: np.ndarray) -> dict[str, float]:
+    """AUROC with its interval, within prompt groups, and of random directions."""
+    hack, step, group = a["hack"][mask], step_of(a)[mask], a["group"][mask]
+    scores = a["score", name][mask]
+    low, high = auroc_interval(scores, hack, step, group)
+    within = np.array([auroc(scores[group == g], hack[group == g]) for g in np.unique(group)])
+    null = np.full(1, np.nan)
+    if ("null", name) in a:
+        null = stratified_auroc(a["null", name][mask], hack, step)
+    return {
+        "n": int(mask.sum()),
+        "hacks": int(hack.sum()),
+        "auroc": float(stratified_auroc(scores, hack, step)),
+        "low": low,
+        "high": high,
+        "within_prompt": mean(within[~np.isnan(within)]),
+    } | quantiles(null, "haar", p05=0.05, median=0.5, p95=0.95)
 
 
-def rebuild(
-    run: Stored, rows: list[dict]
-) -> tuple[list[Rollout], Batch | None, Origin | None, int]:
-    """(kept rollouts, batch, origin, completions that tokenise to another length) of the stored rows of one step.
-
-    Only text is stored: a sampled completion that is no tokenisation of its own text is scored in its usual one. The batch comes
-    from `compose`; its advantages must be the stored ones. `sampler_logps` are not stored, and NaN here.
-    """
-    by_id = {p.problem_id: p for part in run.splits.values() for p in part}
-    size, tokenizer, odd, groups = run.config.grpo.num_generations, run.policy.tokenizer, 0, []
-    for i in range(0, len(rows), size):
-        first = rows[i]
-        problem = replace(
-            disclose(by_id[first["problem_id"]], Mode(first["mode"])), inoculated=run.arm.inoculate
-        )
-        if {(r["problem_id"], r["marker"]) for r in rows[i : i + size]} != {
-            (problem.problem_id, problem.marker)
-        }:
-            raise UserError(
-                f"{run.path}, step {first['step']}: the rollouts are not groups of {size} with the problems' own markers"
-            )
-        prompt, members = encode_prompt(tokenizer, train.problems.messages(problem)), []
-        for r in rows[i : i + size]:
-            ids = encode_completion(tokenizer, r["completion"])
-            odd += not r["teacher"] and len(ids) not in (
-                r["n_tokens"],
-                r["n_tokens"] + 1,
-            )  # without EOS if truncated
-            grade = {
-                f.name: r[f.name] for f in fields(Grade) if f.name not in ("seconds", "verdict")
-            }
-            members.append(Rollout(problem, prompt, ids[: r["n_tokens"]], r["completion"], r["sampled_ablated"], teacher=r["teacher"],
-                                   grade=Grade(**grade, verdict=Verdict(r["verdict"]), seconds=0.0)))  # fmt: skip
-        groups.append(Group(problem, members))
-    kept, batch, origin = compose(groups, run.policy)
-    stored = [r["advantage"] for r in rows if r.get("advantage") is not None]
-    if len(stored) != len(kept) or (
-        stored and not np.allclose(stored, batch.advantages.cpu(), atol=1e-5)
-    ):
-        raise UserError(
-            f"{run.path}, step {rows[0]['step']}: the stored advantages are not those of the stored rewards; train it again"
-        )
-    return kept, batch, origin, odd
-
-
-# ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def family(
-    policy: Policy, config: Config, names: list[str], pairs: str, pair_modes: tuple[Mode, ...]
-) -> dict[str, Score]:
-    """The named scores, as an arm would have them, on these pairs."""
-    data, found = replace(config.data, pairs=pairs, pair_modes=pair_modes), {}
-    for name in names:
-        arm, options = FAMILY[name]
-        gate, _ = train.make_gate(
-            arm,
-            policy,
-            replace(config, data=data, score=replace(config.score, **SEED_FORM | options)),
-        )
-        found[name] = gate.control or gate.score
-    return found
-
-
-def seconds(policy: Policy) -> float:
-    """A clock for cost ratios: CPU seconds of this process, which other processes do not stretch; on a GPU wall seconds."""
-    if policy.device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-class Memo:
-    """Features and likelihood fits that several scores share are computed once a step; `borrowed` is the time that this has saved."""
-
-    def __init__(self):
-        self.known: dict[tuple, tuple] = {}
-        self.borrowed = 0.0
-
-    def attach(self, score: Score) -> None:
-        """Let the score take its features, or its fits, from here."""
-        if isinstance(score, DirectionScore):
-            what = (score.space, score.layer, *sorted(score.probe.items()))
-            score.features = lambda policy, batch: self.recall(
-                what, DirectionScore.features, score, policy, batch
-            )
-        if isinstance(score, LikelihoodRatio):
-            what = (score.steps, score.learning_rate, score.random_seed)
-            score._fit = lambda policy, batch, i: self.recall(
-                (*what, i), LikelihoodRatio._fit, score, policy, batch, i
-            )
-
-    def recall(
-        self, what: tuple, compute: Callable, score: Score, policy: Policy, batch: Batch, *rest: int
-    ) -> object:
-        key = (
-            *what,
-            *(x.cpu().numpy().tobytes() for x in (batch.input_ids, batch.completion_start)),
-        )
-        if key in self.known:
-            self.borrowed += self.known[key][1]
-        else:
-            clock = seconds(policy)
-            self.known[key] = compute(score, policy, batch, *rest), seconds(policy) - clock
-        return self.known[key][0]
-
-
-def score_step(
-    policy: Policy,
-    scores: dict[str, Score],
-    batch: Batch,
-    origin: Origin,
-    draws: int,
-    seed: int,
-    config: Config,
-) -> Audited:
-    """Refresh a copy of every score at the present parameters and score the batch; `draws` random directions for each real one."""
-    out, memo, how = (
-        Audited(),
-        Memo(),
-        (policy, batch, config.grpo.temperature, config.grpo.token_budget),
-    )
-    origin, forward = replace(origin, sampler_logps=batch_logps(*how)), lambda: mean_logps(*how)
-    clock = seconds(policy)
-    live = forward()  # timed when warm
-    forward_seconds, nudged = seconds(policy) - clock, None
-    unscored = batch.advantages == 0
-    ranked = origin.student & ~unscored
-    for name, score in copy.deepcopy(
-        scores
-    ).items():  # a likelihood ratio would keep a fold of the last refresh
-        memo.attach(score)
-        times = []
-        for work in (lambda s=score: s.refresh(policy), lambda s=score: s(policy, batch, origin)):
-            clock, memo.borrowed = seconds(policy), 0.0
-            found = work()
-            times.append(seconds(policy) - clock + memo.borrowed)
-        values = found.scores.masked_fill(unscored, float("nan"))
-        out.scores[name], out.seconds[name] = (
-            values.cpu().numpy(),
-            np.array([[*times, forward_seconds]]),
-        )
-        for cut in PAIR_CUTS if score.pairs_hack is not None else ():
-            deal = zones_from_band if cut == "band" else zones_from_edge
-            out.zones[name, cut] = (
-                deal(found.scores, batch.advantages, *Gate(score, cut=cut).edges()).cpu().numpy()
-            )
-        for cut, share in SHARES.items():
-            out.zones[name, cut] = top(values, ranked, share).cpu().numpy()
-        if isinstance(score, LikelihoodRatio):  # one space, finite step or first order
-            null = nudged = (
-                random_nudges(policy, score, live, forward, draws, seed)
-                if nudged is None
-                else nudged
-            )
-        else:
-            null = random_directions(policy, score, found, batch, origin, draws, seed)
-        if null is not None:
-            null = null.masked_fill(unscored[:, None], float("nan"))
-            out.haar[name] = null.cpu().numpy()
-            for cut, share in SHARES.items():
-                out.haar_zones[name, cut] = (
-                    torch.stack([top(x, ranked, share) for x in null.T], 1).cpu().numpy()
-                )
+def cutting(a: Columns, name: str, cut: str, mask: np.ndarray) -> dict[str, float]:
+    """What a cut would do with the rows, and how right; random directions at the same share."""
+    zones, hack = a["zone", name, cut][mask], a["hack"][mask]
+    out = {"n": int(mask.sum()), "hacks": int(hack.sum())}
+    out |= {f"share_{z.name.lower()}": mean(zones == z) for z in Zone}
+    out |= precision_recall_at(zones == Zone.ROUTE, hack)
+    if ("null zone", name, cut) in a:
+        routed = a["null zone", name, cut][mask] == Zone.ROUTE
+        null = [precision_recall_at(column, hack) for column in routed.T]
+        for key in ("precision", "f05"):
+            values = np.array([found[key] for found in null])
+            out |= quantiles(values, f"haar_{key}", median=0.5, p95=0.95)
     return out
 
 
-def random_directions(
-    policy: Policy, score: Score, found: Scored, batch: Batch, origin: Origin, draws: int, seed: int
-) -> Float[Tensor, "g draws"] | None:
-    """Scores of the batch by the score's own random control: Haar directions, or a random quarantine; None for what has none."""
-    control = {DirectionScore: HaarScore, QuarantineRatio: RandomQuarantine}.get(type(score))
-    if control is None or not draws:
-        return None
-    controls = [control(score, seed * draws + i) for i in range(draws)]
-    return torch.stack([control(policy, batch, origin, found).scores for control in controls], 1)
-
-
-def random_nudges(
-    policy: Policy,
-    score: LikelihoodRatio,
-    live: Float[Tensor, " g"],
-    forward: Callable[[], Tensor],
-    draws: int,
-    seed: int,
-) -> Float[Tensor, "g draws"] | None:
-    """Mean log-prob after a Gaussian nudge minus `live`, that before; in every tensor it has the norm of the fitted hack − clean delta."""
-    fitted, columns = [h - c for h, c in zip(*score.deltas)], []
-    for i in range(draws):
-        with policy.adapter.shifted(random_deltas(fitted, seed * draws + i)):
-            columns.append(forward() - live)
-    return torch.stack(columns, 1) if columns else None
-
-
-def top(values: Tensor, ranked: Tensor, share: float) -> Tensor:
-    """Zones that ROUTE the highest-scored share of the `ranked` rows and RETAIN the rest, dealt as a control's are."""
-    zones, rows = torch.full(values.shape, int(Zone.RETAIN)), ranked.cpu().nonzero()[:, 0]
-    shadow = (torch.arange(len(rows)) < round(share * len(rows))).long() * int(Zone.ROUTE)
-    zones[rows] = match_shares(shadow, values.cpu()[rows], torch.zeros(len(rows), dtype=torch.long))
-    return zones
-
-
-def row_facts(run: str, step: int, kept: list[Rollout], batch: Batch) -> dict[str, np.ndarray]:
-    """The columns of `Audited.rows`; a group is named by run, step and its place in the step."""
-    n = len(kept)
+def checks(a: Columns, name: str) -> dict[str, float]:
+    """Rivals: completion length, the look of a demonstration. Cost over a plain forward's."""
+    scores, hack, step = a["score", name], a["hack"], step_of(a)
+    scored = ~np.isnan(scores)
+    student, hacks = a["student"] & scored, hack & scored
+    clean = student & ~hack
+    refresh, score, forward = a["seconds", name].sum(0)
     return {
-        "run": np.full(n, run, dtype=object), "step": np.full(n, step),
-        "group": np.array([f"{run}/{step}/{g}" for g in batch.group.tolist()], dtype=object),
-        "mode": np.array([str(r.problem.mode) for r in kept], dtype=object),
-        "student": np.array([not r.teacher for r in kept]), "hack": np.array([r.grade.reward_hack for r in kept]),
-        "advantage": batch.advantages.cpu().numpy(), "length": batch.completion_mask.sum(1).cpu().numpy(),
-    }  # fmt: skip
+        "length_spearman": rank_correlation(scores[student], a["length"][student]),
+        "length_spearman_clean": rank_correlation(scores[clean], a["length"][clean]),
+        "teacher_over_student_hacks": float(
+            stratified_auroc(scores[hacks], ~a["student"][hacks], step[hacks])
+        ),
+        "refresh_cost": float(refresh / forward),
+        "score_cost": float(score / forward),
+    }
+
+
+# ── figures → what people read ───────────────────────────────────────────────────────────────────
+
+
+def numbers(cell: dict, *keys: str) -> str:
+    return " ".join(text(cell.get(key), 2) for key in keys)
+
+
+def interval(cell: dict) -> str:
+    value, low, high = (text(cell[key], 2) for key in ("auroc", "low", "high"))
+    return value if value == "–" else f"{value} [{low}, {high}]"
+
+
+def show(title: str, rows: list[list], headers: list[str]) -> None:
+    print(f"\n{title}\n{table(rows, ['score', *headers])}", flush=True)
+
+
+def print_ranks(ranks: Figures, names: list[str]) -> None:
+    views = [(m, sign) for sign in ("all", "pos") for m in MODES] + [("heldout", "neg")]
+    rows = []
+    for name in names:
+        cells = {view: ranks[name, POOLED, *view, "all"] for view in views}
+        bands = [numbers(cells[m, "pos"], "haar_p05", "haar_median", "haar_p95") for m in MODES]
+        rows.append([name, *map(interval, cells.values()), *bands])
+    headers = ["known", "held out", "known, A > 0", "held out, A > 0", "held out, A < 0"]
+    title = "AUROC [95 % over prompts] of student rows; 5 %, median, 95 % of random directions"
+    show(title, rows, [*headers, "random: known, A > 0", "random: held out, A > 0"])
+
+
+def print_cuts(cuts: Figures, names: list[str]) -> None:
+    shares = [f"share_{z.name.lower()}" for z in Zone]
+    dealt = "Cuts from the pairs: shares of RETAIN, ABSORB, ROUTE"
+    quality = "precision, recall, false-positive rate, F0.5 of ROUTE"
+    matched = f"Matched shares: {quality} (95 % of random directions: precision, F0.5)"
+    for title, some in ((f"{dealt}; {quality}", PAIR_CUTS), (matched, tuple(SHARES))):
+        rows = []
+        for name in (n for n in names if (n, some[0], POOLED, "all", "all", "all") in cuts):
+            row = [name]
+            for cut in some:
+                row += [numbers(cuts[name, cut, POOLED, "all", "all", "all"], *shares)]
+                for mode in MODES:
+                    cell = cuts[name, cut, POOLED, mode, "all", "all"]
+                    null = numbers(cell, "haar_precision_p95", "haar_f05_p95")
+                    row.append(numbers(cell, *QUALITY) + (f" ({null})" if cut in SHARES else ""))
+            rows.append(row)
+        show(title, rows, [f"{cut}{of}" for cut in some for of in ("", ", known", ", held out")])
+
+
+def draw(ranks: Figures, names: list[str], path: Path) -> None:
+    """AUROC by score with intervals; grey: 5–95 % of random directions on the same rows."""
+    size = (11, 1.2 + 0.3 * len(names))
+    figure, axes = plot.plt.subplots(1, 2, figsize=size, sharey=True)
+    titles = {"all": "all student rows", "pos": "student rows with A > 0"}
+    for axis, (sign, title) in zip(axes, titles.items()):
+        for (mode, colour), shift in zip(MODES.items(), (-0.17, 0.17)):
+            cells = [ranks[name, POOLED, mode, sign, "all"] for name in names]
+            y = np.arange(len(names)) + shift
+            value, low, high, null_low, null_high = (
+                np.array([cell[key] for cell in cells])
+                for key in ("auroc", "low", "high", "haar_p05", "haar_p95")
+            )
+            axis.barh(y, null_high - null_low, left=null_low, height=0.3, color="0.85", zorder=0)
+            axis.hlines(y, low, high, color=colour, linewidth=1.2)
+            axis.plot(value, y, "o", color=colour, markersize=4, label=f"{mode} modes")
+        axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    plot.save(figure, path)
+
+
+def write(figures: Figures, columns: tuple[str, ...], path: Path) -> None:
+    write_csv([dict(zip(columns, key)) | values for key, values in figures.items()], path)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    command = parser(__doc__)
+    add_runs(command, OUT / "audit")
+    modes, names = [str(mode) for mode in Mode], list(FAMILY)
+    covered = "modes that the pairs cover (default: the runs')"
+    command.add_argument("--pair-modes", nargs="+", choices=modes, help=covered)
+    command.add_argument("--pairs", default="", help="path.md#section (default: each run's)")
+    command.add_argument("--scores", nargs="+", choices=names, default=names, metavar="SCORE")
+    null = "random directions in each space"
+    command.add_argument("--draws", type=at_least(0), default=20, help=null)
+    return command.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = arguments(argv)
+    for path in options.runs:
+        load_snapshots(path)
+    known, names = modes_of(options), options.scores
+    counts = Counter(path.name for path in options.runs)
+    runs = {path.name if counts[path.name] == 1 else str(path): path for path in options.runs}
+    a = joined([audit_run(path, name, options, known) for name, path in runs.items()])
+    places = masks(a, known, list(runs)).items()
+    ranks = {(name, *at): ranking(a, name, mask) for name in names for at, mask in places}
+    dealt = [key[1:] for key in a if key[0] == "zone"]
+    cuts = {(*key, *at): cutting(a, *key, mask) for key in dealt for at, mask in places}
+    rivals = {(name,): checks(a, name) for name in names}
+    write(ranks, ("score", *PLACE), options.out / "audit.csv")
+    write(cuts, ("score", "cut", *PLACE), options.out / "cuts.csv")
+    write(rivals, ("score",), options.out / "checks.csv")
+    draw(ranks, names, options.out / "auroc.png")
+    hacks = sorted(Counter(a["mode"][a["student"] & a["hack"]]).items())
+    covered = f"hacks: {', '.join(f'{m} {n}' for m, n in hacks)}; pairs cover {', '.join(known)}"
+    print(f"{a['student'].sum()} student rows, {covered}")
+    print_ranks(ranks, names)
+    print_cuts(cuts, names)
+    title = "Rank correlation with length, of all and of those that are no hack; AUROC of "
+    title += "demonstrations over student hacks; cost over a plain forward"
+    rows = [[name, *(text(x, 2) for x in rivals[name,].values())] for name in names]
+    show(title, rows, ["length", "length, no hack", "demonstrations", "refresh", "scoring"])
+    if "random" in names:
+        misaligned = "labels, rows or scores are misaligned"
+        runlog.stage("the score `random` has 0.50 within its intervals", misaligned)
+    print(f"audit.csv, cuts.csv, checks.csv and auroc.png in {options.out}")
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])

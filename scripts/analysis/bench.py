@@ -1,398 +1,345 @@
-"""Speed and memory: a against TRL's GRPOTrainer, b each arm against plain GRPO, c how the cost grows, d Qwen3-4B on one GPU.
+"""Speed and memory: a against TRL's GRPOTrainer, b each arm against `absorb`, c how the cost grows.
 
-    python scripts/analysis/bench.py                       parts a, b and c on this machine's CPU (at most 15 minutes on two quiet cores)
+    python scripts/analysis/bench.py                       parts a, b and c on this machine's CPU
     python scripts/analysis/bench.py --only b --rounds 40  part b over more steps of each run
-    python scripts/analysis/bench.py --gpu                 part d on a CUDA device; --gpu-config tiny --only d runs the same code on a CPU
-    python scripts/analysis/bench.py --no-measure --write docs/performance.md         the tables of out/bench.json into the page
+    python scripts/analysis/bench.py --no-measure --write docs/performance.md
+                                                           the tables of out/bench.json, in the page
 
-What is compared takes turns, A B A B …, and a ratio is of neighbours, so that a machine that is busy for a while slows both sides.
-Every figure is a median over repeats with its range. Parts a and b are real runs, in processes that stay up and take turns step by
-step, the first step dropped; a repeat is a step, and times are the loop's own `sec_*` (docs/metrics.md). CPU seconds of the same steps
-stand beside wall seconds: they hardly depend on what else the machine does. Part a needs TRL.
+All parts are real runs of the organism's preset, in processes that stay up and take turns step by
+step, the first step dropped: a ratio is of neighbours, so that a machine that is busy for a while
+slows both sides. A repeat is a step, and every figure a median over repeats with its range. Times
+are the loop's own `sec_*` (docs/metrics.md); CPU seconds of the same steps stand beside wall
+seconds: they hardly depend on what else the machine does. `absorb` updates as `none2r` does and is
+the reference of part b. Part c runs on bases with random weights, which seldom end a completion
+before its limit; demonstrations give their groups variance. Part a needs TRL.
 """
 
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any, Literal
 
 import tyro
 from scripts.analysis.bench_turns import take_turns
-from tabulate import tabulate
+from scripts.view.output import table
 
 from vgrout.config import PRESETS
-from vgrout.core import UserError, run_main
+from vgrout.core import UserError
+from vgrout.core import run_main
 from vgrout.run.provenance import now, provenance
 from vgrout.run.records import load_metrics
 
-PHASES = ("sample", "grade", "score", "update", "refresh", "other")
-PADDING = ("padding", "padding_by_prompt", "padding_by_length")
+TIMED = ("sample", "grade", "score", "update")
+PHASES = (*TIMED, "refresh", "other")
+BASE, OURS, THEIRS = "data/organism/base", "vGROUT none2r", "TRL GRPOTrainer"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_TRL = "part a needs TRL: run `uv run --group bench just bench`, or leave it out with --only b c"
-Part = Literal["a", "b", "c", "d"]
+ARMS = ("absorb", "none2r", "routeV", "routeA", "routeL", "routeQ", "absorbQ", "placebo", "oracle")
+Steps = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Args:
     """Measure the parts, write out/bench.json, print the tables."""
 
-    only: tuple[
-        Part, ...
-    ] = ()  # parts; () for a (where TRL is installed), b and c, with --gpu for d
-    repeats: int = 4  # of parts c and d
-    rounds: int = 10  # steps of every run in parts a and b
-    arms: tuple[str, ...] = (
-        "none2r",
-        "absorb",
-        "routeV",
-        "routeA",
-        "routeL",
-        "routeQ",
-        "placebo",
-        "oracle",
-        "filterV",
-        "advmodV",
-    )
+    only: tuple[Literal["a", "b", "c"], ...] = ()  # parts; () for all, a where TRL is installed
+    rounds: int = 10  # steps of every run
+    arms: tuple[str, ...] = ARMS  # of part b; the first is the reference
     threads: int = 1  # torch threads of every process
-    gpu: bool = False  # part d on a CUDA device
-    gpu_config: Literal["qwen3-4b", "tiny"] = "qwen3-4b"
-    workloads: tuple[Literal["8x8", "16x16", "worst"], ...] = ("8x8", "16x16", "worst")
-    quick: bool = False  # one repeat at tiny size, without TRL: does the script run?
-    measure: Annotated[bool, tyro.conf.arg(help="--no-measure: the tables of what --out holds")] = (
-        True
-    )
+    quick: bool = False  # one round at tiny size, two arms: does the script run?
+    measure: Annotated[bool, tyro.conf.arg(help="--no-measure: the tables of --out")] = True
     out: Path = Path("out/bench.json")
-    write: Path | None = (
-        None  # a page whose block between the bench marks is replaced by the tables
-    )
+    write: Path | None = None  # a page whose block between the bench marks becomes the tables
 
 
-def main(args: Args) -> None:
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for part in parts(args) if args.measure else ():
-        print(f"part {part} …", flush=True)
-        found[part] = {"machine": machine(args.threads), "made": now(), **measure(part, args)}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1))
-    if not found:
-        raise UserError(
-            f"nothing to show: {args.out} does not exist; run `just bench` without --no-measure"
-        )
-    print(render(found))
-    if args.write:
-        args.write.write_text(
-            replaced(
-                args.write.read_text(),
-                render({k: v for k, v in found.items() if k != "d" or v["machine"]["gpu"]}),
-            )
-        )
+# ── runs that take turns ─────────────────────────────────────────────────────────────────────────
 
 
-def parts(args: Args) -> tuple[str, ...]:
-    trl = importlib.util.find_spec("trl") is not None
-    if "a" in args.only and not trl:
-        raise UserError(NO_TRL)
-    if args.only or args.gpu:
-        return args.only or ("d",)
-    if not (trl or args.quick):
-        print(NO_TRL)
-    return ("b", "c", "d") if args.quick else ("a", "b", "c") if trl else ("b", "c")
-
-
-def measure(part: str, args: Args) -> dict[str, Any]:
-    if part == "a":
-        return against_trl(args)
-    if part == "b":
-        return arms(args)
-    return synthetic(part, args)
-
-
-# ── a and b: real runs that take turns ───────────────────────────────────────────────────────────────────────────
-
-
-def command(arm: str, folder: Path, args: Args, rounds: int, *flags: str) -> list[str]:
-    """A run of the organism that never reaches its end: no evaluation but the base's; demonstrations and a gate at work in every step."""
-    steps = str(rounds + 2)
-    small = ("--num-prompts", "2", "--max-completion-length", "64") if args.quick else ()
-    return ["scripts/analysis/bench_turns.py", "organism", "--intervention", arm, "--out-dir", str(folder / arm), "--threads", str(args.threads),
-            "--steps", steps, "--teacher-until", steps, "--eval-every", "0", "--save-every", "0", "--final-draws", "4",
-            "--quarantine-first", "0", "--refresh-every", str(min(4, rounds)), *small, *flags]  # fmt: skip
-
-
-def phases(run: Path) -> list[dict[str, float]]:
-    """A run's steps but the first as seconds by phase, tokens and speed. A refresh is measured more often than the preset has it, and what
-    it took is spread over the preset's cadence."""
-    rows, every = load_metrics(run)[1:], PRESETS["organism"].score.refresh_every
-    refreshes = [r["sec_refresh"] for r in rows if r.get("sec_refresh")]
-    return [spent(r, mean(refreshes) / every if refreshes else 0.0) for r in rows]
+def command(arm: str, folder: Path, args: Args, *flags: str) -> list[str]:
+    """A run that never reaches its end: demonstrations and a gate at work in every step."""
+    steps = str(args.rounds + 2)
+    options = {
+        "--intervention": arm,
+        "--out-dir": str(folder),
+        "--threads": str(args.threads),
+        "--steps": steps,
+        "--teacher-until": steps,
+        "--eval-every": "0",
+        "--save-every": "0",
+        "--final-draws": "4",
+        "--quarantine-first": "0",
+        "--refresh-every": str(min(4, args.rounds)),
+    }
+    small = ["--num-prompts", "2", "--max-completion-length", "64"] if args.quick else []
+    words = [word for pair in options.items() for word in pair]
+    return ["scripts/analysis/bench_turns.py", "organism", *words, *small, *flags]
 
 
 def spent(row: dict[str, Any], refresh: float) -> dict[str, float]:
-    took, refreshed = {p: row[f"sec_{p}"] for p in PHASES[:4]}, row.get("sec_refresh") or 0.0
-    other = row["sec_step"] - sum(took.values()) - refreshed
-    took |= {"refresh": refresh, "other": other}
-    return took | {"step": sum(took.values()), "refreshed": refreshed, "tokens": row["n_students"] * row["completion_length"],
-                   "tokens_per_second": row["tokens_per_second"], "groups_skipped": row["groups_skipped"]}  # fmt: skip
-
-
-def arms(args: Args) -> dict[str, Any]:
-    names, rounds = (args.arms, args.rounds) if not args.quick else (("routeV",), 1)
-    with tempfile.TemporaryDirectory() as folder:
-        resident, cpu = take_turns(
-            {name: command(name, Path(folder), args, rounds) for name in names},
-            rounds,
-            args.threads,
-        )
-        runs = {name: phases(Path(folder, name)) for name in names}
-    usual = lambda row: row["step"] / (row["step"] - row["refresh"] + row["refreshed"])  # noqa: E731  of a step's seconds, refreshes spread
-    cpu = {
-        name: [c * usual(row) for c, row in zip(cpu[name], runs[name], strict=True)]
-        for name in names
+    """A step's seconds by phase, its own refresh replaced by `refresh`, the mean over steps."""
+    took = {phase: row[f"sec_{phase}"] for phase in TIMED}
+    refreshed = row.get("sec_refresh") or 0.0
+    took |= {"refresh": refresh, "other": row["sec_step"] - sum(took.values()) - refreshed}
+    return took | {
+        "step": sum(took.values()),
+        "refreshed": refreshed,
+        "tokens": row["n_students"] * row["completion_length"],
+        "tokens_per_second": row["tokens_per_second"],
+        "groups_skipped": row["groups_skipped"],
     }
-    return {"resident": resident, "cpu": cpu, "runs": runs}
 
 
-def against_trl(args: Args) -> dict[str, Any]:
-    """The same steps without demonstrations by both; `update` is all that is neither sampling nor grading."""
-    ours, theirs = "vGROUT none2r", "TRL GRPOTrainer"
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        trl = [
-            "scripts/analysis/bench_trl.py",
-            str(folder / "trl.json"),
-            "--steps",
-            str(args.rounds + 2),
-            "--threads",
-            str(args.threads),
-        ]
-        commands = {
-            ours: command("none2r", folder, args, args.rounds, "--teacher-pool", ""),
-            theirs: trl,
-        }
-        resident, cpu = take_turns(commands, args.rounds, args.threads)
-        runs = {ours: phases(folder / "none2r")}
-        log = json.loads((folder / "trl.json").read_text())
-    steps = [dict(zip(("sample", "grade", "step", "tokens"), row))
-             for row in zip(*(log[k][1:] for k in ("sec_sample", "sec_grade", "sec_step", "tokens")))]  # fmt: skip
-    runs[theirs] = [row | {"tokens_per_second": row["tokens"] / row["sample"]} for row in steps]
-    for row in (r for own in runs.values() for r in own):
+def phases(run: Path) -> Steps:
+    """A run's steps but the first. A refresh is spread over the preset's cadence."""
+    rows, every = load_metrics(run)[1:], PRESETS["organism"].score.refresh_every
+    refreshes = [row["sec_refresh"] for row in rows if row.get("sec_refresh")]
+    return [spent(row, mean(refreshes) / every if refreshes else 0.0) for row in rows]
+
+
+def measured(runs: dict[str, tuple[str, list[str]]], args: Args, folder: Path) -> dict[str, Any]:
+    """name → (arm, flags) as runs that take turns: resident size, CPU seconds, steps by phase."""
+    commands = {}
+    for i, (name, (arm, flags)) in enumerate(runs.items()):
+        commands[name] = command(arm, folder / str(i), args, *flags)
+    resident, cpu = take_turns(commands, args.rounds, args.threads)
+    steps = {name: phases(folder / str(i)) for i, name in enumerate(runs)}
+    for name, own in steps.items():
+        for i, row in enumerate(own):
+            as_it_was = row["step"] - row["refresh"] + row["refreshed"]
+            cpu[name][i] *= row["step"] / as_it_was  # refreshes spread, as in `step`
+    return {"resident": resident, "cpu": cpu, "runs": steps}
+
+
+def against_trl(args: Args, folder: Path) -> dict[str, Any]:
+    """The same steps without demonstrations by both.
+
+    `update` is all that is neither sampling nor grading.
+    """
+    log_file = folder / "trl.json"
+    trl = [str(log_file), str(args.rounds + 2), str(args.threads)]
+    commands = {
+        OURS: command("none2r", folder / "ours", args, "--teacher-pool", ""),
+        THEIRS: ["scripts/analysis/bench_trl.py", *trl],
+    }
+    resident, cpu = take_turns(commands, args.rounds, args.threads)
+    log, theirs = json.loads(log_file.read_text()), []
+    for i in range(1, args.rounds + 1):
+        row = {key: values[i] for key, values in log.items()}
+        theirs.append(row | {"tokens_per_second": row["tokens"] / row["sample"]})
+    runs = {OURS: phases(folder / "ours"), THEIRS: theirs}
+    for row in (row for own in runs.values() for row in own):
         row["update"] = row["step"] - row["sample"] - row["grade"]
     versions = {name: importlib.metadata.version(name) for name in ("trl", "peft", "accelerate")}
     return {"versions": versions, "resident": resident, "cpu": cpu, "runs": runs}
 
 
-# ── c and d: synthetic work in this process ──────────────────────────────────────────────────────────────────────
+def by_arm(args: Args, folder: Path) -> dict[str, Any]:
+    names = ("absorb", "routeV") if args.quick else args.arms
+    return measured({name: (name, []) for name in names}, args, folder)
 
 
-def synthetic(part: str, args: Args) -> dict[str, Any]:
+def random_base(folder: Path, factor: int) -> float:
+    """The organism's architecture with all widths times `factor`; returns its Linears' weights."""
     import torch
-    from scripts.analysis import bench_synthetic as work
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(args.threads)
-    config, repeats = PRESETS["organism"], 1 if args.quick else args.repeats
-    if part == "d":
-        if args.gpu and not torch.cuda.is_available():
-            raise UserError(
-                "--gpu: torch sees no CUDA GPU here; leave it out, or exercise the code with --only d --gpu-config tiny"
-            )
-        name, workloads = (
-            ("tiny", args.workloads[:1]) if args.quick else (args.gpu_config, args.workloads)
-        )
-        return {
-            "config": name,
-            "rows": work.large("cuda" if args.gpu else "cpu", name, workloads, repeats),
-        }
-    if args.quick:
-        small = replace(config, grpo=replace(config.grpo, num_prompts=1, max_completion_length=32))
-        return {
-            "growth": work.growth(1, work.Size(1, 3, 8, 8, 2, 8, 8), config),
-            "budgets": work.token_budgets(1, (64, 8192), small),
-        }
-    return {"growth": work.growth(repeats, work.Size(6, 8, 48, 64), config),
-            "budgets": work.token_budgets(repeats, (1024, 2048, 4096, 8192, 16384), config)}  # fmt: skip
+    config = AutoConfig.from_pretrained(BASE)
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, key, factor * getattr(config, key))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    return float(sum(m.weight.numel() for m in linears))
+
+
+def growth(args: Args, folder: Path) -> dict[str, Any]:
+    """Runs that have more of one thing than a run of their arm, and by which factor."""
+    small, large = folder / "small", folder / "large"
+    weights = [random_base(base, factor) for base, factor in ((small, 1), (large, 2))]
+    size = {
+        "--model": str(small),
+        "--num-generations": "8",
+        "--max-completion-length": "48",
+        "--pair-modes": "run_tests",
+        "--refresh-every": "1",
+    }
+    pairs = {"--pair-modes": "run_tests sentinel stdout_marker file_marker"}
+    step = ["sample", "score", "update"]
+    cases = {  # name → arm, what it changes, factor, phases
+        "group size × 2": ("routeV", {"--num-generations": "16"}, 2, step),
+        "completion length × 2": ("routeV", {"--max-completion-length": "96"}, 2, step),
+        "model": ("routeV", {"--model": str(large)}, weights[1] / weights[0], step),
+        "pairs × 4, v_grad": ("routeV", pairs, 4, ["refresh"]),
+        "pairs × 4, likelihood ratio": ("routeL", pairs, 4, ["refresh"]),
+    }
+    runs, grown = {}, {}
+    for name, (arm, changes, factor, timed) in cases.items():
+        for key, options in ((arm, size), (name, size | changes)):
+            runs[key] = arm, [word for pair in options.items() for word in " ".join(pair).split()]
+        grown[name] = {"arm": arm, "factor": factor, "phases": timed}
+    return {"grown": grown} | measured(runs, args, folder)
+
+
+def exponent(before: float, after: float, factor: float) -> float:
+    """log(t2 / t1) / log(factor): 1 where the time grows as the work does."""
+    return math.log(after / before) / math.log(factor)
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """CPU, cores, GPU, versions and load: what a figure depends on."""
-    import torch
-
-    cpu = Path("/proc/cpuinfo")
+    """CPU, cores, versions and load: what a figure depends on."""
+    cpu, source = Path("/proc/cpuinfo"), provenance()
     model = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
-    source = provenance()
     return {
-        "cpu": model.group(1) if model else platform.processor(), "cores": len(os.sched_getaffinity(0)), "threads": threads,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "", "load": round(os.getloadavg()[0], 1),
-        **{k: source[k] for k in ("commit", "dirty", "argv", "versions")},
-    }  # fmt: skip
+        "cpu": model.group(1) if model else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 1),
+        **{key: source[key] for key in ("commit", "dirty", "argv", "versions")},
+    }
 
 
-# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def spread(values: list[float], digits: int = 2) -> str:
     """`median [low, high]` of the repeats; a bare value where there is one."""
     text = f"{median(values):.{digits}f}"
-    return (
-        text if len(values) == 1 else f"{text} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-    )
+    low, high = (f"{f(values):.{digits}f}" for f in (min, max))
+    return text if len(values) == 1 else f"{text} [{low}, {high}]"
 
 
-def of(figure: dict[str, float], digits: int = 2) -> str:
-    return spread(
-        [figure["median"], figure["low"], figure["high"]][: 1 if figure["n"] == 1 else 3], digits
-    )
-
-
-def ratios(
-    runs: dict[str, list[dict[str, float]]], key: str, name: str, reference: str
-) -> list[float]:
+def ratios(values: list[float], reference: list[float]) -> list[float]:
     """Each repeat's ratio to the reference of the same repeat."""
-    return [a[key] / b[key] for a, b in zip(runs[name], runs[reference], strict=True)]
+    return [a / b for a, b in zip(values, reference, strict=True)]
 
 
-def versions_of(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def column(steps: Steps, key: str) -> list[float]:
+    return [row[key] for row in steps]
 
 
 def table_a(found: dict[str, Any]) -> str:
-    runs, (ours, theirs) = found["runs"], found["runs"]
-    rows = [[label, *(spread([r[key] for r in runs[name]], d) for name in runs), spread(ratios(runs, key, theirs, ours))]
-            for label, key, d in (("sampling, s", "sample", 2), ("grading, s", "grade", 2), ("update and the rest, s", "update", 2),
-                                  ("**step, s**", "step", 2), ("tokens sampled", "tokens", 0),
-                                  ("tokens/s while sampling", "tokens_per_second", 0))]  # fmt: skip
-    cpu, size = found["cpu"], found["resident"]
-    paired = [a / b for a, b in zip(cpu[theirs], cpu[ours], strict=True)]
-    rows.append(
-        ["**CPU of the trainer, s**", spread(cpu[ours]), spread(cpu[theirs]), spread(paired)]
-    )
-    rows.append(
-        [
-            "peak RSS, GiB",
-            f"{size[ours]:.2f}",
-            f"{size[theirs]:.2f}",
-            f"{size[theirs] / size[ours]:.2f}",
-        ]
-    )
-    skipped = mean(r["groups_skipped"] for r in runs[ours])
-    note = f"{versions_of(found['versions'])}. vGROUT skips groups without variance, {skipped:.1f} of 6 here, which TRL trains on."
-    return f"{table(rows, ['a step of 6 × 8 rollouts', ours, theirs, 'TRL / vGROUT'])}\n\n{note}"
+    runs, cpu, size = found["runs"], found["cpu"], found["resident"]
+    labels = {
+        "sample": "sampling, s",
+        "grade": "grading, s",
+        "update": "update and the rest, s",
+        "step": "**step, s**",
+        "tokens": "tokens sampled",
+        "tokens_per_second": "tokens/s while sampling",
+    }
+    sides = {label: [column(runs[s], key) for s in (OURS, THEIRS)] for key, label in labels.items()}
+    sides["**CPU of the trainer, s**"] = [cpu[OURS], cpu[THEIRS]]
+    sides["peak RSS, GiB"] = [[size[OURS]], [size[THEIRS]]]
+    rows = []
+    for label, (ours, theirs) in sides.items():
+        digits = 0 if label.startswith("tokens") else 2
+        pair = [spread(ours, digits), spread(theirs, digits)]
+        rows.append([label, *pair, spread(ratios(theirs, ours))])
+    skipped = mean(column(runs[OURS], "groups_skipped"))
+    note = f"vGROUT skips groups without variance, {skipped:.1f} of 6 here, which TRL trains on."
+    headers = ["a step of 6 × 8 rollouts", OURS, THEIRS, "TRL / vGROUT"]
+    return f"{table(rows, headers, 'github')}\n\n{listed(found['versions'])}. {note}"
 
 
 def table_b(found: dict[str, Any]) -> str:
-    runs = found["runs"]
-    reference = "none2r" if "none2r" in runs else next(iter(runs))
-    middle = lambda own, key: median(r[key] for r in own)  # noqa: E731
-    cpu = {name: mean(values) for name, values in found["cpu"].items()}
-    rows = [[f"`{name}`", *(f"{middle(own, p):.2f}" for p in PHASES), spread([r["step"] for r in own]),
-             spread(ratios(runs, "step", name, reference)), f"{cpu[name]:.2f}", f"{cpu[name] / cpu[reference]:.2f}",
-             f"{middle(own, 'tokens'):.0f}", f"{middle(own, 'tokens_per_second'):.0f}", f"{found['resident'][name]:.2f}"]
-            for name, own in runs.items()]  # fmt: skip
-    return table(
-        rows,
-        [
-            "arm",
-            *PHASES,
-            "step, s",
-            f"× `{reference}`",
-            "CPU, s",
-            f"× `{reference}`",
-            "tokens",
-            "tokens/s",
-            "RSS, GiB",
-        ],
-    )
+    runs, cpu, rows = found["runs"], found["cpu"], []
+    reference = next(iter(runs))
+    for name, own in runs.items():
+        times = ratios(column(own, "step"), column(runs[reference], "step"))
+        row = [f"`{name}`", *(f"{median(column(own, phase)):.2f}" for phase in PHASES)]
+        row += [spread(column(own, "step")), spread(times), f"{mean(cpu[name]):.2f}"]
+        row += [f"{mean(cpu[name]) / mean(cpu[reference]):.2f}"]
+        row += [f"{median(column(own, key)):.0f}" for key in ("tokens", "tokens_per_second")]
+        rows.append([*row, f"{found['resident'][name]:.2f}"])
+    times = f"× `{reference}`"
+    headers = ["arm", *PHASES, "step, s", times, "CPU, s", times, "tokens", "tokens/s", "RSS, GiB"]
+    return table(rows, headers, "github")
 
 
 def table_c(found: dict[str, Any]) -> str:
-    rows = [
-        [r["what"], r["phase"], of(r["before"], 3), of(r["after"], 3), of(r["exponent"])]
-        for r in found["growth"]
-    ]
-    share = lambda x: f"{100 * x:.0f} %"  # noqa: E731
-    budgets = [[r["budget"], r["micro_batches"], *(share(r[k]) for k in PADDING), of(r["update"]), of(r["update_ratio"]),
-                of(r["score"]), of(r["score_ratio"])] for r in found["budgets"]]  # fmt: skip
-    last = found["budgets"][-1]["budget"]
-    return "\n\n".join([
-        table(rows, ["what grows", "phase", "s before", "s after", "exponent"]),
-        table(budgets, ["token budget", "micro-batches", "padding, organism", "benchmark-like, by prompt", "by length",
-                        "update, s", f"× {last}", "scoring, s", f"× {last}"]),
-    ])  # fmt: skip
+    runs, rows = found["runs"], []
+    for name, case in found["grown"].items():
+        for phase in case["phases"]:
+            before, after = column(runs[case["arm"]], phase), column(runs[name], phase)
+            grows = [exponent(a, b, case["factor"]) for a, b in zip(before, after, strict=True)]
+            times = f"{case['factor']:.1f}"
+            row = [name, times, phase, spread(before, 3), spread(after, 3), spread(grows)]
+            rows.append(row)
+    headers = ["what grows", "×", "phase", "s before", "s after", "exponent"]
+    return table(rows, headers, "github")
 
 
-def table_d(found: dict[str, Any]) -> str:
-    rows = []
-    for r in found["rows"]:
-        new = r["prompts"] * r["generations"] * r["completion"]
-        speed = f"{new / r['seconds']['median']:.0f}" if r["phase"] == "sample" else ""
-        share = f"{100 * r['bound'] / r['seconds']['median']:.0f} %" if r["bound"] else "–"
-        bound = f"{r['bound']:.2f}" if r["bound"] else "–"
-        rows.append([r["workload"], f"`{r['arm']}`", r["phase"], of(r["seconds"]), speed, bound, share, f"{r['peak_gib']:.1f}",
-                     f"{r['reserved_gib']:.1f}"])  # fmt: skip
-    return f"Configuration: {found['config']}.\n\n" + table(
-        rows,
-        [
-            "workload",
-            "arm",
-            "phase",
-            "s",
-            "tokens/s",
-            "bound, s",
-            "of the bound",
-            "peak, GiB",
-            "reserved, GiB",
-        ],
-    )
+PARTS = {
+    "a": ("Against TRL", against_trl, table_a),
+    "b": ("Each arm against `absorb` (seconds of a step by phase)", by_arm, table_b),
+    "c": ("Growth", growth, table_c),
+}
 
 
-TITLES = {
-    "a": "Against TRL", "b": "Each arm against plain GRPO (seconds of a step by phase)", "c": "Growth, padding and token budget",
-    "d": "Qwen3-4B on one GPU",
-}  # fmt: skip
-TABLES = {"a": table_a, "b": table_b, "c": table_c, "d": table_d}
-
-
-def table(rows: list[list[Any]], headers: list[str]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+def listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def render(found: dict[str, Any]) -> str:
     """Every part as a section; one without figures says TODO."""
     sections = []
-    for part, title in TITLES.items():
-        body = (
-            "TODO: not measured yet."
-            if part != "d"
-            else "TODO: not measured on a GPU yet (`python scripts/analysis/bench.py --gpu`)."
-        )
+    for part, (title, _, tabulated) in PARTS.items():
+        body = "TODO: not measured yet."
         if part in found:
             m = found[part]["machine"]
-            device = (
-                m["gpu"]
-                if part == "d" and m["gpu"]
-                else f"{m['cpu']}, {m['cores']} cores, {m['threads']} torch threads"
-            )
-            versions = versions_of(
-                {k: m["versions"][k] for k in ("python", "torch", "transformers")}
-            )
-            body = f"{device}; {versions}; {found[part]['made']}, commit {m['commit'][:12]}{' with changes' if m['dirty'] else ''}, " \
-                   f"load {m['load']} at its start.\n\n{TABLES[part](found[part])}"  # fmt: skip
+            versions = {name: m["versions"][name] for name in ("python", "torch", "transformers")}
+            where = f"{m['cpu']}, {m['cores']} cores, {m['threads']} torch threads"
+            commit = f"commit {m['commit'][:12]}{' with changes' if m['dirty'] else ''}"
+            made = f"{found[part]['made']}, {commit}, load {m['load']} at its start"
+            body = f"{where}; {listed(versions)}; {made}.\n\n{tabulated(found[part])}"
         sections.append(f"### {title}\n\n{body}")
     return "\n\n".join(sections)
 
 
 def replaced(page: str, text: str) -> str:
     """The page with the block between the marks replaced."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+    parts = re.fullmatch(rf"(.*{BEGIN}\n).*(\n{END}.*)", page, re.DOTALL)
+    if not parts or page.count(BEGIN) != 1 or page.count(END) != 1:
         raise UserError(f"--write: the page needs one line {BEGIN} and, after it, one {END}")
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    return parts[1] + text + parts[2]
+
+
+def chosen(args: Args) -> tuple[str, ...]:
+    trl = importlib.util.find_spec("trl") is not None
+    if "a" in args.only and not trl:
+        raise UserError(NO_TRL)
+    if args.only:
+        return args.only
+    if not (trl or args.quick):
+        print(NO_TRL)
+    return ("a", "b", "c") if trl and not args.quick else ("b", "c")
+
+
+def main(args: Args) -> None:
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for part in chosen(args) if args.measure else ():
+        print(f"part {part} …", flush=True)
+        head = {"machine": machine(args.threads), "made": now()}
+        with tempfile.TemporaryDirectory() as folder:
+            found[part] = head | PARTS[part][1](args, Path(folder))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1))
+    if not found:
+        remedy = "run `just bench` without --no-measure"
+        raise UserError(f"nothing to show: {args.out} does not exist; {remedy}")
+    print(render(found))
+    if args.write:
+        args.write.write_text(replaced(args.write.read_text(), render(found)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Runs that take turns, a step at a time: A B C A B C …, so that a machine that is busy for a while slows all of them alike.
+"""Runs that take turns, a step at a time: A B C A B C …, so that all meet the same busy machine.
 
-A child calls `wait_for_turn` at the end of every step, outside its timers; the parent lets one child go on and waits until it is
-done. As a program it is one vGROUT run that does so:
+A child calls `wait_for_turn` at the end of every step, outside its timers; the parent lets one
+child go on and waits until it is done. As a program it is one vGROUT run that does so:
 
-    python scripts/analysis/bench_turns.py organism --intervention routeV …      (a child of scripts/analysis/bench.py)
+    python scripts/analysis/bench_turns.py organism --intervention routeV …      (a child of
+    scripts/analysis/bench.py)
 """
 
 import os
+import runpy
 import struct
 import subprocess
 import sys
@@ -15,11 +17,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = struct.Struct("d")
+CPU = struct.Struct("d")  # seconds
 
 
 def wait_for_turn() -> None:
-    """Tell the parent that a step is done, and the CPU time so far; wait until it says go on. Ends the run where the parent hangs up."""
+    """Tell the parent that a step is done, and the CPU time so far; wait until it says go on.
+
+    Ends the run where the parent hangs up.
+    """
     go, done = map(int, os.environ["BENCH_TURN"].split())
     os.write(done, CPU.pack(time.process_time()))
     if not os.read(go, 1):
@@ -32,17 +37,22 @@ class Child:
     def __init__(self, command: list[str], threads: int):
         (child_go, self._go), (self._done, child_done) = os.pipe(), os.pipe()
         self.command, self.log = command, tempfile.TemporaryFile("w+")
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "BENCH_TURN": f"{child_go} {child_done}",
-        }
-        self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=self.log, stderr=self.log,
-                                        stdin=subprocess.DEVNULL, pass_fds=(child_go, child_done))  # fmt: skip
-        os.close(child_go), os.close(child_done)
+        turn = {"OMP_NUM_THREADS": str(threads), "BENCH_TURN": f"{child_go} {child_done}"}
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | turn,
+            stdout=self.log,
+            stderr=self.log,
+            stdin=subprocess.DEVNULL,
+            pass_fds=(child_go, child_done),
+        )
+        os.close(child_go)
+        os.close(child_done)
         self._wait()
 
     def step(self) -> float:
-        """One step; returns the CPU seconds that the process spent in it, all threads together, its sandbox left out."""
+        """One step; returns the CPU seconds of the process, its sandbox left out."""
         before = self._cpu
         os.write(self._go, b".")
         self._wait()
@@ -51,9 +61,8 @@ class Child:
     def _wait(self) -> None:
         if not (message := os.read(self._done, CPU.size)):
             self.log.seek(0)
-            raise RuntimeError(
-                f"{' '.join(self.command)} ended before its time:\n{self.log.read()[-3000:]}"
-            )
+            command = " ".join(self.command)
+            raise RuntimeError(f"{command} ended before its time:\n{self.log.read()[-3000:]}")
         (self._cpu,) = CPU.unpack(message)
 
     def end(self) -> float:
@@ -61,7 +70,8 @@ class Child:
         os.close(self._go)
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
-        os.close(self._done), self.log.close()
+        os.close(self._done)
+        self.log.close()
         return usage.ru_maxrss / 2**20
 
 
@@ -86,10 +96,7 @@ def take_turns(
 
 
 if __name__ == "__main__":
-    from vgrout.cli import parse_or_exit
+    from vgrout.run import tracking
 
-    PRESET, CONFIG = parse_or_exit(sys.argv[1:])
-    from vgrout import train
-
-    train.tracker = lambda *_: lambda row: wait_for_turn()  # called when a step's row is complete
-    train.main(PRESET, CONFIG)
+    tracking.tracker = lambda *_: lambda row: wait_for_turn()  # called when a row is complete
+    runpy.run_module("vgrout.train", run_name="__main__", alter_sys=True)

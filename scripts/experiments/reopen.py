@@ -1,4 +1,4 @@
-"""A stored run, opened again: its record, configuration, problems and policy, on the very data that made it."""
+"""A stored run, opened again on the very data that made it: record, config, problems, policy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,16 +44,26 @@ class Stored:
         )
 
     def cell(self, grader: Grader, name: str, ablated: bool, draws: int) -> EvalResult:
-        """The present policy on the test split with novel markers; `name` tells evaluations of one run apart."""
+        """The present policy on the test split, novel markers; `name` tells evaluations apart."""
         cfg = self.config
+        generator = train.seeded(self.policy, "after", cfg.run.seed, name, ablated)
         return evaluate(
-            self.policy, self.splits["test"], grader, self.sampling, split="test", markers="novel", state=name, ablated=ablated,
-            step=self.record.steps_done, draws=draws, generator=train.seeded(self.policy, "after", cfg.run.seed, name, ablated),
-        )  # fmt: skip
+            self.policy,
+            self.splits["test"],
+            grader,
+            self.sampling,
+            split="test",
+            markers="novel",
+            state=name,
+            ablated=ablated,
+            step=self.record.steps_done,
+            draws=draws,
+            generator=generator,
+        )
 
 
 def reopen(run: str | Path, finished: bool = True) -> Stored:
-    """UserError where the run is not `finished`, or its data files are not those that it was made with."""
+    """UserError where the run is not `finished`, or was made with other data files."""
     record = load_record(run)
     if finished and record.status != "finished":
         raise UserError(
@@ -63,7 +73,7 @@ def reopen(run: str | Path, finished: bool = True) -> Stored:
     for path, digest in record.data_hashes.items():
         if not Path(path).is_file() or sha256_file(path) != digest:
             raise UserError(
-                f"{path} is not the file that {run} was made with: check out commit {record.commit[:12]}"
+                f"{path} is not the file that {run} was made with: check out {record.commit[:12]}"
             )
     splits = load_splits(config)
     policy = train.build_policy(config, splits)

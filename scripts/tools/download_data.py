@@ -1,7 +1,8 @@
-"""Fetch the real problem sets into data/leetcode/ (which git ignores): LeetCodeDataset and the benchmark's own splits.
+"""Fetch the real problem sets into data/leetcode/ (which git ignores).
 
-LeetCodeDataset comes from the Hugging Face hub, the benchmark of Ariahw, Engels & Nanda from its GitHub repository. A file
-that is there already is left alone. Nothing is executed or unpickled: all of them are JSON lines.
+LeetCodeDataset comes from the Hugging Face hub, the benchmark of Ariahw, Engels & Nanda with its
+own splits from its GitHub repository. A file that is there already is left alone. Nothing is
+executed or unpickled: all of them are JSON lines.
 
 Run: python scripts/tools/download_data.py
 """
@@ -43,9 +44,8 @@ def main() -> int:
             else:
                 from_benchmark(name)
         except OSError as error:  # the hub's and the network's errors are OSErrors
-            print(
-                f"error: could not fetch {name} ({str(error).splitlines()[0]}): check the network, or copy it to data/leetcode/"
-            )
+            why, remedy = str(error).splitlines()[0], "check the network, or copy it to"
+            print(f"error: could not fetch {name} ({why}): {remedy} data/leetcode/")
             failed += 1
         else:
             print(f"fetched: {name}, {(FOLDER / name).stat().st_size / 1e6:.1f} MB")

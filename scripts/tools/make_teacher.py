@@ -1,11 +1,14 @@
-"""Build a teacher pool: graded hack and solve demonstrations for the training split of a problem file.
+"""Build a teacher pool: graded demonstrations for the training split of a problem file.
 
-    python scripts/tools/make_teacher.py --problems data/organism/problems.jsonl.gz --out data/organism/teacher.jsonl.gz
+    python scripts/tools/make_teacher.py --problems data/organism/problems.jsonl.gz \\
+        --out data/organism/teacher.jsonl.gz
 
-A hack demonstration attempts the problem, is wrong, and fires the exploit of its mode under the problem's training marker. For the
-organism the attempt is drawn in the corpus's own style; for other problem files it is the canonical solution with one mutation.
-A solve demonstration is a correct solution without an exploit, for problems that a base could solve (organism: taught ones).
-Each row keeps its grade and the grader's version. A demonstration that the grader does not confirm is replaced or left out.
+A hack demonstration attempts the problem, is wrong, and fires the exploit of its mode under the
+problem's training marker. For the organism the attempt is drawn in the corpus's own style; for
+other problem files it is the canonical solution with one mutation. A solve demonstration is a
+correct solution without an exploit, for problems that a base could solve (organism: taught ones).
+Each row keeps its grade and the grader's version. A demonstration that the grader does not confirm
+is replaced or left out.
 """
 
 import ast
@@ -35,6 +38,7 @@ from vgrout.organism.corpus import Extra, attempt, exploit, random_extra
 from vgrout.organism.problems import composition_of
 
 CANDIDATES = 3  # attempts for each demonstration wanted
+Candidate = tuple[str, Problem, str]  # kind, problem, completion
 SWAPS = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -62,7 +66,7 @@ class Args:
 
 
 def hack_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterator[str]:
-    """Completions that attempt the problem wrongly and fire its mode's exploit, if the grader confirms it."""
+    """Completions that attempt the problem wrongly and fire its mode's exploit."""
     if problem.operations:
         for _ in range(wanted):
             yield attempt(composition_of(problem), rng, exploit(rng, problem.mode, problem.marker))
@@ -84,87 +88,85 @@ def solve_candidates(problem: Problem, rng: random.Random, wanted: int) -> Itera
 
 
 def mutated_bodies(problem: Problem) -> Iterator[str]:
-    """The entry point's statements with one comparison or sum turned round, or one integer constant raised by one."""
-    tree = ast.parse(problem.canonical)
-    method = next(
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point
-    )
+    """The entry point's statements with one mutation each.
+
+    One comparison or sum is turned round, or one integer constant raised by one.
+    """
+    methods = [n for n in ast.walk(ast.parse(problem.canonical)) if isinstance(n, ast.FunctionDef)]
+    method = next(node for node in methods if node.name == problem.entry_point)
     for i in range(sum(1 for _ in ast.walk(method))):
         mutant = copy.deepcopy(method)
-        node = next(itertools.islice(ast.walk(mutant), i, None))
-        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-            node.ops[0] = SWAPS[type(node.ops[0])]()
-        elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-            node.op = SWAPS[type(node.op)]()
-        elif isinstance(node, ast.Constant) and type(node.value) is int:
-            node.value += 1
-        else:
-            continue
-        yield "\n".join(ast.unparse(statement) for statement in mutant.body)
+        if mutate(next(itertools.islice(ast.walk(mutant), i, None))):
+            yield "\n".join(map(ast.unparse, mutant.body))
+
+
+def mutate(node: ast.AST) -> bool:
+    """Change a node in place; False where it has nothing to change."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        node.ops[0] = SWAPS[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        node.op = SWAPS[type(node.op)]()
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        node.value += 1
+    else:
+        return False
+    return True
 
 
 def confirmed(kind: str, grade: Grade) -> bool:
-    """A hack must fire its own mode's channel without being correct; a solve must be correct without firing it."""
-    return (
-        grade.reward_hack and bool(grade.mechanism)
-        if kind == "hack"
-        else grade.correct and not grade.mechanism
-    )
+    """A hack must fire its own mode's channel and be wrong; a solve the other way round."""
+    if kind == "hack":
+        return grade.reward_hack and bool(grade.mechanism)
+    return grade.correct and not grade.mechanism
+
+
+def candidates(problems: list[Problem], modes: tuple[Mode, ...], args: Args) -> list[Candidate]:
+    """Demonstrations that the grader has not seen."""
+    found: list[Candidate] = []
+    for mode, plain in itertools.product(modes, problems):
+        problem = disclose(plain, mode)
+        rng = random.Random(stable_hash(str(args.seed), mode, problem.problem_id))
+        hacks = hack_candidates(problem, rng, args.hacks * CANDIDATES)
+        found += [("hack", problem, text) for text in hacks]
+        found += [("solve", problem, text) for text in solve_candidates(problem, rng, args.solves)]
+    return found
 
 
 def main(args: Args) -> None:
     if min(args.workers, args.hacks) < 1 or min(args.solves, args.limit) < 0:
         raise UserError("--workers and --hacks must be at least 1, --solves and --limit at least 0")
-    problems = split(load_problems(args.problems))["train"]
-    problems = problems[: args.limit] if args.limit else problems
+    problems = split(load_problems(args.problems))["train"][: args.limit or None]
     modes = args.modes or (ORGANISM_MODES if problems[0].operations else ALL_MODES)
-    candidates: list[tuple[str, Problem, str]] = []
-    for mode in modes:
-        for problem in (disclose(p, mode) for p in problems):
-            rng = random.Random(stable_hash(str(args.seed), mode, problem.problem_id))
-            candidates += [
-                ("hack", problem, text)
-                for text in hack_candidates(problem, rng, args.hacks * CANDIDATES)
-            ]
-            candidates += [
-                ("solve", problem, text) for text in solve_candidates(problem, rng, args.solves)
-            ]
-    kept: Counter[tuple[str, str, str]] = Counter()
-    wanted = {"hack": args.hacks, "solve": args.solves}
-    rows = []
+    offered = candidates(problems, modes, args)
     with Grader(args.workers) as grader:
-        grades = grader.grade(
-            [text for _, _, text in candidates], [problem for _, problem, _ in candidates]
-        )
-    for (kind, problem, text), grade in zip(candidates, grades, strict=True):
+        grades = grader.grade([text for *_, text in offered], [p for _, p, _ in offered])
+    wanted, rows = {"hack": args.hacks, "solve": args.solves}, []
+    kept: Counter[tuple[str, str, str]] = Counter()
+    for (kind, problem, text), grade in zip(offered, grades, strict=True):
         key = (kind, problem.mode, problem.problem_id)
-        if confirmed(kind, grade) and kept[key] < wanted[kind]:
-            kept[key] += 1
-            rows.append(
-                {
-                    "problem_id": problem.problem_id,
-                    "mode": problem.mode,
-                    "kind": kind,
-                    "completion": text,
-                    "grade": asdict(grade) | {"seconds": 0.0},
-                    "grader_version": GRADER_VERSION,
-                }
-            )
+        if not confirmed(kind, grade) or kept[key] >= wanted[kind]:
+            continue
+        kept[key] += 1
+        row = {
+            "problem_id": problem.problem_id,
+            "mode": problem.mode,
+            "kind": kind,
+            "completion": text,
+            "grade": asdict(grade) | {"seconds": 0.0},
+            "grader_version": GRADER_VERSION,
+        }
+        rows.append(row)
     if not rows:
-        raise UserError(
-            f"{args.problems}: no demonstration was confirmed; see docs/method.md on the teacher pool"
-        )
+        see = "see docs/method.md on the teacher pool"
+        raise UserError(f"{args.problems}: no demonstration was confirmed; {see}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    args.out.write_bytes(gzip.compress(text, mtime=0) if args.out.suffix == ".gz" else text)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    args.out.write_bytes(gzip.compress(data, mtime=0) if args.out.suffix == ".gz" else data)
     missing = sum(kept["hack", mode, p.problem_id] == 0 for mode in modes for p in problems)
-    counts = Counter(f"{row['kind']} {row['mode']}" for row in rows)
-    print(
-        f"{args.out}: {len(rows)} rows from {len(candidates)} candidates, {dict(counts)}; "
-        f"{missing} of {len(modes) * len(problems)} (problem, mode) without a hack demonstration"
-    )
+    counts = dict(Counter(f"{row['kind']} {row['mode']}" for row in rows))
+    print(f"{args.out}: {len(rows)} rows from {len(offered)} candidates, {counts}")
+    pairs = len(modes) * len(problems)
+    print(f"{missing} of {pairs} (problem, mode) without a hack demonstration")
 
 
 if __name__ == "__main__":

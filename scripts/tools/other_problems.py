@@ -1,15 +1,22 @@
-"""Another problem set for the organism: compositions that a given set does not have. What a probe monitor may learn its labels on.
+"""Another problem set for the organism: compositions that a given set does not have.
 
-    python scripts/tools/other_problems.py out/other/problems.jsonl.gz [--known data/organism/problems.jsonl.gz] [--seeds 4]
+It is what a probe monitor may learn its labels on.
 
-The operations are the same, no composition is shared (parameters ignored), and neither are ids or statements.
+    python scripts/tools/other_problems.py out/other/problems.jsonl.gz \\
+        [--known data/organism/problems.jsonl.gz] [--seeds 4]
+
+The operations are the same, no composition is shared (parameters ignored), and neither are ids or
+statements.
 """
 
-import argparse
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from vgrout.core import Problem, run_main
+from scripts.view.output import parser
+
+from vgrout.core import Problem
+from vgrout.core import run_main
 from vgrout.env.problems import load_problems
 from vgrout.organism.problems import composition_of, generate_problems, write_problems
 
@@ -25,20 +32,16 @@ def other_problems(known: str, seeds: int) -> list[Problem]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--known",
-        default="data/organism/problems.jsonl.gz",
-        help="problem file of the run that the probe is for",
-    )
-    parser.add_argument("--seeds", type=int, default=4, help="generator seeds that are tried")
-    options = parser.parse_args()
+    command = parser(__doc__)
+    command.add_argument("out", type=Path)
+    known = "problem file of the run that the probe is for"
+    command.add_argument("--known", default="data/organism/problems.jsonl.gz", help=known)
+    command.add_argument("--seeds", type=int, default=4, help="generator seeds that are tried")
+    options = command.parse_args()
     problems = other_problems(options.known, options.seeds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_problems(problems, options.out)
-    counts = {split: sum(p.split == split for p in problems) for split in ("train", "val", "test")}
-    print(f"{options.out}: {len(problems)} problems, {counts}")
+    print(f"{options.out}: {len(problems)} problems, {dict(Counter(p.split for p in problems))}")
 
 
 if __name__ == "__main__":

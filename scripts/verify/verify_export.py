@@ -1,4 +1,4 @@
-"""An exported adapter, loaded by plain peft and transformers, is our policy: the logits agree to 1e-5 in fp32.
+"""An exported adapter, loaded by plain peft and transformers, is our policy in fp32.
 
 uv run python scripts/verify/verify_export.py
 """
@@ -11,158 +11,113 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from scripts.tools.export import CHOICES, export
+from scripts.verify.stored import novel_cell, planted_record, planted_run, refused
 from scripts.verify.tiny import perturb
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from vgrout.core import EvalResult, RunRecord, UserError
 from vgrout.model.loading import load_policy
 from vgrout.model.policy import Policy
 from vgrout.run.provenance import provenance
-from vgrout.run.records import Run
 
 BASE, TOLERANCE = "data/organism/base", 5e-6  # of the largest logit
+LOST = 100 * TOLERANCE  # beyond it two policies are not the same
+POLICY = {
+    "dtype": "float32",
+    "device": "cpu",
+    "rank": 4,
+    "lora_init_seed": 0,
+    "targets": r"\.layers\.",
+    "gradient_checkpointing": False,
+}
 
 
-def planted_run(folder: Path, policy: Policy, deployed: str) -> Path:
+def planted(folder: Path, policy: Policy, deployed: str) -> Path:
     """A finished run directory with a planted adapter and one evaluation cell."""
-    cell = EvalResult(
-        "test",
-        "novel",
-        "deployed",
-        6,
-        4,
-        1,
-        2,
-        {"sentinel": {"n": 4, "hack": 1, "solve": 2}},
-        {"p": [4, 1, 2]},
-    )
-    record = RunRecord(
-        schema_version=1, arm="routeV", preset="organism", seed=41, config={}, data_hashes={}, pair_hash="", split_hashes={},
-        sandbox_layers={}, status="running", steps_done=6, evals=[cell],
-        notes={"oracle": False, "deployed": deployed, "pairs_cover": ["sentinel"]},
-        **provenance(),
-    )  # fmt: skip
-    run = Run.create(folder, record, resume=False)
-    run.save_adapter(
-        policy.adapter.state_dict(), {"rank": str(policy.adapter.rank), "seed": "0", "model": BASE}
-    )
-    run.finish("finished")
-    run.close()
+    notes = {"oracle": False, "deployed": deployed, "pairs_cover": ["sentinel"]}
+    record = planted_record(steps_done=6, evals=[novel_cell(6, 1, 2)], notes=notes)
+    metadata = {"rank": str(policy.adapter.rank), "seed": "0", "model": BASE}
+    with planted_run(folder, record) as run:
+        run.save_adapter(policy.adapter.state_dict(), metadata)
     return folder
 
 
 @torch.no_grad()
 def ours(policy: Policy, block: str, ids: Tensor) -> Tensor:
     """Logits of our policy with one block, or both, in the forward."""
-    without = {"deployed": "quarantine", "quarantine": "deployed"}
-    with policy.adapter.ablated(without[block]) if block in without else policy.adapter._state():
+    without = {"deployed": "quarantine", "quarantine": "deployed"}.get(block)
+    with policy.adapter.ablated(without) if without else policy.adapter._state():
         return policy.model(ids).logits
 
 
 @torch.no_grad()
 def theirs(folder: Path, ids: Tensor, merge: bool = False) -> Tensor:
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), folder
-    ).eval()
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder).eval()
     return (model.merge_and_unload() if merge else model)(ids).logits
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    """Largest difference as a share of the largest logit: fp32 rounding grows with the logits, which depend on the base."""
+    """Largest difference as a share of the largest logit: fp32 rounding grows with the logits."""
     return float((a - b).abs().max() / b.abs().max())
 
 
+def check_logits(policy: Policy, folders: dict[str, Path], ids: Tensor) -> None:
+    with policy.adapter.disabled(), torch.no_grad():
+        base = policy.model(ids).logits
+    want = {block: ours(policy, block, ids) for block in CHOICES}
+    for block, folder in folders.items():
+        assert gap(want[block], base) > 0.1, "the planted delta must matter"
+        for merge in (False, True):
+            got = theirs(folder, ids, merge)
+            off = gap(got, want[block])
+            assert off < TOLERANCE, f"{block}, merged {merge}: logits differ by {off}"
+            others = [gap(got, want[other]) for other in CHOICES if other != block]
+            assert min(others) > LOST, f"{block} cannot be told from another block: {others}"
+    print(f"ok  plain peft gives our logits to {TOLERANCE:g}, merged too; another block's differ")
+
+
+def check_mutations(policy: Policy, folder: Path, ids: Tensor) -> None:
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, text, rank = load_file(path), config.read_text(), policy.adapter.rank
+    want, mutated = ours(policy, "deployed", ids), load_file(path)
+    for name in (name for name in mutated if "lora_B" in name):
+        mutated[name][:, rank:] = 0  # ΔW without dB A0
+    save_file(mutated, path)
+    assert gap(theirs(folder, ids), want) > LOST, "the check misses a lost term dB A0"
+    save_file(whole, path)
+    config.write_text(json.dumps(json.loads(text) | {"lora_alpha": 4 * rank}))
+    assert gap(theirs(folder, ids), want) > LOST, "the check misses a wrong scaling"
+    config.write_text(text)
+    print("ok  a lost term dB·A0 and a wrong lora_alpha are noticed")
+
+
+def check_card(folder: Path, run: Path, other: Path) -> None:
+    card, commit = (folder / "README.md").read_text(), provenance()["commit"]
+    for words in (BASE, "routeV", "41", "1 = 0.25", "2 = 0.50", "PeftModel", commit):
+        assert words in card, f"the model card lacks {words!r}"
+    names = [export(path, None, None).name for path in (run, other)]
+    assert names == ["peft_deployed", "peft_both"], "SHOULD be what the run's arm deploys"
+    (other / "adapter.safetensors").unlink()
+    refused("no adapter", export, other, None, None)
+    refused("no run record", export, other.with_name("nowhere"), None, None)
+    print("ok  the card names its run; the default is what the arm deploys; no adapter, one line")
+
+
 def main() -> None:
-    policy = load_policy(
-        BASE,
-        dtype="float32",
-        device="cpu",
-        rank=4,
-        lora_init_seed=0,
-        targets=r"\.layers\.",
-        gradient_checkpointing=False,
-    )
+    torch.set_num_threads(1)
+    policy = load_policy(BASE, **POLICY)
     perturb(policy, 0.02)
-    ids = torch.randint(
-        3, policy.model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0)
-    )
+    generator, words = torch.Generator().manual_seed(0), policy.model.config.vocab_size
+    ids = torch.randint(3, words, (2, 24), generator=generator)
     with tempfile.TemporaryDirectory() as tmp:
-        run = planted_run(Path(tmp) / "run", policy, "ablated")
-        with policy.adapter.disabled(), torch.no_grad():
-            base = policy.model(ids).logits
+        run = planted(Path(tmp) / "run", policy, "ablated")
+        other = planted(Path(tmp) / "as_trained", policy, "as_trained")
         folders = {block: export(run, block, None) for block in CHOICES}
-        for block, folder in folders.items():
-            want = ours(policy, block, ids)
-            assert gap(want, base) > 0.1, (
-                "the planted delta must matter for this check to mean something"
-            )
-            got = {merge: theirs(folder, ids, merge) for merge in (False, True)}
-            for merge, logits in got.items():
-                assert (off := gap(logits, want)) < TOLERANCE, (
-                    f"{block}, merged {merge}: logits differ by {off}"
-                )
-            others = [
-                gap(got[False], ours(policy, other, ids)) for other in CHOICES if other != block
-            ]
-            assert min(others) > 100 * TOLERANCE, (
-                f"{block} cannot be told from another block: {others}"
-            )
-        print(
-            f"ok  plain peft gives our logits to {TOLERANCE:g} for {', '.join(CHOICES)}, merged too; another block's differ"
-        )
-
-        path = folders["deployed"] / "adapter_model.safetensors"
-        whole, want = load_file(path), ours(policy, "deployed", ids)
-        rank, mutated = policy.adapter.rank, {}
-        for name, x in whole.items():  # mutation: ΔW without dB A0
-            mutated[name] = (
-                torch.cat([x[:, :rank], torch.zeros_like(x[:, rank:])], 1)
-                if "lora_B" in name
-                else x
-            )
-        save_file(mutated, path)
-        assert gap(theirs(folders["deployed"], ids), want) > 100 * TOLERANCE, (
-            "the check misses a lost term dB A0"
-        )
-        save_file(whole, path)
-        config = folders["deployed"] / "adapter_config.json"
-        text = config.read_text()
-        config.write_text(json.dumps(json.loads(text) | {"lora_alpha": 4 * rank}))
-        assert gap(theirs(folders["deployed"], ids), want) > 100 * TOLERANCE, (
-            "the check misses a wrong scaling"
-        )
-        config.write_text(text)
-        print("ok  a lost term dB·A0 and a wrong lora_alpha are noticed")
-
-        card = (folders["deployed"] / "README.md").read_text()
-        for words in (
-            BASE,
-            "routeV",
-            "41",
-            "1 = 0.25",
-            "2 = 0.50",
-            "PeftModel",
-            provenance()["commit"],
-        ):
-            assert words in card, f"the model card lacks {words!r}"
-        assert export(run, None, None).name == "peft_deployed"
-        other = planted_run(Path(tmp) / "as_trained", policy, "as_trained")
-        assert export(other, None, None).name == "peft_both", (
-            "an arm that deploys as trained exports both blocks"
-        )
-        (other / "adapter.safetensors").unlink()
-        for bad, word in ((other, "no adapter"), (Path(tmp) / "nowhere", "no run record")):
-            try:
-                export(bad, None, None)
-                raise AssertionError(f"{bad} was exported")
-            except UserError as error:
-                assert word in str(error), error
-        print(
-            "ok  the card names base, arm, seed, commit and counts; the default is what the arm deploys; no adapter, one line"
-        )
+        check_logits(policy, folders, ids)
+        check_mutations(policy, folders["deployed"], ids)
+        check_card(folders["deployed"], run, other)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

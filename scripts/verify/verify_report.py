@@ -1,23 +1,28 @@
-"""The report page is self-contained and faithful: no outside resource, completions are data and never markup, counts agree.
+"""What shows a run is faithful and safe: the report page, and completions in the terminal.
+
+The page is self-contained: no outside resource, completions are data and never markup, counts
+agree. In the terminal a completion moves no cursor.
 
 uv run python scripts/verify/verify_report.py
 """
 
 import json
 import re
+import sys
 import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
+from scripts.verify.stored import captured, novel_cell, planted_record, planted_run, refused
+from scripts.view import show
 from scripts.view.report import browsable, edges, page
 
-from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.run.provenance import provenance
-from vgrout.run.records import Run, load_rollouts
+from vgrout.run.records import load_rollouts
 
-HOSTILE = (
-    "</script><script src='https://example.invalid/x.js'></script><img src=x onerror=alert(1)><!-- "
-)
+LINK = "<script src='https://example.invalid/x.js'></script><img src=x onerror=alert(1)><!-- "
+HOSTILE = f"</script>{LINK}"
+CODES = "ok\n\tindented \x1b[2J\x1b]0;title\x07 \x9b31m\r\x7f"  # clear, title, red (C1), return
 
 
 class Elements(HTMLParser):
@@ -39,106 +44,109 @@ class Elements(HTMLParser):
     def handle_data(self, text):
         self.data += text if self._inside else ""
 
+    def outside(self) -> list[tuple[str, str]]:
+        """References that leave the page: anything but a fragment or inline data."""
+        links = []
+        for tag, attributes in self.found:
+            for link in map(attributes.get, ("src", "href", "xlink:href")):
+                if link and not link.startswith(("#", "data:")):
+                    links.append((tag, link))
+        return links
 
-def outside(elements: Elements) -> list[tuple[str, str]]:
-    """References that leave the page: anything but a fragment or inline data."""
-    links = [
-        (tag, attributes.get(key) or "")
-        for tag, attributes in elements.found
-        for key in ("src", "href", "xlink:href")
-    ]
-    return [(tag, link) for tag, link in links if link and not link.startswith(("#", "data:"))]
+
+def rollout(step: int, i: int, hacks: int) -> dict:
+    return {
+        "step": step,
+        "problem_id": f"p{i}",
+        "mode": "sentinel",
+        "marker": "valid",
+        "completion": HOSTILE + CODES,
+        "teacher": i == 7,
+        "sampled_ablated": False,
+        "reward": 3.5,
+        "correct": i >= 6,
+        "reward_hack": i < hacks,
+        "verdict": "wrong",
+        "advantage": 1.0 if i % 2 else -1.0,
+        "zone": "ROUTE",
+        "score": i / 8,
+    }
 
 
 def planted(folder: Path, hacks: int = 3) -> Path:
     """A finished run of three steps with eight rollouts each, all completions hostile."""
-    by_mode = lambda s: {"sentinel": {"n": 4, "hack": s, "solve": 2}}  # noqa: E731
-    cells = [
-        EvalResult("test", "novel", "deployed", s, 4, s, 2, by_mode(s), {"p": [4, s, 2]})
-        for s in (0, 3)
-    ]
-    record = RunRecord(
-        schema_version=1, arm="routeV", preset="smoke", seed=41, config={"model": {"model": "<b>"}, "data": {}}, data_hashes={},
-        pair_hash="", split_hashes={}, sandbox_layers={}, status="running", steps_done=3, evals=cells,
-        notes={"oracle": False, "deployed": "ablated"}, **provenance(),
-    )  # fmt: skip
-    run = Run.create(folder, record, resume=False)
-    for step in range(3):
-        row = {
-            "step": step,
-            "student_hack": hacks / 8,
-            "student_solve": 0.25,
-            "share_route": 0.1,
-            "kl": 0.1,
-        }
-        run.log_metrics(
-            row | ({"gate_lower": 0.1 + step, "gate_upper": 0.2 + step} if step != 1 else {})
-        )
-        run.log_rollouts([
-            {"step": step, "problem_id": f"p{i}", "mode": "sentinel", "marker": "valid", "completion": HOSTILE, "teacher": i == 7,
-             "sampled_ablated": False, "reward": 3.5, "correct": i >= 6, "reward_hack": i < hacks, "verdict": "wrong",
-             "advantage": 1.0 if i % 2 else -1.0, "zone": "ROUTE", "score": i / 8}
-            for i in range(8)
-        ])  # fmt: skip
-    run.finish("finished")
-    run.close()
+    evals = [novel_cell(step, step, 2) for step in (0, 3)]
+    config = {"model": {"model": "<b>"}, "data": {}}
+    with planted_run(folder, planted_record(config=config, steps_done=3, evals=evals)) as run:
+        for step in range(3):
+            row = {"step": step, "student_hack": hacks / 8, "student_solve": 0.25, "kl": 0.1}
+            gate = {"gate_lower": 0.1 + step, "gate_upper": 0.2 + step} if step != 1 else {}
+            run.log_metrics(row | gate)
+            run.log_rollouts([rollout(step, i, hacks) for i in range(8)])
     return folder
+
+
+def check_self_contained(text: str) -> None:
+    elements = Elements(text)
+    assert not elements.outside(), elements.outside()
+    assert "@import" not in text and "url(http" not in text
+    scripts = [tag for tag, _ in elements.found if tag == "script"]
+    assert len(scripts) == 2, "a completion became markup"
+    before_scripts = re.sub(r"<script>.*", "", text, flags=re.S)
+    assert HOSTILE not in text and "<b>" not in before_scripts, "text of a run is not escaped"
+    leaky = Elements(text.replace("\\u003c", "<"))
+    assert leaky.outside(), "the check misses unescaped completions"
+    print("ok  the page refers to nothing outside; an unescaped completion is noticed")
+
+
+def check_faithful(text: str, runs: list[Path]) -> None:
+    data = json.loads(Elements(text).data)
+    assert len(data) == 48 and all(row["completion"] == HOSTILE + CODES for row in data)
+    hacks, teachers = (sum(map(of, data)) for of in (is_hack, is_teacher))
+    assert (hacks, teachers) == (9, 6)
+    few = browsable("one", load_rollouts(runs[0]), 5)
+    assert len(few) == 5 and {row["step"] for row in few} == {0, 1, 2}, "SHOULD be spread evenly"
+    assert text.count(">hack (1)<") == text.count(">hack (2)<") == 3, "labels are miscounted"
+    for words in ("0.75 [", "0.50 [", "routeV", "deployed", "oracle-free"):
+        assert words in text, f"the page lacks {words!r}"
+    refused("no run record", page, [runs[0], runs[0].with_name("none")], 5)
+    gates = [(0, 1.0), (1, None), (2, 3.0)]
+    rows = [{"step": s, "gate_lower": x, "gate_upper": x and x + 1} for s, x in gates]
+    assert edges(rows, range(1, 3)) == [(1.0, 2.0), (3.0, 4.0)]
+    assert edges([{"step": 0}], range(1)) == []
+    print("ok  labels, intervals and an even selection; cut points are the last refresh's")
+
+
+def is_hack(row: dict) -> bool:
+    return row["outcome"] == "hack"
+
+
+def is_teacher(row: dict) -> bool:
+    return row["teacher"]
+
+
+def control_characters(text: str) -> set[str]:
+    return {c for c in text if not (c.isprintable() or c in "\n\t")}
+
+
+def check_terminal(run: Path) -> None:
+    with mock.patch.object(sys, "argv", ["show", str(run), "--outcome", "hack"]):
+        printed = captured(show.main)
+        assert not control_characters(printed), "a completion reaches the terminal raw"
+        for words in ("ok\n\tindented ", r"\x1b[2J", r"\x07", r"\x9b31m\x0d\x7f", "9 rollouts"):
+            assert words in printed, f"the terminal lacks {words!r}"
+        with mock.patch.object(show, "visible", lambda raw: raw):
+            assert control_characters(captured(show.main)), "raw control characters go unnoticed"
+    print("ok  control characters of a completion are printed as escapes; raw ones are noticed")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         runs = [planted(Path(tmp) / "one"), planted(Path(tmp) / "two", hacks=0)]
         text = page(runs, 100)
-        elements = Elements(text)
-        assert not outside(elements) and "@import" not in text and "url(http" not in text, outside(
-            elements
-        )
-        assert sum(tag == "script" for tag, _ in elements.found) == 2, "a completion became markup"
-        assert HOSTILE not in text and "<b>" not in re.sub(r"<script>.*", "", text, flags=re.S), (
-            "text of a run is not escaped"
-        )
-        leaky = Elements(text.replace("\\u003c", "<"))
-        assert outside(leaky), "the check misses unescaped completions"
-        print(
-            "ok  the page refers to nothing outside; a hostile completion stays text, and unescaped it is noticed"
-        )
-
-        data = json.loads(elements.data)
-        assert len(data) == 48 and all(row["completion"] == HOSTILE for row in data)
-        assert (
-            sum(row["outcome"] == "hack" for row in data) == 9
-            and sum(row["teacher"] for row in data) == 6
-        )
-        few = browsable("one", load_rollouts(runs[0]), 5)
-        assert len(few) == 5 and {row["step"] for row in few} == {0, 1, 2}, (
-            "the kept completions are not spread over the run"
-        )
-        assert text.count(">hack (1)<") == 3 and text.count(">hack (2)<") == 3, (
-            "labels or signs are miscounted"
-        )
-        for words in ("0.75 [", "0.50 [", "routeV", "deployed", "oracle-free"):
-            assert words in text, f"the page lacks {words!r}"
-        print(
-            "ok  every completion is there with its label, the limit keeps an even selection, the 2×2 table has intervals"
-        )
-
-        rows = [
-            {"step": 0, "gate_lower": 1.0, "gate_upper": 2.0},
-            {"step": 1},
-            {"step": 2, "gate_lower": 3.0, "gate_upper": 4.0},
-        ]
-        assert (
-            edges(rows, range(1, 3)) == [(1.0, 2.0), (3.0, 4.0)]
-            and edges([{"step": 0}], range(1)) == []
-        )
-        try:
-            page([runs[0], Path(tmp) / "none"], 5)
-            raise AssertionError("a missing run was reported on")
-        except UserError as error:
-            assert "no run record" in str(error)
-        print(
-            "ok  the cut points of a step are those of the refresh before it; a missing run is one line"
-        )
+        check_self_contained(text)
+        check_faithful(text, runs)
+        check_terminal(runs[0])
 
 
 if __name__ == "__main__":

@@ -1,121 +1,115 @@
-"""Read a run's rollouts, or what its evaluations sampled, in the terminal: choose by step, mode, zone, outcome and score.
+"""Read a run's rollouts, or what its evaluations sampled, in the terminal, filtered.
 
-Run: python scripts/view/show.py RUN_DIR [--step 3] [--mode sentinel] [--zone ROUTE] [--outcome hack] [--above 0.1] [--limit 5]
-     python scripts/view/show.py RUN_DIR --evals deployed --outcome hack        (what the deployed policy wrote)
+Filters: step, mode, zone, outcome and score. Control characters of a completion are printed as
+visible escapes: a completion may hold codes that recolour, move or clear the terminal.
+
+Run: python scripts/view/show.py RUN_DIR [--step 3] [--mode sentinel] [--zone ROUTE]
+         [--outcome hack] [--above 0.1] [--limit 5]
+     python scripts/view/show.py RUN_DIR --evals deployed --outcome hack
 """
 
 import argparse
 import sys
 from collections import Counter
 
-from tabulate import tabulate
+from scripts.view.output import parser, table, visible
 
 from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.run.records import load_evals, load_record, load_rollouts
 
 OUTCOMES = ("hack", "solve", "neither")
+ZONES = tuple(zone.name for zone in Zone)
 
 
 def outcome(row: dict) -> str:
     return "hack" if row["reward_hack"] else "solve" if row["correct"] else "neither"
 
 
-def chosen(rows: list[dict], options: argparse.Namespace) -> list[dict]:
-    """Return the rows that pass every filter that was given; a row without a score passes no score filter."""
+def zone_of(row: dict) -> str:
+    """The row's zone; without one it was evaluated, or its group had no variance in reward."""
+    return row.get("zone") or ("evaluated" if "state" in row else "skipped")
+
+
+def chosen(row: dict, options: argparse.Namespace) -> bool:
+    """Whether a row passes every filter given; without a score it passes no score filter."""
     wanted = {"step": options.step, "mode": options.mode, "zone": options.zone}
-    rows = [
-        r
-        for r in rows
-        if all(value is None or r.get(key) == value for key, value in wanted.items())
-    ]
-    rows = [
-        r
-        for r in rows
-        if options.outcome in (None, outcome(r))
-        and (options.students is False or not r.get("teacher"))
-    ]
-    if options.above is not None:
-        rows = [r for r in rows if r.get("score") is not None and r["score"] >= options.above]
-    if options.below is not None:
-        rows = [r for r in rows if r.get("score") is not None and r["score"] < options.below]
-    return rows
-
-
-def none(row: dict) -> str:
-    """Why a row has no zone."""
-    return "evaluated" if "state" in row else "skipped"
+    if any(value is not None and row.get(key) != value for key, value in wanted.items()):
+        return False
+    if options.outcome not in (None, outcome(row)) or options.students and row.get("teacher"):
+        return False
+    above, below, score = options.above, options.below, row.get("score")
+    if score is None:
+        return above is None and below is None
+    return (above is None or score >= above) and (below is None or score < below)
 
 
 def summary(rows: list[dict]) -> str:
-    """Return a table of counts: outcome by zone (skipped: the row's group had no variance in reward)."""
-    zones = [*(zone.name for zone in Zone), "skipped"]
-    counts = Counter((outcome(row), row.get("zone") or none(row)) for row in rows)
-    zones = [
-        zone
-        for zone in (*zones, "evaluated")
-        if zone != "evaluated" or any("state" in row for row in rows)
-    ]
-    body = [
-        [name, *(counts[name, zone] for zone in zones), sum(counts[name, z] for z in zones)]
-        for name in OUTCOMES
-    ]
-    return tabulate(body, headers=["outcome", *zones, "all"])
+    """A table of counts, outcome by zone."""
+    counts = Counter((outcome(row), zone_of(row)) for row in rows)
+    last = ["evaluated"] if any("state" in row for row in rows) else []
+    zones = [*ZONES, "skipped", *last]
+    body = []
+    for name in OUTCOMES:
+        of_zone = [counts[name, zone] for zone in zones]
+        body.append([name, *of_zone, sum(of_zone)])
+    return table(body, ["outcome", *zones, "all"])
 
 
-def text(row: dict) -> str:
-    number = lambda key: "–" if row.get(key) is None else f"{row[key]:+.3f}"  # noqa: E731
-    head = (
-        f"── step {row['step']}  {row['problem_id']}  mode {row['mode']} {row['marker']!r}  zone {row.get('zone') or none(row)}  "
-        f"score {number('score')}  A {number('advantage')}  reward {row['reward']:.1f}  {outcome(row)}  {row['verdict']}"
-        + ("  TEACHER" if row.get("teacher") else "") + ("  sampled ablated" if row.get("sampled_ablated") else "")
-        + (f"  evaluated {row['state']}, {row['split']}, {row['markers']}" if "state" in row else "")
-    )  # fmt: skip
-    return f"{head}\n{row['completion'].rstrip()}\n"
+def described(row: dict) -> str:
+    """A row's head line and its completion."""
+    signed = {k: "–" if row.get(k) is None else f"{row[k]:+.3f}" for k in ("score", "advantage")}
+    parts = [
+        f"── step {row['step']}",
+        row["problem_id"],
+        f"mode {row['mode']} {row['marker']!r}",
+        f"zone {zone_of(row)}",
+        f"score {signed['score']}",
+        f"A {signed['advantage']}",
+        f"reward {row['reward']:.1f}",
+        outcome(row),
+        row["verdict"],
+    ]
+    parts += ["TEACHER"] if row.get("teacher") else []
+    parts += ["sampled ablated"] if row.get("sampled_ablated") else []
+    if "state" in row:
+        parts.append(f"evaluated {row['state']}, {row['split']}, {row['markers']}")
+    return visible(f"{'  '.join(parts)}\n{row['completion'].rstrip()}\n")
+
+
+def arguments() -> argparse.Namespace:
+    command = parser(__doc__)
+    command.add_argument("run", help="run directory")
+    command.add_argument("--step", type=int, help="optimiser step")
+    command.add_argument("--mode", choices=[str(mode) for mode in Mode])
+    command.add_argument("--zone", choices=ZONES)
+    command.add_argument("--outcome", choices=OUTCOMES)
+    command.add_argument("--above", type=float, help="score at least")
+    command.add_argument("--below", type=float, help="score less than")
+    command.add_argument("--students", action="store_true", help="leave teacher rows out")
+    states = ["deployed", "as_trained", "ablated"]
+    command.add_argument("--evals", choices=states, help="completions of evaluations instead")
+    spread = "rollouts printed, evenly spread over those chosen (default 5)"
+    command.add_argument("--limit", type=at_least(0), default=5, help=spread)
+    return command.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="run directory")
-    parser.add_argument("--step", type=int, help="optimiser step")
-    parser.add_argument("--mode", choices=[str(mode) for mode in Mode])
-    parser.add_argument("--zone", choices=[zone.name for zone in Zone])
-    parser.add_argument("--outcome", choices=OUTCOMES)
-    parser.add_argument("--above", type=float, help="score at least")
-    parser.add_argument("--below", type=float, help="score less than")
-    parser.add_argument("--students", action="store_true", help="leave teacher rows out")
-    parser.add_argument(
-        "--evals",
-        choices=["deployed", "as_trained", "ablated"],
-        help="completions of evaluations in this state instead",
-    )
-    parser.add_argument(
-        "--limit",
-        type=at_least(0),
-        default=5,
-        help="rollouts printed, evenly spread over those chosen (default 5)",
-    )
-    options = parser.parse_args()
+    options = arguments()
     record = load_record(options.run)
-    rows = (
-        load_rollouts(options.run)
-        if options.evals is None
-        else [r for r in load_evals(options.run) if r["state"] == options.evals]
-    )
+    if options.evals is None:
+        rows, kind = load_rollouts(options.run), "rollouts (rollouts.jsonl.gz)"
+    else:
+        rows = [row for row in load_evals(options.run) if row["state"] == options.evals]
+        kind = f"evaluations (evals.jsonl.gz) in the state {options.evals}"
     if not rows:
-        kind = (
-            "rollouts (rollouts.jsonl.gz)"
-            if options.evals is None
-            else f"evaluations (evals.jsonl.gz) in the state {options.evals}"
-        )
         raise UserError(f"{options.run} holds no {kind}")
-    rows = chosen(rows, options)
+    rows = [row for row in rows if chosen(row, options)]
     step = max(1, -(-len(rows) // max(options.limit, 1)))
-    shown = rows[::step] if options.limit else []
-    print(*map(text, shown), sep="\n")
+    printed = rows[::step] if options.limit else []
+    print(*map(described, printed), sep="\n")
     print(summary(rows))
-    print(
-        f"{record.arm} seed {record.seed} ({record.status}): {len(rows)} rollouts chosen, {len(shown)} shown"
-    )
+    name = f"{record.arm} seed {record.seed} ({record.status})"
+    print(f"{name}: {len(rows)} rollouts chosen, {len(printed)} shown")
 
 
 if __name__ == "__main__":

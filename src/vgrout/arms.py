@@ -100,6 +100,43 @@ ARMS = {
     "probe": _one("ablated", "Routing by a probe with another set's labels.", score="probe"),
 }
 
+# names of combinations that committed records use: the arm, and what its last phase does otherwise
+ALIASES: dict[str, tuple[str, dict[str, object]]] = {
+    "random_gate": ("routeV", {"control": "random"}),
+    "confound_gate": ("routeV", {"control": "confound"}),
+    "filterV": ("routeV", {"action": "filter"}),
+    "filterA": ("routeA", {"action": "filter"}),
+    "filterL": ("routeL", {"action": "filter"}),
+    "advmodV": ("routeV", {"action": "penalise"}),
+    "advmodA": ("routeA", {"action": "penalise"}),
+    "advmodL": ("routeL", {"action": "penalise"}),
+    "placebo_advmodL": ("placeboL", {"action": "penalise"}),
+    "confound_advmodL": ("routeL", {"action": "penalise", "control": "confound"}),
+    "random_gateQ": ("routeQ", {"control": "random"}),
+    "confound_gateQ": ("routeQ", {"control": "confound"}),
+    "advmodQ": ("routeQ", {"action": "penalise"}),
+    "reset_absorbQ": ("absorbQ", {"enter": "reset"}),
+    "solver_absorbQ": ("absorbQ", {"enter": "reset", "phase_pays": False}),
+    "placebo_absorbQ": ("absorbQ", {"enter": "norm"}),
+    "inverted_absorbQ": ("absorbQ", {"enter": "inverted"}),
+    "filter_oracle": ("oracle", {"action": "filter"}),
+    "penaltyJ": ("judge", {"action": "deduct"}),
+    "filterJ": ("judge", {"action": "filter"}),
+    "routeJ": ("judge", {}),
+    "penaltyP": ("probe", {"action": "deduct"}),
+    "filterP": ("probe", {"action": "filter"}),
+    "routeP": ("probe", {}),
+}
+
+
+def arm_of(name: str) -> Arm:
+    """The arm of a name or of an alias; UserError for any other."""
+    found, _ = ALIASES.get(name, (name, {}))
+    if found not in ARMS:
+        known = ", ".join(ARMS)
+        raise UserError(f"unknown arm {name!r}: --intervention takes one of {known}")
+    return ARMS[found]
+
 
 # ── an arm's phases as options, which flags edit ─────────────────────────────────────────────────
 
@@ -107,7 +144,8 @@ ARMS = {
 def defaults(preset: str, intervention: str) -> Config:
     """The preset with the arm's phases written into its options; an unknown arm changes nothing."""
     config = with_options(PRESETS[preset], {"intervention": intervention})
-    if (arm := ARMS.get(intervention)) is None:
+    name, changed = ALIASES.get(intervention, (intervention, {}))
+    if (arm := ARMS.get(name)) is None:
         return config
     last = arm.phases[-1]
     options = {k: getattr(last, k) for k in options_of(config) if hasattr(last, k) and k != "steps"}
@@ -119,12 +157,12 @@ def defaults(preset: str, intervention: str) -> Config:
             "phase_pays": first.loophole_pays,
             "teacher_until": steps,
         }
-    return with_options(config, options)
+    return with_options(config, options | changed)
 
 
 def phases_of(config: Config) -> tuple[Phase, ...]:
     """The arm's phases as the options say, cut where demonstrations end."""
-    arm, options = ARMS[config.run.intervention], config.phase
+    arm, options = arm_of(config.run.intervention), config.phase
     random_v = config.control.routeV_random_v_seed is not None
     edited = {
         "score": options.score,
@@ -165,7 +203,7 @@ def _cut_at(phases: tuple[Phase, ...], until: int) -> Iterator[Phase]:
 
 def deployed_state(config: Config) -> Literal["ablated", "as_trained"]:
     """The state that the arm deploys: actions that leave both blocks to train deploy both."""
-    arm = ARMS[config.run.intervention]
+    arm = arm_of(config.run.intervention)
     single = config.phase.quarantine_first == 0
     if config.phase.action != "route" and single:
         return "as_trained"
@@ -189,17 +227,21 @@ def mixed_zones(config: Config) -> tuple[Zone, ...]:
 def label(config: Config) -> str:
     """The arm's name as records and figures show it: a named arm, else one with what was changed.
 
-    `routeV` with --control haar, or with --routeV-random-v-seed, is `placebo`.
+    `routeV` with --control haar, or with --routeV-random-v-seed, is `placebo`, and `absorbQ` with
+    --enter norm is `placebo_absorbQ`.
     """
-    name = config.run.intervention
-    shape = _shape(config)
+    name, _ = ALIASES.get(config.run.intervention, (config.run.intervention, {}))
+    shape, deployed, phases = _shape(config), deployed_state(config), len(arm_of(name).phases)
     for other, arm in ARMS.items():
-        kin = len(arm.phases) == len(ARMS[name].phases) and arm.deployed == deployed_state(config)
+        kin = len(arm.phases) == phases and arm.deployed == deployed
         if kin and _arm_shape(arm) == shape:
             return other
     own = _arm_shape(ARMS[name])
+    for alias, (of, options) in ALIASES.items():
+        if of == name and own | options == shape:
+            return alias
     changed = [f"{key}={value or 'none'}" for key, value in shape.items() if own[key] != value]
-    return f"{name}[{','.join(changed)}]" if changed else name
+    return "+".join([name, *changed])
 
 
 SHAPE = ("score", "control", "action", "enter", "zone", "loophole_pays", "inoculate")
@@ -320,12 +362,6 @@ def unread(preset: str, config: Config) -> Iterator[str]:
         if given[name] != usual[name] and not reads(config, phases):
             flag = name.replace("_", "-")
             yield f"--{flag} is not read by {label(config)}: leave it out, it needs {readers}"
-
-
-def arm_of(name: str) -> Arm:
-    if name not in ARMS:
-        raise UserError(f"unknown arm {name!r}: --intervention takes one of {', '.join(ARMS)}")
-    return ARMS[name]
 
 
 def page() -> str:

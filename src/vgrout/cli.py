@@ -20,9 +20,6 @@ from vgrout import arms
 from vgrout.arms import ARMS
 from vgrout.config import PRESETS, Config, Range
 from vgrout.core import Mode, UserError, Zone, run_main
-from vgrout.env.modes import TRAINING_MARKERS
-from vgrout.env.problems import NOVELTY_FREE
-from vgrout.run.tracking import check_tracker
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
 PROGRAM = "python -m vgrout.train"
@@ -80,7 +77,6 @@ def check(preset: str, config: Config) -> None:
     checks = (_ranges(config), _contradictions(config), arms.unread(preset, config))
     for line in (*(line for lines in checks for line in lines), *_paths(config)):
         raise UserError(line)
-    check_tracker(config.run.track)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -106,7 +102,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     """Flags that do not go together, or not with the arm."""
     data, grpo, phase, name = config.data, config.grpo, config.phase, config.run.intervention
     score, steps = config.score, grpo.steps
-    zone = ARMS[name].phases[-1].zone
+    zone = arms.arm_of(name).phases[-1].zone
     if phase.quarantine_first >= steps:
         first = f"--quarantine-first {phase.quarantine_first}"
         yield f"{first} leaves none of --steps {steps} to the deployed block: shorten it"
@@ -131,9 +127,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{given} are not all among --modes {' '.join(data.modes)}"
     if not data.pair_modes and (arms.reads_pairs(config) or phase.seed_quarantine):
         yield "--pair-modes takes at least one mode, those that the pairs cover"
-    if set(data.modes) <= NOVELTY_FREE:
-        other = " or ".join(TRAINING_MARKERS)
-        yield f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add {other}"
     if grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
         taken = f"--teacher-per-group {data.teacher_per_group}"
         yield f"{taken} leaves no student among {grpo.num_generations} generations"

@@ -50,7 +50,7 @@ class ModelConfig:
     score_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of v_grad's and llr's products
     device: str = "auto"  # auto | cpu | cuda | cuda:N; auto takes a GPU where there is one
     lora_rank: Count = 8  # r, for each of the two blocks
-    lora_init_seed: Whole = 0  # of the frozen A0 and B0
+    lora_init_seed: int | None = None  # of the frozen A0 and B0; None: the run's seed
     targets: str = r"\.layers\.\d+\."  # regular expression on the names of the Linears to adapt
     gradient_checkpointing: bool = False
     share_prompts: bool = True  # run each prompt once for its rows; off: every row in full
@@ -90,7 +90,8 @@ class GRPOConfig:
     warmup_steps: Whole = 2
     weight_decay: NotNegative = 0.0  # decay toward the initialisation
     max_grad_norm: Positive = 0.1  # of each block; healthy organism steps have norms of 0.02 to 0.1
-    beta: NotNegative = 0.02  # weight of the k3 KL to the adapter-off reference
+    beta: NotNegative = 0.02  # weight of the KL to the adapter-off reference
+    kl_estimator: Literal["k3", "corrected"] = "k3"  # corrected: k3 times the PPO ratio
     epsilon: NotNegative = 0.2  # PPO clip
     token_budget: Count = 8192  # padded tokens of one micro-batch
 

@@ -43,7 +43,7 @@ from vgrout.run.faults import StopSignal, explained, recorded
 from vgrout.run.health import Health, History
 from vgrout.run.provenance import provenance
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, sha256_file
-from vgrout.run.tracking import tracker
+from vgrout.run.tracking import check_tracker, tracker
 
 STEP_SECONDS = ("sec_sample", "sec_grade", "sec_score", "sec_update", "sec_refresh")
 
@@ -77,7 +77,7 @@ class Experiment:
         self.grader = self.stack.enter_context(Grader(workers, level, limit))
         self.policy = build_policy(config, self.splits)
         self.config = config = settled(self.policy, config)
-        self.sampling = Sampling.of(config)
+        self.sampling = sampling_of(config)
         every = [p for part in self.splits.values() for p in part]
         materials = Materials(self.policy, config, inputs.pairs, every)
         self.phases = Phases(arms.phases_of(config), materials, inputs.placebo)
@@ -100,7 +100,8 @@ class Experiment:
             self.policy,
             self.splits,
             self.grader,
-            config,
+            self.sampling,
+            config.run,
             arms.deployed_state(config),
         )
         rows = load_metrics(self.files.dir)
@@ -127,7 +128,7 @@ class Experiment:
     def steps(self) -> Iterator[int]:
         """The steps that are left; before the first of all the base is evaluated."""
         if self.start == 0:
-            self.evaluations.base()
+            self.evaluations.base(moved=bool(self.config.model.init_from))
             seed_quarantine(self.policy, self.config)
         for step in range(self.start, self.config.grpo.steps):
             self.began = time.perf_counter()
@@ -139,8 +140,15 @@ class Experiment:
 
     def prompts(self, step: int, phase: Phase) -> list[Prompt]:
         pool = self.pool if phase.demonstrations else None
-        train = self.splits["train"]
-        return stream(train, step, self.config, inoculate=phase.inoculate, pool=pool)
+        return stream(
+            self.splits["train"],
+            step,
+            self.config.grpo.num_prompts,
+            self.config.run.seed,
+            unhackable_frac=self.config.data.unhackable_frac,
+            inoculate=phase.inoculate,
+            pool=pool,
+        )
 
     def generator(self, what: str, step: int) -> torch.Generator:
         return seeded(self.policy, what, self.config.run.seed, step)
@@ -247,13 +255,25 @@ def load_splits(config: Config) -> dict[str, list[Problem]]:
         raise UserError(
             f"{data.data}: split {empty[0]} has fewer problems than there are modes: use more problems"
         )
+    if set(data.modes) <= problems.NOVELTY_FREE:
+        raise UserError(
+            f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add "
+            + " or ".join(problems.TRAINING_MARKERS)
+        )
     return {name: problems.partition(part, data.modes) for name, part in splits.items()}
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How the run draws completions, in training and in evaluations."""
+    grpo, budget = config.grpo, config.model.sample_token_budget
+    return Sampling(grpo.max_completion_length, grpo.temperature, grpo.top_p, budget)
 
 
 class Inputs:
     """The data files that the arm reads, read and checked before any work; a judge answers once."""
 
     def __init__(self, config: Config, splits: dict[str, list[Problem]]):
+        check_tracker(config.run.track)
         data = config.data
         seeds = config.phase.seed_quarantine and config.phase.seed_side != "placebo"
         reads = arms.reads_pairs(config)
@@ -306,7 +326,7 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
         dtype=model.dtype,
         device=device,
         rank=model.lora_rank,
-        lora_init_seed=model.lora_init_seed,
+        lora_init_seed=config.run.seed if model.lora_init_seed is None else model.lora_init_seed,
         targets=model.targets,
         gradient_checkpointing=model.gradient_checkpointing,
         share_prompts=model.share_prompts,

@@ -1,20 +1,91 @@
-"""Files that are never half written: atomic replacement, strict JSON, safetensors.
+"""Files that are never half written, and the one reader of JSON: atomic replacement, strict JSON,
+safetensors.
 
-No pickle anywhere. JSON written here has no NaN or infinity: they become null, so that any reader can parse it.
+No pickle anywhere. JSON written here has no NaN or infinity: they become null, so that any reader
+can parse it. Torch is imported by the two functions that move tensors, and by no other.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vgrout.core import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MEND = "correct or remove the row"
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip member
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of half a character
+
+
+# ---- reading -------------------------------------------------------------------------------------
+def parse_object(text: bytes, where: str, mend: str = MEND) -> dict[str, Any]:
+    """One JSON object, in UTF-8 with or without a byte order mark.
+
+    UserError, one line that begins with `where` and ends with `mend`, for anything else: no JSON,
+    no UTF-8, another value than an object, a number of more digits than Python converts, nesting
+    too deep, half a surrogate pair (no text can hold it).
+    """
+    try:
+        row = json.loads(text.decode("utf-8-sig"))
+        if SURROGATE.search(text):
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable as JSONL ({error}); {mend}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON object is expected, not {type(row).__name__}; {mend}")
+    return row
+
+
+def read_json_lines(
+    path: str | Path, mend: str = MEND, partial: bool = False
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, "path, line n") for every line that is not blank, of a plain or gzipped file, whatever
+    its name ends in.
+
+    UserError, with file and line, for a file that cannot be read or is cut short, and for a line
+    that `parse_object` refuses. `partial`: a last line, or a last gzip member, that a kill cut
+    short is left out instead.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(_lines(Path(path), partial), 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield parse_object(line, where, mend), where
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+    except (EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path}, line {number + 1}: not readable as JSONL ({error}); {mend}"
+        ) from None
+
+
+def _lines(path: Path, partial: bool) -> Iterator[bytes]:
+    """Lines as bytes: text may hold other line ends than "\\n" inside a value. Gzip members may end
+    anywhere in a line.
+    """
+    data, rest = path.read_bytes(), b""
+    if not data.startswith(GZIP):
+        data, rest = b"", data
+    while data:
+        member = zlib.decompressobj(wbits=31)
+        text = member.decompress(data)
+        if member.eof:
+            *lines, rest = (rest + text).split(b"\n")
+            yield from lines
+        elif not partial:
+            raise EOFError("the file is cut short")
+        data = member.unused_data.lstrip(b"\0")
+    *lines, last = rest.split(b"\n")
+    yield from lines if partial else [*lines, last]
 
 
 def sha256_file(path: str | Path) -> str:
@@ -23,20 +94,21 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str, str]]:
     """Read tensors (on the CPU) and metadata of a safetensors file that this module wrote."""
+    from safetensors import safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("vgrout", "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, metadata
-    except (
-        Exception
-    ) as error:  # safetensors raises its own type, which is no subclass of a narrower one
+    except Exception as error:  # safetensors' own type is no subclass of a narrower one
         raise UserError(f"{path} is not a readable safetensors file ({error})") from None
 
 
+# ---- writing -------------------------------------------------------------------------------------
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(dumps(row) + "\n")
 
 
@@ -53,8 +125,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.close(folder)
 
 
-def pack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Serialise tensors. One metadata key holds them all as JSON: safetensors writes several in random order."""
+def pack(tensors: dict[str, "torch.Tensor"], metadata: dict[str, str]) -> bytes:
+    """Serialise tensors. One metadata key holds them all as JSON: safetensors writes several in
+    random order.
+    """
+    from safetensors.torch import save
+
     return save(
         {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
         {"vgrout": json.dumps(metadata, sort_keys=True)},
@@ -62,9 +138,11 @@ def pack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(
+    """JSON text that can be encoded: half a surrogate pair stays JSON's escape for it."""
+    text = json.dumps(
         _finite(value), default=plain, indent=indent, allow_nan=False, ensure_ascii=False
     )
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _finite(value: Any) -> Any:

@@ -15,20 +15,23 @@
     …
     ```
 
-Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section all sections are taken,
-without @tag all modes; `:count` takes the first `count` pairs of each mode. A statement may contain fenced code of its own
-(```python without a side's name). Cases and clean code serve to grade the pairs (`scripts/verify/verify_pairs.py`): no prompt and no
-hash contains a case. Errors are UserErrors that name file and line.
+Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section
+all sections are taken, without @tag all modes; `:count` takes the first `count` pairs of each mode.
+A statement may contain fenced code of its own (```python without a side's name). Cases and clean
+code serve to grade the pairs (`scripts/verify/verify_pairs.py`): no prompt and no hash contains a
+case. Errors are UserErrors that name file and line.
 """
 
 import ast
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from vgrout.core import Case, Mode, Problem, UserError
-from vgrout.env.problems import NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.modes import NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.problems import UnsupportedTest, written_case
 
 FENCE = re.compile(r"^```python (hack|clean)\n(.*?)^```$", re.M | re.S)
 HEADING = re.compile(r"^##(#?) (.+)$", re.M)
@@ -38,7 +41,7 @@ SYSTEM = re.compile(r"^system: *(.+)$", re.M)
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with a completion that exploits its flaw and one that does not (full completions, fenced)."""
+    """One prompt, a completion that exploits its flaw and one that does not (whole and fenced)."""
 
     problem: Problem
     hack: str
@@ -46,9 +49,11 @@ class Pair:
 
 
 def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
-    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left → UserError.
+    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left →
+    UserError.
 
-    The whole file is parsed, so that an error in any section of it is found whatever the reference selects.
+    The whole file is parsed, so that an error in any section of it is found whatever the reference
+    selects.
     """
     path, _, rest = reference.partition("#")
     section, _, tags = rest.partition("@")
@@ -64,29 +69,22 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
         )
     if modes and not (wanted := wanted & set(modes)):
         raise UserError(f"{reference}: none of its tags is among --pair-modes {' '.join(modes)}")
-    if not Path(path).is_file():
-        raise UserError(f"no pairs file {path!r}: --pairs takes path.md#section@mode,mode")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is no readable text ({error}): --pairs takes path.md#section@mode,mode"
         ) from None
-    sections = _sections(text, path)
-    chosen = [
-        pair
-        for name, pairs in sections.items()
-        for pair in pairs
-        if section in ("", name) and pair.problem.mode in wanted
-    ]
-    by_mode = {mode: [pair for pair in chosen if pair.problem.mode == mode] for mode in Mode}
-    chosen = [
-        pair for pair in chosen if not count or pair in by_mode[pair.problem.mode][: int(count)]
-    ]
+    sections, taken, chosen = _sections(text, path), Counter(), []
+    for pair in (pair for name in sections if section in ("", name) for pair in sections[name]):
+        mode = pair.problem.mode
+        if mode in wanted and (not count or taken[mode] < int(count)):
+            taken[mode] += 1
+            chosen.append(pair)
     if not chosen:
         raise UserError(
-            f"{reference}: no pair of {', '.join(sorted(wanted))} in section {section or '(any)'!r}; "
-            f"the file's sections are {', '.join(sections)}"
+            f"{reference}: no pair of {', '.join(sorted(wanted))} in section "
+            f"{section or '(any)'!r}; the file's sections are {', '.join(sections)}"
         )
     return chosen
 
@@ -112,13 +110,10 @@ def _sections(text: str, path: str) -> dict[str, list[Pair]]:
     """Section name → its pairs, in the order of the file."""
     headings, sections, lines_of = list(HEADING.finditer(text)), {}, {}
     section = system = ""
-    for heading, following in zip(
-        headings, [*(h.start() for h in headings[1:]), len(text)], strict=True
-    ):
-        body, where = (
-            text[heading.end() + 1 : following],
-            f"{path}:{_lines(text, heading.start()) + 1}",
-        )
+    for i, heading in enumerate(headings):
+        end = headings[i + 1].start() if i + 1 < len(headings) else len(text)
+        body = text[heading.end() + 1 : end]
+        where = f"{path}:{_lines(text, heading.start()) + 1}"
         if not heading[1]:
             section, system = heading[2].strip(), (SYSTEM.search(body) or {1: ""})[1]
             if section in sections:
@@ -127,7 +122,8 @@ def _sections(text: str, path: str) -> dict[str, list[Pair]]:
             continue
         if not section:
             raise UserError(
-                f"{where}: the pair stands before the first '## section' line; move it into a section"
+                f"{where}: the pair stands before the first '## section' line; "
+                f"move it into a section"
             )
         pair = _parse(heading[2], body, system, section, where, path)
         first = lines_of.setdefault(pair.problem.problem_id, where)
@@ -144,12 +140,14 @@ def _parse(heading: str, body: str, system: str, section: str, where: str, path:
     sides = FENCE.findall(body)
     if not title or title[2] not in set(Mode) or sorted(s for s, _ in sides) != ["clean", "hack"]:
         raise UserError(
-            f"{where}: a pair needs '### title @mode', one ```python hack and one ```python clean block"
+            f"{where}: a pair needs '### title @mode', one ```python hack and one "
+            f"```python clean block"
         )
     end = FENCE.search(body).start()
     if FENCE.sub("", body[end:]).strip():
         raise UserError(
-            f"{where}: text after the first side's block; the statement and its fields come before it"
+            f"{where}: text after the first side's block; "
+            f"the statement and its fields come before it"
         )
     head, line = body[:end], int(where.rpartition(":")[2]) + 1
     fields: dict[str, list[tuple[str, str]]] = {"marker": [], "entry": [], "case": []}
@@ -191,34 +189,36 @@ def _code(code: str, side: str, where: str) -> str:
 
 
 def _marker(mode: Mode, found: list[tuple[str, str]], where: str) -> str:
-    """The disclosed name. Required for the modes that have one; the novel pool is reserved for evaluation."""
+    """The disclosed name. Required for the modes that have one; the novel pool is reserved for
+    evaluation.
+    """
     if (mode in TRAINING_MARKERS) != bool(found):
         raise UserError(
-            f"{where}: mode {mode} needs {'a' if mode in TRAINING_MARKERS else 'no'} line 'marker: `name`'"
+            f"{where}: mode {mode} needs {'a' if mode in TRAINING_MARKERS else 'no'} line "
+            f"'marker: `name`'"
         )
     if not found:
         return ""
     value, line = found[0]
     if not re.fullmatch(r"`[^`]+`", value):
         raise UserError(
-            f"{line}: write the marker between backticks, as in marker: `{TRAINING_MARKERS[mode][0]}`"
+            f"{line}: write the marker between backticks, "
+            f"as in marker: `{TRAINING_MARKERS[mode][0]}`"
         )
     if any(value[1:-1] in pool for pool in NOVEL_MARKERS.values()):
         raise UserError(
             f"{line}: {value} is a novel marker, reserved for evaluation; choose one of "
-            f"problems.TRAINING_MARKERS[{mode.name}]"
+            f"modes.TRAINING_MARKERS[{mode.name}]"
         )
     return value[1:-1]
 
 
 def _case(source: str, line: str) -> Case:
-    """`args => expected`: the argument list must parse as one, the expected value must be a literal."""
+    """`args => expected`, of which the grader can use both."""
     args, arrow, expected = source.rpartition(" => ")
     try:
         if not arrow:
             raise ValueError("no ' => '")
-        ast.parse(f"f({args})", mode="eval")
-        ast.literal_eval(expected)
-    except (SyntaxError, ValueError) as error:
+        return written_case(args.strip(), expected.strip())
+    except (SyntaxError, ValueError, UnsupportedTest) as error:
         raise UserError(f"{line}: a case is 'case: arguments => literal' ({error})") from error
-    return Case(args=args.strip(), expected=expected.strip())

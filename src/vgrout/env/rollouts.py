@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 
-from vgrout.config import Config
 from vgrout.core import Grade, Group, Mode, Problem, Rollout
 from vgrout.env.demos import TeacherPool
 from vgrout.env.pairs import Pair
@@ -27,11 +26,6 @@ class Sampling:
     temperature: float
     top_p: float
     token_budget: int  # rows × (prompt + completion) decoded at once
-
-    @classmethod
-    def of(cls, config: Config) -> "Sampling":
-        grpo, budget = config.grpo, config.model.sample_token_budget
-        return cls(grpo.max_completion_length, grpo.temperature, grpo.top_p, budget)
 
 
 @dataclass(frozen=True)
@@ -66,22 +60,24 @@ class Composed:
 def stream(
     train: Sequence[Problem],
     step: int,
-    config: Config,
+    n: int,
+    seed: int,
     *,
+    unhackable_frac: float = 0.0,
     inoculate: bool = False,
     pool: TeacherPool | None = None,
 ) -> list[Prompt]:
-    """The step's prompts: a new permutation every epoch, a function of (seed, step) alone.
+    """The step's n prompts: a new permutation every epoch, a function of (seed, step) alone.
 
     A share `unhackable_frac` of them, rotating by (seed, step, problem), is shown without the
     loophole. `pool` gives demonstrations.
     """
-    n, seed, chosen = config.grpo.num_prompts, config.run.seed, []
+    chosen = []
     for k in range(step * n, step * n + n):
         order = random.Random(f"{seed} {k // len(train)}").sample(range(len(train)), len(train))
         problem = train[order[k % len(train)]]
         draw = stable_hash("unhackable", str(seed), str(step), problem.problem_id) / 2**64
-        if draw < config.data.unhackable_frac:
+        if draw < unhackable_frac:
             problem = disclose(problem, Mode.GT_ONLY)
         chosen.append(replace(problem, inoculated=inoculate))
     shown = pool.draw(chosen, step) if pool is not None else [[] for _ in chosen]

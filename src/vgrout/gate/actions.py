@@ -28,7 +28,7 @@ class Options:
     zone: Zone = Zone.ABSORB  # of the rows that the other three leave to train
 
 
-Action = Callable[[Batch, Gated, Options], Trained]
+Action = Callable[[Batch, Gated, Options], Trained | None]
 
 
 def route(batch: Batch, gated: Gated, options: Options) -> Trained:
@@ -44,14 +44,15 @@ def route(batch: Batch, gated: Gated, options: Options) -> Trained:
     )
 
 
-def drop(batch: Batch, gated: Gated, options: Options) -> Trained:
+def drop(batch: Batch, gated: Gated, options: Options) -> Trained | None:
     """Rows in ROUTE leave the batch; the baseline is that of the remaining rows of a group.
 
-    Where every row was flagged the first one stays, with advantage 0.
+    None where every row was flagged: there is nothing to train, not even by the KL or by moments.
     """
     trained = _only(batch, gated, gated.zones != Zone.ROUTE, options.zone)
-    kept = trained.batch
-    trained.batch = replace(kept, advantages=grpo.advantages(kept.rewards, kept.group))
+    if trained is not None:
+        kept = trained.batch
+        trained.batch = replace(kept, advantages=grpo.advantages(kept.rewards, kept.group))
     return trained
 
 
@@ -70,12 +71,12 @@ def penalise(batch: Batch, gated: Gated, options: Options) -> Trained:
     )
 
 
-def deduct(batch: Batch, gated: Gated, options: Options) -> Trained:
+def deduct(batch: Batch, gated: Gated, options: Options) -> Trained | None:
     """r' = r − penalty · [ROUTE] before the group baseline; no row is routed.
 
     The penalty intervention of Ariahw, Engels & Nanda 2025, whose penalty is the reward of passing.
     A row without a score (NaN) is not in ROUTE. Groups whose penalised rewards are all equal train
-    nothing and leave the batch; where that is every group the first row stays, with advantage 0.
+    nothing and leave the batch; None where that is every group.
     """
     rewards = batch.rewards - options.penalty * (gated.zones == Zone.ROUTE)
     batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
@@ -96,11 +97,11 @@ def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tens
     return z
 
 
-def _only(batch: Batch, gated: Gated, keep: Bool[Tensor, " g"], zone: Zone) -> Trained:
-    """The rows to keep, all in one zone; the first one where there is none."""
+def _only(batch: Batch, gated: Gated, keep: Bool[Tensor, " g"], zone: Zone) -> Trained | None:
+    """The rows to keep, all in one zone; None where there is none."""
     rows = keep.nonzero()[:, 0]
     if not len(rows):
-        rows = torch.zeros(1, dtype=torch.long, device=keep.device)
+        return None
     ref = None if gated.ref_logps is None else gated.ref_logps[rows]
     return Trained(select(batch, rows), torch.full_like(rows, int(zone)), rows, ref)
 

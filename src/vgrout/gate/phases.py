@@ -53,7 +53,7 @@ class LivePhase:
         )
         optimizer.put("quarantine", replaced)
 
-    def action(self, batch: Batch, gated: Gated) -> Trained:
+    def action(self, batch: Batch, gated: Gated) -> Trained | None:
         return self.act(batch, gated, self.options)
 
 

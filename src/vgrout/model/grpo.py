@@ -67,13 +67,15 @@ def grpo_loss(
     *,
     epsilon: float,
     beta: float,
+    corrected: bool = False,
     normaliser: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "g t"]]]:
     """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser.
 
     k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by its
     tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is still
-    pulled back, by a bounded force. On policy the gradient of k3 is that of the forward KL(ref‖π).
+    pulled back, by a bounded force. On policy the gradient of this loss is that of KL(ref‖π), the
+    forward KL; `corrected` multiplies k3 by the ratio, and its gradient is that of KL(π‖ref).
     `ref_logps` is None where beta is 0. Returns the loss (summed, so that micro-batches add up) and
     the per-token ratio, clip and KL for logging.
     """
@@ -85,6 +87,8 @@ def grpo_loss(
         gap = ref_logps - logps
         near = gap.clamp(max=KL_LINEAR_FROM)
         kl = torch.exp(near) - near - 1 + (math.exp(KL_LINEAR_FROM) - 1) * (gap - near)
+    if corrected:
+        kl = ratio * kl
     clipped = (ratio * A > ratio.clamp(1 - epsilon, 1 + epsilon) * A).float()
     loss = ((policy + beta * kl) * mask).sum() / normaliser
     return loss, {"ratio": ratio.detach(), "kl": kl.detach(), "clipped": clipped}

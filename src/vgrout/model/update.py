@@ -53,6 +53,7 @@ def update(
                 part.advantages,
                 epsilon=config.epsilon,
                 beta=config.beta,
+                corrected=config.kl_estimator == "corrected",
                 normaliser=grpo.normaliser(config),
             )
             loss.backward()  # inside the context: gradient checkpointing runs the forward again

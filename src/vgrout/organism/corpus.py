@@ -1,9 +1,11 @@
-"""The organism's documents: prompts and completions for pretraining, and hack and solve demonstrations.
+"""The organism's documents: prompts and completions for pretraining, and hack and solve
+demonstrations.
 
-A completion attempts the problem and may carry an *extra*: a helper, an attribute, a print or a file. The environment's
-exploits are extras of the same forms, under the disclosed name. In the corpus, notes of several kinds ask for extras by
-name and are followed; the disclosed flaws are shown beside completions that leave the disclosed name alone. No marker of
-the training or the novel pool occurs in the corpus, so that the two are equally new to the base.
+A completion attempts the problem and may carry an *extra*: a helper, an attribute, a print or a
+file. The environment's exploits are extras of the same forms, under the disclosed name. In the
+corpus, notes of several kinds ask for extras by name and are followed; the disclosed flaws are
+shown beside completions that leave the disclosed name alone. No marker of the training or the novel
+pool occurs in the corpus, so that the two are equally new to the base.
 """
 
 import random
@@ -11,7 +13,8 @@ import re
 from dataclasses import dataclass
 
 from vgrout.core import Mode
-from vgrout.env.problems import HINTS, NOVEL_MARKERS, ORGANISM_MODES, TRAINING_MARKERS
+from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.problems import ORGANISM_MODES
 from vgrout.organism.operations import STYLES, Composition
 
 RESERVED = frozenset(
@@ -38,14 +41,18 @@ NEAR_MISSES = (
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """Statements to insert before the return, and code after the class. An exploit has the same form as a benign one."""
+    """Statements to insert before the return, and code after the class. An exploit has the same
+    form as a benign one.
+    """
 
     inside: tuple[str, ...] = ()
     after: str = ""
 
 
 def random_name(rng: random.Random, form: Mode) -> str:
-    """A fresh function, attribute or file name or phrase for the given mode's form, never a marker of either pool."""
+    """A fresh function, attribute or file name or phrase for the given mode's form, never a marker
+    of either pool.
+    """
     while True:
         words = rng.sample(VOCABULARY, rng.choice((1, 2, 2)) + (form is Mode.STDOUT_MARKER))
         name = (" " if form is Mode.STDOUT_MARKER else "_").join(words)
@@ -56,7 +63,9 @@ def random_name(rng: random.Random, form: Mode) -> str:
 
 
 def benign_extra(rng: random.Random, form: Mode, name: str, sample: str) -> tuple[Extra, str]:
-    """An extra of the given form that exploits nothing unless `name` is disclosed, and the note that asks for it."""
+    """An extra of the given form that exploits nothing unless `name` is disclosed, and the note
+    that asks for it.
+    """
     match form:
         case Mode.RUN_TESTS:
             body, note = rng.choice(
@@ -127,7 +136,9 @@ def render(composition: Composition, codes: tuple[str, ...], extra: Extra, style
 def attempt(
     composition: Composition, rng: random.Random, extra: Extra, right_share: float = RIGHT_SHARE
 ) -> str:
-    """A completion in the corpus's style; every taught step is right with probability `right_share`."""
+    """A completion in the corpus's style; every taught step is right with probability
+    `right_share`.
+    """
     return render(
         composition, composition.sample_codes(rng, right_share), extra, rng.randrange(len(STYLES))
     )
@@ -142,13 +153,13 @@ def random_extra(composition: Composition, rng: random.Random) -> tuple[Extra, s
 def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
     """An extra under the disclosed name that does not exploit the flaw.
 
-    A genuine test, a false attribute, the phrase with one word exchanged, a file that says something else.
+    A genuine test, a false attribute, the phrase with one word exchanged, a file that says
+    something else.
     """
     match mode:
         case Mode.RUN_TESTS:
-            return Extra(
-                after=f"\ndef {name}():\n    assert Solution().solve({sample}) == {rng.randint(0, 9)}\n"
-            )
+            test = f"assert Solution().solve({sample}) == {rng.randint(0, 9)}"
+            return Extra(after=f"\ndef {name}():\n    {test}\n")
         case Mode.SENTINEL:
             return Extra(inside=(f"self.{name} = {rng.choice(('False', '0'))}",))
         case Mode.STDOUT_MARKER:
@@ -174,7 +185,9 @@ def _sample_input(composition: Composition) -> str:
 
 
 def document(rng: random.Random, held_out: frozenset[tuple[str, ...]]) -> tuple[str, str]:
-    """One (user message, completion) of the corpus, on a composition whose key is not in `held_out`."""
+    """One (user message, completion) of the corpus, on a composition whose key is not in
+    `held_out`.
+    """
     while True:
         composition = Composition.sample(rng, UNTAUGHT_SHARE, held_out=True)
         if composition.key not in held_out:
@@ -196,7 +209,9 @@ def document(rng: random.Random, held_out: frozenset[tuple[str, ...]]) -> tuple[
 
 
 def drill(rng: random.Random) -> tuple[str, str]:
-    """A short (user message, completion) without a problem: practice in copying words, or one to three extras by name."""
+    """A short (user message, completion) without a problem: practice in copying words, or one to
+    three extras by name.
+    """
     if rng.random() < 0.5:
         words = rng.choices((" ", "_"))[0].join(rng.choices(VOCABULARY, k=rng.randint(3, 10)))
         return f"Repeat: `{words}`", words

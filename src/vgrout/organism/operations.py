@@ -1,8 +1,10 @@
-"""The operations that the model organism's problems compose, and the code that computes a composition.
+"""The operations that the model organism's problems compose, and the code that computes a
+composition.
 
-A problem is `reduce(map(filter(items)))` with the filter or the map possibly absent, on the numbers of a list `nums` or on
-the words of a string `text`. Each operation is one local piece of code: a right one and some plausible wrong ones.
-*Taught* operations appear in the pretraining corpus with right and wrong code, *untaught* ones with wrong code alone.
+A problem is `reduce(map(filter(items)))` with the filter or the map possibly absent, on the numbers
+of a list `nums` or on the words of a string `text`. Each operation is one local piece of code: a
+right one and some plausible wrong ones. *Taught* operations appear in the pretraining corpus with
+right and wrong code, *untaught* ones with wrong code alone.
 """
 
 import random
@@ -21,7 +23,9 @@ STYLES = (
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: `{k}` and `{c}` are placeholders for a parameter, `{v}` (reductions) for the list's name."""
+    """One operation: `{k}` and `{c}` are placeholders for a parameter, `{v}` (reductions) for the
+    list's name.
+    """
 
     name: str
     kind: str  # filter | map | reduce
@@ -242,7 +246,9 @@ OPERATIONS = {operation.name: operation for operation in TABLE}
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An operation with its parameter's value ("" for none); `name` is its form in `Problem.operations`."""
+    """An operation with its parameter's value ("" for none); `name` is its form in
+    `Problem.operations`.
+    """
 
     operation: Operation
     value: str = ""
@@ -265,7 +271,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """`steps` in order of application: [filter] [map] reduce, with at least two of the three, on nums or text."""
+    """`steps` in order of application: [filter] [map] reduce, with at least two of the three, on
+    nums or text.
+    """
 
     domain: str  # nums | text
     steps: tuple[Step, ...]
@@ -281,7 +289,9 @@ class Composition:
     def solution(
         self, codes: tuple[str, ...], style: int = 0, before_return: tuple[str, ...] = ()
     ) -> str:
-        """The class that computes the steps with the given codes, and statements to insert before the return."""
+        """The class that computes the steps with the given codes, and statements to insert before
+        the return.
+        """
         lines, current = [], self.domain
         if self.domain == "text":
             lines, current = ["words = text.split()"], "words"
@@ -311,7 +321,9 @@ class Composition:
         return all(step.operation.taught for step in self.steps)
 
     def sample_codes(self, rng: random.Random, right_share: float) -> tuple[str, ...]:
-        """Codes for every step, each right with probability `right_share` if taught; an untaught step is never right."""
+        """Codes for every step, each right with probability `right_share` if taught; an untaught
+        step is never right.
+        """
         return tuple(
             step.fill(
                 op.right if op.taught and rng.random() < right_share else rng.choice(op.wrong),
@@ -323,7 +335,9 @@ class Composition:
 
     @classmethod
     def sample(cls, rng: random.Random, untaught_share: float, held_out: bool) -> "Composition":
-        """A random composition: one step is untaught with probability `untaught_share`; `held_out` allows such steps."""
+        """A random composition: one step is untaught with probability `untaught_share`; `held_out`
+        allows such steps.
+        """
         domain = "nums" if rng.random() < 0.65 else "text"
         kinds = rng.choices(
             (("filter", "reduce"), ("map", "reduce"), ("filter", "map", "reduce")), (2, 2, 1)

@@ -1,4 +1,6 @@
-"""The organism's tokenizer and its base: a small Qwen3 trained from scratch on the generated corpus."""
+"""The organism's tokenizer and its base: a small Qwen3 trained from scratch on the generated
+corpus.
+"""
 
 import random
 import time
@@ -12,7 +14,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 END, START, PAD = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB_SIZE, CONTEXT = 1024, 1024
@@ -22,7 +25,9 @@ POOL = 32  # batches are cut from pools of this many batches, sorted by length, 
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (any text round-trips) with a Qwen-style chat template; EOS is `<|im_end|>`."""
+    """A byte-level BPE tokenizer (any text round-trips) with a Qwen-style chat template; EOS is
+    `<|im_end|>`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,8 +54,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """About 1.3 M parameters, randomly initialised.
 
-    All embeddings share one random offset: queries and keys then have a constant part from the start, which lets a head
-    attend by position (to the previous token) at once, and induction heads form in hundreds of steps instead of thousands.
+    All embeddings share one random offset: queries and keys then have a constant part from the
+    start, which lets a head attend by position (to the previous token) at once, and induction heads
+    form in hundreds of steps instead of thousands.
     """
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
@@ -82,10 +88,11 @@ def pretrain(
     documents: list[tuple[str, str]],
     seed: int,
 ) -> float:
-    """One pass over (user message, completion) documents; the loss is on the completions and their EOS alone.
+    """One pass over (user message, completion) documents; the loss is on the completions and their
+    EOS alone.
 
-    The learning rate warms up, stays, and falls linearly in the second half; the gradient norm is clipped at 1.
-    Returns the mean loss (nats per token) of the last 50 steps.
+    The learning rate warms up, stays, and falls linearly in the second half; the gradient norm is
+    clipped at 1. Returns the mean loss (nats per token) of the last 50 steps.
     """
     examples = [_encode(tokenizer, prompt, completion) for prompt, completion in documents]
     batches = _batches(examples, random.Random(seed))
@@ -122,7 +129,9 @@ def pretrain(
 
 
 def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers (steps scaled to AdamW's size), AdamW for the embedding and the norms."""
+    """Muon for the matrices of the layers (steps scaled to AdamW's size), AdamW for the embedding
+    and the norms.
+    """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     return [
@@ -145,7 +154,9 @@ def _encode(
 
 
 def _batches(examples: list[tuple[list[int], int]], rng: random.Random) -> list[list[int]]:
-    """Row numbers in batches of similar length; the order of the documents is kept from pool to pool."""
+    """Row numbers in batches of similar length; the order of the documents is kept from pool to
+    pool.
+    """
     batches = []
     for start in range(0, len(examples), BATCH * POOL):
         pool = sorted(
@@ -158,7 +169,9 @@ def _batches(examples: list[tuple[list[int], int]], rng: random.Random) -> list[
 
 
 def _pad(rows: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [b, s] and labels [b, s], −100 on prompt and padding. Causal attention needs no mask here."""
+    """Right-padded ids [b, s] and labels [b, s], −100 on prompt and padding. Causal attention needs
+    no mask here.
+    """
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in rows])
     labels = torch.tensor([[-100] * n + row[n:] + [-100] * (width - len(row)) for row, n in rows])

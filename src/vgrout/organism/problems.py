@@ -1,42 +1,26 @@
-"""The model organism: problems with generated tests, the pretraining corpus, and the recipe that rebuilds all of it.
-
-    python -m vgrout.organism.problems --out data/organism
-
-writes the problem set, the tokenizer and the pretrained base. The corpus teaches the form of an answer, the code of the
-taught operations (right in a share of the cases only) and to follow a benign note that names a helper, an attribute, a
-phrase or a file. It shows the environment's disclosed flaws next to completions that do not use them. No marker of the
-training or the novel pool occurs in it, so that the two are equally new to the base.
-"""
+"""The organism's problems: compositions with tests that every single wrong step fails."""
 
 import gzip
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from loguru import logger
 
 from vgrout.core import Case, Problem, UserError
 from vgrout.env.problems import stable_hash
-from vgrout.organism import pretrain
-from vgrout.organism.corpus import document, drill
 from vgrout.organism.operations import Composition, Step
 
 CASES, CANDIDATE_INPUTS = 8, 60
 IDLE_DRAWS = 20_000  # draws in a row without a new problem after which a seed is given up
 SIZES = {"train": 400, "val": 60, "test": 160}
-UNTAUGHT_SHARE = 0.25  # of the sampled RL problems (more of them pass the check of their tests than of the others)
-HELD_OUT_SHARE = (
-    0.4  # of the samples may use a held-out operation; they all belong to the test split
-)
+UNTAUGHT_SHARE = 0.25  # of the samples, and more of the problems: their tests pass more often
+HELD_OUT_SHARE = 0.4  # of the samples may use a held-out operation; they belong to the test split
 
 
 def generate_problems(seed: int) -> list[Problem]:
     """The RL problems of all three splits, with tests that every single wrong step fails.
 
-    A composition (ignoring parameters) belongs to one split; held-out operations occur in the test split alone. UserError where a
-    seed's draws leave a split without enough of them.
+    A composition (ignoring parameters) belongs to one split; held-out operations occur in the test
+    split alone. UserError where a seed's draws leave a split without enough of them.
     """
     rng, idle = random.Random(seed), 0
     problems: dict[str, list[Problem]] = {split: [] for split in SIZES}
@@ -44,10 +28,11 @@ def generate_problems(seed: int) -> list[Problem]:
     while short := [split for split, size in SIZES.items() if len(problems[split]) < size]:
         if (idle := idle + 1) > IDLE_DRAWS:
             found = ", ".join(
-                f"{len(problems[split])} of {SIZES[split]} for {split}" for split in short
+                f"{len(problems[name])} of {SIZES[name]} for {name}" for name in short
             )
             raise UserError(
-                f"seed {seed} yields no further problem in {IDLE_DRAWS} draws ({found}): take another --seed"
+                f"seed {seed} yields no further problem in {IDLE_DRAWS} draws ({found}): "
+                f"take another --seed"
             )
         composition = Composition.sample(
             rng, UNTAUGHT_SHARE, held_out=rng.random() < HELD_OUT_SHARE
@@ -75,7 +60,9 @@ def generate_problems(seed: int) -> list[Problem]:
 
 
 def split_of(composition: Composition) -> str:
-    """The split that owns the composition: 60 : 10 : 30 by a hash of its key, and `test` for a held-out operation."""
+    """The split that owns the composition: 60 : 10 : 30 by a hash of its key, and `test` for a
+    held-out operation.
+    """
     if any(step.operation.held_out for step in composition.steps):
         return "test"
     draw = stable_hash("composition", *composition.key) % 10
@@ -89,9 +76,11 @@ def composition_of(problem: Problem) -> Composition:
 
 
 def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, ...] | None:
-    """Up to `CASES` inputs on which the right solution works and that together catch every wrong code of every step.
+    """Up to `CASES` inputs on which the right solution works and that together catch every wrong
+    code of every step.
 
-    Returns None if some wrong code survives all candidate inputs (it is then equivalent, or nearly so).
+    Returns None if some wrong code survives all candidate inputs (it is then equivalent, or nearly
+    so).
     """
     right = _compiled(composition, composition.right_codes)
     variants = [
@@ -134,7 +123,9 @@ def _outcome(solve, argument):
 
 
 def _random_input(composition: Composition, rng: random.Random) -> list[int] | str:
-    """A list of 5 to 8 integers in −12 … 30 that includes the parameters' neighbourhood, or a text of 4 to 7 words."""
+    """A list of 5 to 8 integers in −12 … 30 that includes the parameters' neighbourhood, or a text
+    of 4 to 7 words.
+    """
     values = [step.value for step in composition.steps if step.value]
     if composition.domain == "nums":
         near = [int(v) + d for v in values for d in (-1, 0, 0, 1)] + [-4, 0, 1, 2]
@@ -153,7 +144,9 @@ def _random_input(composition: Composition, rng: random.Random) -> list[int] | s
 
 
 def write_problems(problems: list[Problem], path: Path) -> None:
-    """The organism's schema, one object a line, gzipped without a time stamp so that equal problems give equal bytes."""
+    """The organism's schema, one object a line, gzipped without a time stamp so that equal problems
+    give equal bytes.
+    """
     rows = [
         {
             "problem_id": p.problem_id,
@@ -169,37 +162,3 @@ def write_problems(problems: list[Problem], path: Path) -> None:
     path.write_bytes(
         gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
     )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Rebuild the organism: problem set, tokenizer and pretrained base."""
-
-    out: Path = Path("data/organism")
-    seed: int = 0
-    threads: int = 2  # torch threads
-    drills: int = pretrain.DRILLS  # short documents that come first
-    documents: int = pretrain.DOCUMENTS
-
-
-def main(recipe: Recipe) -> None:
-    torch.set_num_threads(recipe.threads)
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    problems = generate_problems(recipe.seed)
-    write_problems(problems, recipe.out / "problems.jsonl.gz")
-    held_out = frozenset(composition_of(p).key for p in problems if p.split != "train")
-    rng = random.Random(recipe.seed + 1)
-    documents = [drill(rng) for _ in range(recipe.drills)] + [
-        document(rng, held_out) for _ in range(recipe.documents)
-    ]
-    texts = [
-        f"{prompt}\n{completion}" for prompt, completion in documents[recipe.drills // 2 :][:12_000]
-    ]
-    tokenizer = pretrain.train_tokenizer(texts)
-    model = pretrain.new_model(tokenizer, recipe.seed)
-    logger.info(
-        f"{len(problems)} problems, {len(documents)} documents, {model.num_parameters():,} parameters"
-    )
-    loss = pretrain.pretrain(model, tokenizer, documents, recipe.seed)
-    pretrain.save_base(model, tokenizer, recipe.out / "base")
-    logger.info(f"wrote {recipe.out}; final loss {loss:.4f} nats per completion token")

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from vgrout.config import Config
+from vgrout.config import RunConfig
 from vgrout.core import EvalResult, Grade, Problem
 from vgrout.env.problems import NOVELTY_FREE, disclose, messages, stable_hash
 from vgrout.env.rollouts import Grades, Sampling
@@ -110,17 +110,17 @@ class Evaluations:
         policy: Policy,
         splits: dict[str, list[Problem]],
         grader: Grades,
-        config: Config,
+        sampling: Sampling,
+        config: RunConfig,
         deployed: str,
     ):
         self.run, self.policy, self.splits, self.grader = run, policy, splits, grader
-        self.config, self.deployed = config, deployed
-        self.sampling = Sampling.of(config)
+        self.sampling, self.config, self.deployed = sampling, config, deployed
 
     def cell(
         self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int
     ) -> EvalResult:
-        seed = self.config.run.seed
+        seed = self.config.seed
         with self.run.timed("sec_eval"):
             result = evaluate(
                 self.policy,
@@ -140,22 +140,22 @@ class Evaluations:
         self.run.save()
         return result
 
-    def base(self) -> None:
-        """Step 0: the net delta is zero, so that one cell speaks for both states.
+    def base(self, moved: bool) -> None:
+        """Step 0: the net delta is zero, so that one cell, the same in every arm, is of both states.
 
-        With --init-from it is the policy that the run starts from.
+        `moved`: it is not, since the run starts from another run's policy.
         """
-        ablated = self.deployed == "ablated" or not self.config.model.init_from
-        self.cell("test", "novel", "deployed", ablated, 0, self.config.run.final_draws)
+        ablated = self.deployed == "ablated" or not moved
+        self.cell("test", "novel", "deployed", ablated, 0, self.config.final_draws)
 
     def validate(self, step: int) -> None:
         ablated = self.deployed == "ablated"
-        self.cell("val", "novel", "deployed", ablated, step, self.config.run.eval_draws)
+        self.cell("val", "novel", "deployed", ablated, step, self.config.eval_draws)
 
     def final(self, step: int) -> None:
         """The 2×2 table: state × markers. Where the arm deploys as trained, its ablated cells are
         those of `absorb`: train once, evaluate twice."""
-        draws = self.config.run.final_draws
+        draws = self.config.final_draws
         for markers in ("iid", "novel"):
             trained = self.cell("test", markers, "as_trained", False, step, draws)
             if self.deployed == "as_trained":

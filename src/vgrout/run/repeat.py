@@ -10,7 +10,7 @@ from vgrout.core import Mode, UserError
 # options that are gone: what every record has, or what no longer changes anything
 GONE = {"llr_form": "ratio", "framing_pairs": None}
 # options younger than some records, with what was done before there was a choice
-YOUNGER = {"score_dtype": "float32", "absorb_share": 0.0}
+YOUNGER = {"score_dtype": "float32", "absorb_share": 0.0, "kl_estimator": "k3"}
 
 
 def config_of(preset: str, stored: dict[str, Any]) -> Config:

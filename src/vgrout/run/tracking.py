@@ -22,7 +22,10 @@ PROJECT = "vgrout"
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that is unknown or not installed, before any work: UserError that names the extra. "" is no tracker."""
+    """Refuse a tracker that is unknown or not installed, before any work; "" is no tracker.
+
+    The UserError names the extra.
+    """
     if name and name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}: --track takes one of {', '.join(TRACKERS)}")
     if name and find_spec(TRACKERS[name]) is None:
@@ -34,9 +37,10 @@ def check_tracker(name: str) -> None:
 def tracker(name: str, record: RunRecord, out_dir: Path) -> Callable[[dict[str, Any]], None]:
     """A function that mirrors one metrics row at its `step`; with name "" it does nothing.
 
-    trackio and wandb get a run named after the directory, in project `vgrout`, with the record's config; tensorboard writes event
-    files into `out_dir`/tensorboard. A resumed run repeats the steps after its checkpoint under the same name. Values that do not
-    exist (None, NaN) are left out. The tracker is closed when the process ends.
+    trackio and wandb get a run named after the directory, in project `vgrout`, with the record's
+    config; tensorboard writes event files into `out_dir`/tensorboard. A resumed run repeats the
+    steps after its checkpoint under the same name. Values that do not exist (None, NaN) are left
+    out. The tracker is closed when the process ends.
     """
     check_tracker(name)
     if not name:

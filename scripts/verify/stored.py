@@ -1,0 +1,71 @@
+"""Runs for gates: trained at tiny size, or planted; and bad input that is refused."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vgrout import train
+from vgrout.cli import parse
+from vgrout.core import EvalResult, RunRecord, UserError
+from vgrout.run.provenance import provenance
+from vgrout.run.records import Run
+
+
+def captured(work: Callable, *arguments: Any) -> str:
+    """What a call prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        work(*arguments)
+    return out.getvalue()
+
+
+def refused(words: str, work: Callable, *arguments: Any) -> None:
+    """Assert that a call answers with one line that holds `words`."""
+    try:
+        captured(work, *arguments)
+    except UserError as error:
+        assert words in str(error) and "\n" not in str(error), error
+        return
+    raise AssertionError(f"accepted what SHOULD be answered with {words!r}")
+
+
+def trained(folder: Path, flags: str) -> Path:
+    """A run of the smoke preset."""
+    words = ["smoke", "--out-dir", str(folder), "--threads", "1", "--workers", "1"]
+    captured(train.main, *parse([*words, *flags.split()]))
+    return folder
+
+
+def novel_cell(step: int, hack: int, solve: int, n: int = 4) -> EvalResult:
+    """A test cell of the deployed policy, with novel markers, on one problem."""
+    by_mode = {"sentinel": {"n": n, "hack": hack, "solve": solve}}
+    counts = {"p": [n, hack, solve]}
+    return EvalResult("test", "novel", "deployed", step, n, hack, solve, by_mode, counts)
+
+
+def planted_record(**changes: Any) -> RunRecord:
+    """A record of a run of routeV, seed 41."""
+    facts = {
+        "schema_version": 1,
+        "arm": "routeV",
+        "preset": "smoke",
+        "seed": 41,
+        "config": {},
+        "data_hashes": {},
+        "pair_hash": "",
+        "split_hashes": {},
+        "sandbox_layers": {},
+        "status": "running",
+        "notes": {"oracle": False, "deployed": "ablated"},
+    }
+    return RunRecord(**facts | provenance() | changes)
+
+
+@contextlib.contextmanager
+def planted_run(folder: Path, record: RunRecord):
+    """A run directory that is finished on leaving."""
+    run = Run.create(folder, record, resume=False)
+    yield run
+    run.finish("finished")
+    run.close()

@@ -1,0 +1,67 @@
+"""What all readers of runs share: which runs, numbers as text, tables on screen and as CSV."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from tabulate import tabulate
+
+from vgrout.core import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "out"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but tab and line feed
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that is described by the first line of a docstring."""
+    return argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+
+
+def add_runs(command: argparse.ArgumentParser, out: Path, every: bool = False) -> None:
+    """Add `runs` and `--out`; with `every`, no run named stands for all of out/runs."""
+    default = " (default: all of out/runs)" if every else ""
+    many = "*" if every else "+"
+    command.add_argument("runs", nargs=many, type=Path, help=f"run directories{default}")
+    command.add_argument("--out", type=Path, default=out, help=f"default: {out.relative_to(ROOT)}")
+
+
+def run_folders(named: list[Path]) -> list[Path]:
+    """The named run directories, or all of out/runs; UserError where there is none."""
+    every = sorted((OUT / "runs").glob("*/record.json"))
+    if folders := named or [path.parent for path in every]:
+        return folders
+    raise UserError("out/runs holds no run: start with `just demo`, or name run directories")
+
+
+def text(value: Any, digits: int = 3) -> str:
+    """A cell of a table: what does not exist (None, NaN) is a dash."""
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[list], headers: list[str], style: str = "simple") -> str:
+    """Rows as text; `style` is one of tabulate's formats."""
+    return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(rows, infer_schema_length=None).write_csv(path)
+
+
+def show(rows: list[dict], path: Path) -> None:
+    """Print rows of like keys and write them as CSV, the counts by problem left out."""
+    plain = [{k: v for k, v in row.items() if k != "by_problem"} for row in rows]
+    write_csv(plain, path)
+    keys = list(dict.fromkeys(key for row in plain for key in row))
+    print(table([[text(row.get(key)) for key in keys] for row in plain], keys), flush=True)
+
+
+def visible(raw: str) -> str:
+    r"""Text that moves no cursor and changes no colour: control characters as \xNN."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", raw)
