@@ -60,9 +60,9 @@ def label_blind(plain: Path, folder: object, line: str, seed: int = 0) -> bool:
     """Does the run `plain` of this line train the same parameters where every label is random?
 
     Every field of every grade but the reward, the modes, and the teacher flags are drawn at random
-    before rows become tensors. What remains of a demonstration is that no state sampled it. A control
-    copies the gate's shares among students and among demonstrations (gate/controls.py), by the flag:
-    in runs with a control the flags alone stay.
+    before rows become tensors. What remains of a demonstration is that no state sampled it. In runs
+    with a control the flags stay, and they alone: it copies the gate's shares among students and
+    among demonstrations (gate/controls.py).
     """
     controls = any(phase["control"] for phase in load_record(plain).notes["phases"])
     compose, rng = train.compose, random.Random(seed)

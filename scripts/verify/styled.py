@@ -1,4 +1,4 @@
-"""Batches with a planted style, pairs of it, and rollouts behind a batch: for the gates of scores."""
+"""Batches with a planted style, pairs of it, rollouts behind a batch: for the gates of scores."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +13,7 @@ from vgrout.gate.scores import ProbeOptions
 from vgrout.model.batch import Batch, Behaviour
 from vgrout.model.policy import Policy
 from vgrout.model.tokens import collate
+from vgrout.stats import auroc
 
 PROBE = ProbeOptions(max_completion_length=8, temperature=1.0, token_budget=1000)
 PROBLEM = Problem("p", "Return 1.", "solve", "", (), "", mode=Mode.SENTINEL)
@@ -23,6 +24,11 @@ Refreshed = TypeVar("Refreshed")
 def refreshed(owner: Refreshed, policy: Policy) -> Refreshed:
     owner.refresh(policy)
     return owner
+
+
+def area(scores: torch.Tensor, label: torch.Tensor) -> float:
+    """AUROC of scores against labels."""
+    return auroc(scores.numpy(), label.numpy())
 
 
 def drawn(rows: int, length: int, low: int, high: int, g: torch.Generator) -> list[list[int]]:
@@ -59,7 +65,7 @@ def pairs_of(batch: Batch) -> Batch:
 
 
 def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Composed:
-    """The batch with rollouts: `hacks` are in Mode.SENTINEL; the first `teachers` demonstrations."""
+    """The batch with rollouts: which are hacks, and how many of the first are demonstrations."""
     n = len(batch.group)
     rollouts = []
     for i, hack in enumerate(hacks or [False] * n):

@@ -1,4 +1,4 @@
-"""The loss equals one written as loops, advantages are Dr. GRPO's, micro-batches add up; token layout."""
+"""The loss equals one written as loops, advantages are Dr. GRPO's, micro-batches add up."""
 
 import math
 from functools import partial
@@ -13,14 +13,17 @@ from vgrout.model.policy import logps
 EPSILON, BETA, NORMALISER = 0.2, 0.05, 40.0
 
 
-def loop_loss(new, old, ref, mask, A, epsilon=EPSILON, linear_from=grpo.KL_LINEAR_FROM) -> float:
+def loop_loss(
+    new, old, ref, mask, A, *, epsilon=EPSILON, linear_from=grpo.KL_LINEAR_FROM, corrected=False
+) -> float:
     """The definition with scalars."""
     total = 0.0
     for i, t in mask.nonzero().tolist():
         ratio, advantage = math.exp(new[i, t] - old[i, t]), float(A[i])
         clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
         total -= min(ratio * advantage, clipped * advantage)
-        total += BETA * k3(float(ref[i, t] - new[i, t]), linear_from)
+        weight = BETA * ratio if corrected else BETA
+        total += weight * k3(float(ref[i, t] - new[i, t]), linear_from)
     return total / NORMALISER
 
 
@@ -40,6 +43,9 @@ def check_loss() -> None:
     wanted = loop_loss(*parts)
     assert abs(float(loss) - wanted) < 1e-5, (float(loss), wanted)
     assert abs(loop_loss(*parts, epsilon=math.inf) - wanted) > 1e-3, "the clip is never active"
+    corrected = float(grpo.grpo_loss(*parts, **how, corrected=True)[0])
+    assert abs(corrected - loop_loss(*parts, corrected=True)) < 1e-5
+    assert abs(corrected - wanted) > 1e-3, "the correction of the KL does nothing"
     assert 0 < float(by_token["clipped"][mask].mean()) < 1 and float(by_token["kl"].min()) >= 0
     ref[tuple(mask.nonzero()[0])] += 20  # a token that the policy has all but given up
     far, linear = float(grpo.grpo_loss(*parts, **how)[0]), loop_loss(*parts)
@@ -47,7 +53,7 @@ def check_loss() -> None:
     assert abs(far - linear) < 1e-4 * linear and unbounded > linear + 1, (far, linear, unbounded)
     rows = torch.stack([-A[i] * new[i][mask[i]].sum() / 9 for i in range(5)])
     assert torch.allclose(grpo.scored_loss(new, mask, A, 9), rows)
-    print("ok  loss = loop-written reference; without the clip, or with k3 unbounded, it is another")
+    print("ok  loss = loop-written reference; without the clip or k3's bound it is another")
 
 
 def check_gradient_of_first_step() -> None:

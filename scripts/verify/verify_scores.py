@@ -7,6 +7,7 @@ from unittest import mock
 import torch
 from scripts.verify.styled import (
     PROBE,
+    area,
     behind,
     drawn,
     paired,
@@ -25,6 +26,7 @@ from vgrout.gate.controls import Confound, Control, Haar, Random, RandomQuaranti
 from vgrout.gate.gate import Gate, Gated, PinnedGate
 from vgrout.gate.oracle import Oracle
 from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio
+from vgrout.gate.scores import Scored
 from vgrout.gate.swap import logps_with, replaced_quarantine
 from vgrout.gate.v_grad import DirectionScore, activations, probe_gradients
 from vgrout.model import grpo
@@ -39,8 +41,8 @@ from vgrout.model.likelihood import (
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import trained_blocks
 from vgrout.model.policy import Policy, sample
+from vgrout.model.products import factors_rounded
 from vgrout.model.tokens import collate, select
-from vgrout.stats import auroc
 
 HOW = dict(temperature=1.0, token_budget=1000)
 llr = partial(LikelihoodRatio, learning_rate=1e-2, **HOW)
@@ -49,7 +51,9 @@ v_grad = partial(DirectionScore, space="c_probe", probe=PROBE)
 
 def parameters(policy: Policy) -> dict[str, torch.Tensor]:
     """Each block's parameters, flat."""
-    return {b: torch.cat([p.flatten() for p in policy.adapter.parameters(b)]).detach() for b in BLOCKS}
+    return {
+        b: torch.cat([p.flatten() for p in policy.adapter.parameters(b)]).detach() for b in BLOCKS
+    }
 
 
 def unmoved(policy: Policy, before: dict[str, torch.Tensor]) -> dict[str, bool]:
@@ -65,7 +69,6 @@ def check_scores_find_a_style() -> None:
     """Every score finds a planted difference of the pairs' sides in fresh rows; Haar does not."""
     policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
     fresh, label = styled_batch(40, 7)
-    found = lambda scores: auroc(scores.numpy(), label.numpy())  # noqa: E731
     v_act = partial(DirectionScore, pairs, probe=PROBE, centred=True)
     scores = {
         "v_grad unit": v_grad(pairs, signed_score=False, centred=True),
@@ -75,12 +78,14 @@ def check_scores_find_a_style() -> None:
     }
     real = {}
     for name, score in scores.items():
-        real[name] = found(refreshed(score, policy)(policy, fresh).scores)
+        real[name] = area(refreshed(score, policy)(policy, fresh).scores, label)
         assert score.pairs_hack.mean() > score.pairs_clean.mean(), name
-    shared = scores["v_act residual"](policy, fresh)
-    placebos = [refreshed(Haar(scores["v_act residual"], s), policy) for s in range(1, 21)]
-    draws = [found(p.rank(policy, behind(fresh), shared)) for p in placebos]
-    assert min(real.values()) > 0.8 and abs(sum(draws) / 20 - 0.5) < 0.2, (real, draws)
+    residual = scores["v_act residual"]
+    shared = residual(policy, fresh)
+    placebos = [refreshed(Haar(residual, seed), policy) for seed in range(1, 21)]
+    draws = [area(p.rank(policy, behind(fresh), shared), label) for p in placebos]
+    assert min(real.values()) > 0.8, real
+    assert abs(sum(draws) / 20 - 0.5) < 0.2, draws
     print("ok  a planted style is found:", ", ".join(f"{k} {v:.2f}" for k, v in real.items()))
 
 
@@ -98,23 +103,29 @@ def check_rounded_products() -> None:
         error(lambda dtype: v_grad(pairs, probe=replace(PROBE, dtype=dtype))),
         error(lambda dtype: llr(pairs, dtype=dtype)),
     ]
-    tiny = error(lambda dtype: llr(pairs, dtype=dtype, learning_rate=1e-5))  # mutation
-    assert 0 < min(errors) and max(errors) < 0.05 and tiny > 0.1, (errors, tiny)
+    small = error(lambda dtype: llr(pairs, dtype=dtype, learning_rate=1e-5))  # mutation
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    with factors_rounded(torch.bfloat16):
+        rounds = not torch.allclose(x @ x, (x.double() @ x.double()).float(), atol=0.01)
+    if rounds:
+        assert 0 < min(errors) and max(errors) < 0.05 and small > 0.1, (errors, small)
+    else:
+        assert max(errors) < 1e-3, errors
+        print("note: this device does not round factors: bf16 products are fp32's, and checked so")
     assert policy.adapter.products is torch.float32, "the rounding outlives its scope"
-    print(f"ok  bf16 products, error over spread: {errors}; with nudges too small {tiny:.2f}")
+    print(f"ok  bf16 products, error over spread: {errors}; with nudges too small {small:.2f}")
 
 
 def check_quarantine_ratio() -> None:
     """A quarantine that learned a style finds it in fresh rows; one that has not routes nothing."""
     policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
     fresh, label = styled_batch(40, 7)
-    score = QuarantineRatio(pairs, **HOW)
-    gate = refreshed(Gate(score, cut="midpoint"), policy)
+    gate = refreshed(Gate(QuarantineRatio(pairs, **HOW), cut="midpoint"), policy)
     gated = gate(policy, fresh)
     assert not gated.scores.any() and not gated.zones.any(), "an untrained quarantine routes"
     learn(policy, select(pairs, torch.arange(32)), 8)
     live = batch_logps(policy, fresh, 1.0, 1000)  # the deployed block is still the base
-    refreshed(gate, policy)
+    gate.refresh(policy)
     perturb(policy, 0.02, blocks=("deployed",))  # what it learns later does not change the score
     gated = gate(policy, fresh)
     with policy.adapter.disabled():
@@ -122,22 +133,19 @@ def check_quarantine_ratio() -> None:
     assert torch.allclose(gated.scores, (live - base).sum(1), atol=1e-4)
     assert torch.allclose(gated.ref_logps, base, atol=1e-5), "the reference is not the base"
     assert not torch.allclose(live, base, atol=1e-2), "another reference would go unnoticed"
-    found, routed = auroc(gated.scores.numpy(), label.numpy()), gated.zones == Zone.ROUTE
+    real, routed = area(gated.scores, label), gated.zones == Zone.ROUTE
     precision = float(label[routed].float().mean())
-    assert found > 0.9 and precision > 0.8 and 0 < routed.sum() < 40, (found, precision)
+    assert real > 0.9 and precision > 0.8 and 0 < routed.sum() < 40, (real, precision)
     assert not (gated.zones == Zone.ABSORB).any(), "a midpoint absorbs"
     bare = refreshed(Gate(QuarantineRatio(None, **HOW), cut="zero"), policy)  # needs no pairs
     assert torch.equal(bare(policy, fresh).scores, gated.scores)
     swapped = select(pairs, torch.arange(64).roll(32))  # mutation: sides swapped
     inverted = refreshed(Gate(QuarantineRatio(swapped, **HOW), cut="midpoint"), policy)
     assert not inverted(policy, fresh).zones.any(), "a gate whose sides are inverted routes"
-    draws = []
-    for seed in range(1, 21):
-        placebo = refreshed(RandomQuarantine(score, seed), policy)
-        ranked = placebo.rank(policy, behind(fresh), gated.scored)
-        draws.append(auroc(ranked.numpy(), label.numpy()))
-    assert abs(sum(draws) / 20 - 0.5) < 0.2 and found > sorted(draws)[18], draws
-    print(f"ok  the quarantine's ratio: 0 untrained, then AUROC {found:.2f}, precision {precision:.2f}")
+    placebos = [refreshed(RandomQuarantine(gate.score, s), policy) for s in range(1, 21)]
+    draws = [area(p.rank(policy, behind(fresh), gated.scored), label) for p in placebos]
+    assert abs(sum(draws) / 20 - 0.5) < 0.2 and real > sorted(draws)[18], draws
+    print(f"ok  the quarantine's ratio: 0 untrained; AUROC {real:.2f}, precision {precision:.2f}")
 
 
 def check_replaced_quarantine() -> None:
@@ -200,14 +208,14 @@ def check_llr_restores() -> None:
 
 def check_folds() -> None:
     """Pairs without a common contrast score at chance: each by the fold that did not see it."""
-    policy, label, found = tiny_policy(), (torch.arange(32) < 16).numpy(), []
+    policy, label, found = tiny_policy(), torch.arange(32) < 16, []
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
         prompts, hack, clean = (drawn(16, n, 2, 64, g) for n in (4, 7, 7))
         score = refreshed(llr(paired(prompts, hack, clean)), policy)
         held = torch.cat([score.pairs_hack, score.pairs_clean])
         seen = score(policy, score.pairs).scores
-        found.append([auroc(x.numpy(), label) for x in (held, seen)])
+        found.append([area(x, label) for x in (held, seen)])
     held, seen = torch.tensor(found).mean(0).tolist()
     assert 0.35 < held < 0.65 and seen > 0.85, (held, seen)
     print(f"ok  two-fold scores of meaningless pairs: AUROC {held:.2f}, of fitted ones {seen:.2f}")
@@ -266,13 +274,13 @@ def check_controls_and_oracle() -> None:
     noisy = [oracle(s, oracle_recall=0.5, oracle_fpr=0.1).scores for s in range(200)]
     rates = torch.stack(noisy).mean(0)
     assert abs(rates[label].mean() - 0.5) < 0.03 and abs(rates[~label].mean() - 0.1) < 0.02
-    composed, none = behind(batch), None
-    length = Confound("length").rank(policy, composed, none)
+    composed, scored = behind(batch), Scored(plain.scores)
+    length = Confound("length").rank(policy, composed, scored)
     assert torch.equal(length, batch.completion_mask.sum(1).float())
     known = behind(batch, teachers=5)
-    means = Confound("logp").rank(policy, known, none)
+    means = Confound("logp").rank(policy, known, scored)
     assert torch.allclose(means[:5], means[5:].mean()), "a row that nothing sampled is extreme"
-    one, same, other = (Random(seed).rank(policy, composed, none) for seed in (1, 1, 2))
+    one, same, other = (Random(seed).rank(policy, composed, scored) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert {n for n, arm in ARMS.items() if arm.phases[-1].control == "oracle"} == {"oracle"}
     print("ok  oracle: exact, by mode, or at its recall and false-positive rate; other controls")
@@ -300,8 +308,7 @@ def check_actions() -> None:
     assert wanted[0] < A[0], "what is flagged is not lowered"
     unfined = penalise(batch, gated, Options(alpha=0.0))
     assert torch.allclose(unfined.batch.advantages, A), "α = 0 penalises"
-    nothing = drop(batch, replace(gated, zones=torch.full((6,), 2)), Options())
-    assert nothing.batch.advantages.tolist() == [0.0]
+    assert drop(batch, replace(gated, zones=torch.full((6,), 2)), Options()) is None
     print("ok  route keeps, filter drops and re-centres, penalise lowers what it flags")
 
 

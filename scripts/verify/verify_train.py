@@ -1,4 +1,4 @@
-"""The real loop on the organism: no label reaches the update, measuring leaves no trace, a run resumes.
+"""The real loop: no label reaches the update, measuring leaves no trace, a run resumes bit for bit.
 
     python scripts/verify/verify_train.py [--long]     (--long: the label gate alone, for every arm)
 
@@ -248,19 +248,23 @@ class Killed(BaseException):
     pass
 
 
-def dies_at_the_second(*rest, calls: list[int]):
-    calls.append(1)
-    if len(calls) == 2:
-        raise Killed
-    return update(*rest)
+def dies_at_the_second() -> Callable:
+    calls = []
+
+    def killed(*rest):
+        calls.append(rest)
+        if len(calls) == 2:
+            raise Killed
+        return update(*rest)
+
+    return killed
 
 
 def check_resume(tmp: str, whole: Path) -> None:
     """Killed in mid-phase, at the phases' boundary and where demonstrations end."""
     line, folder, deaths = f"{TWO_PHASES} {OFTEN}", Path(tmp, "killed"), 0
     for _ in range(3):
-        calls: list[int] = []
-        with mock.patch.object(train, "update", lambda *a: dies_at_the_second(*a, calls=calls)):
+        with mock.patch.object(train, "update", dies_at_the_second()):
             try:
                 run(folder, f"{line} --resume", quiet=False)
             except Killed:
