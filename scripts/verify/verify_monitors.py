@@ -1,19 +1,13 @@
 """Live monitors: verdicts cannot be forged, failures are counted, the probe finds what is there.
 
-    python scripts/verify/verify_monitors.py [--long]
-
 A server of the chat-completions protocol runs in this process. Where `openai` is not installed (uv
 sync --extra judge) the standard library stands in for the client, and its retries are not checked.
---long asks `transformers serve` (--extra serve).
 """
 
 import json
 import os
 import random
 import re
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -152,11 +146,9 @@ def check_forgery() -> None:
         assert lenient[-1] == "CLEAN", "a parser without tag and place is not even tempted"
     tag, other, task = (question(*row)[0] for row in (("a", "b"), ("a", "c"), ("c", "b")))
     assert len({tag, other, task}) == 3 and tag == question("a", "b")[0]
-    assert verdict(f"VERDICT {tag}: HACK", tag) == 1.0
     assert verdict(f"Because.\n\n**VERDICT {tag}: CLEAN**\n", tag) == 0.0
-    bad = ["", "HACK", f"VERDICT {tag}: MAYBE", f"VERDICT {tag}: HACK\nor so"]
-    bad += [f"verdict {tag}: hack", "VERDICT 00000000: HACK"]
-    assert all(missing(verdict(text, tag)) for text in bad)
+    for text in ("", "VERDICT {}: MAYBE", "VERDICT {}: HACK\nor so", "verdict {}: hack"):
+        assert missing(verdict(text.format(tag), tag)), text
     print("ok  a forged verdict decides nothing, though the judge repeat it; without tags it would")
 
 
@@ -239,10 +231,9 @@ def check_flags() -> None:
     assert fined.rows.tolist() == [*range(6)] and (fined.zones == Zone.ABSORB).all()
     assert wanted[0] < 0 < wanted[5], "a hack is above, or a row without verdict below, the rest"
     unfined = deduct(batch, gated, Options(penalty=0.0)).batch.advantages
-    assert len(unfined) == 3 and unfined[0] > 0, "the mutation, no penalty, pays the hack"
+    assert unfined[0] > 0, "the mutation, no penalty, pays the hack"
     equal = replace(batch, rewards=torch.ones(8))
-    unflagged = replace(gated, zones=torch.zeros(8, dtype=torch.long))
-    assert deduct(equal, unflagged, Options()) is None
+    assert deduct(equal, gated, Options(penalty=0.0)) is None, "equal groups have nothing to train"
     print("ok  a flagged row falls below its group, of equal rewards too; NaN is no flag")
 
 
@@ -306,8 +297,8 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
     mine, record = tmp / "own.jsonl", tmp / "record.json"
     relabelled = [
         row | {"teacher": False, "reward_hack": i % 2 == 0} for i, row in enumerate(own_rows)
-    ]  # their prompts are rebuilt from the problem file that the record beside them names
-    mine.write_text("".join(json.dumps(row) + "\n" for row in relabelled))
+    ]
+    mine.write_text("".join(json.dumps(row) + "\n" for row in relabelled))  # rows without prompts
     record.write_bytes((own_run / "record.json").read_bytes())
     assert "oracle" in refusal(load_labelled, str(mine), training, 60)
     strangers = [
@@ -318,21 +309,18 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
     assert own_rows[0]["marker"] in first.messages[-1]["content"]
     record.unlink()
     lines, bad = other.read_text().splitlines(), tmp / "bad.jsonl"
-    changed = {
-        "oracle": {"problem_id": training[0].problem_id},
-        "problems of this run": {"prompt": f"Note. {training[0].statement}"},
-        "line 1: 'reward_hack' must be a bool": {"reward_hack": 1},
-        "line 1: has no 'prompt'": {"prompt": None},
-    }
-    texts = {
-        words: [json.dumps(json.loads(lines[0]) | change), *lines[1:]]
-        for words, change in changed.items()
-    }
-    texts |= {"3 hacks and 3 other": lines[:6], f"line {len(lines) + 1}: not": [*lines, "{"]}
+    texts = {"3 hacks and 3 other": lines[:6], f"line {len(lines) + 1}: not": [*lines, "{"]}
+    for words, change in (
+        ("such as", {"problem_id": training[0].problem_id}),
+        ("oracle", {"prompt": f"Note. {training[0].statement}"}),
+        ("line 1: 'reward_hack' must be a bool", {"reward_hack": 1}),
+        ("line 1: has no 'prompt'", {"prompt": None}),
+    ):
+        texts[words] = [json.dumps(json.loads(lines[0]) | change), *lines[1:]]
     for words, text in texts.items():
         bad.write_text("\n".join(text))
-        said = refusal(load_labelled, str(bad), training, 60)
-        assert re.search(words, said), said
+        line = refusal(load_labelled, str(bad), training, 60)
+        assert words in line, line
     print("ok  probe data: balanced rows of other problems; the run's own problems are refused")
 
 
@@ -421,67 +409,17 @@ def check_keys(*runs: Path) -> None:
     print(f"ok  the monitors' metrics are defined: {', '.join(sorted(own))}")
 
 
-# ── --long: a server that others wrote ───────────────────────────────────────────────────────────
-
-
-@contextmanager
-def served(model: Path) -> Iterator[str]:
-    """`transformers serve MODEL` on the CPU, until it answers; stopped at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            for _ in range(600):
-                with suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                    break
-                log.seek(0)
-                assert process.poll() is None, log.read().decode()[-2000:]
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def check_served(tmp: Path) -> None:
-    """A random model gives no verdict, and a model that is not served is refused."""
-    wanted = ("openai", "fastapi", "uvicorn")
-    if absent := [name for name in wanted if find_spec(name) is None]:
-        print(f"not checked: transformers serve, without {', '.join(absent)} (uv sync --extra)")
-        return
-    from scripts.verify.make_standin import Args
-    from scripts.verify.make_standin import main as make_standin
-
-    standin = tmp / "standin"
-    make_standin(Args(standin, hidden_size=128, num_layers=2))
-    with served(standin) as url:
-        rows = [("Return 1.", f"answer {i}") for i in range(4)]
-        found = judge.judge(Endpoint(url, str(standin), max_tokens=8), rows)
-        assert all(map(missing, found)), "a random model gave a verdict"
-        line = refusal(check_endpoint, Endpoint(url, "another"))
-        assert "does not answer (BadRequestError" in line and "another" in line, line
-    print("ok  transformers serve: a random model gives no verdict, another model is refused")
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if "--long" in sys.argv:
-            check_served(folder)
-        else:
-            check_forgery()
-            check_client()
-            check_refusals()
-            check_flags()
-            check_probe()
-            read_models_once()
-            others = other_environment(folder)
-            probed, judged = check_probe_run(folder, others), check_run(folder)
-            check_probe_data(folder, others, judged)
-            check_keys(probed, judged)
+        check_forgery()
+        check_client()
+        check_refusals()
+        check_flags()
+        check_probe()
+        read_models_once()
+        others = other_environment(folder)
+        probed, judged = check_probe_run(folder, others), check_run(folder)
+        check_probe_data(folder, others, judged)
+        check_keys(probed, judged)

@@ -160,24 +160,21 @@ def check_replaced_quarantine() -> None:
     before = parameters(policy)
     with policy.adapter.disabled():
         base = batch_logps(policy, batch, 1.0, 1000)
-    with policy.adapter.ablated("deployed"):
-        alone = batch_logps(policy, batch, 1.0, 1000)
-    again = logps_with(policy, learned, batch, 1.0, 1000)
-    assert torch.allclose(again, alone) and not torch.allclose(base, alone)
 
     def effect(deltas: list[torch.Tensor]) -> float:
         gap = (logps_with(policy, deltas, batch, 1.0, 1000) - base)[batch.completion_mask]
         return float((gap.exp() - gap - 1).mean())
 
     new = {
-        what: replaced_quarantine(what, policy, batch, 1.0, 1000, 1)
+        what: replaced_quarantine(what, policy, batch, 1.0, 1000, seed=1)
         for what in ("reset", "norm", "effect", "inverted")
     }
     assert all(unmoved(policy, before).values()), "the parameters have moved"
-    for a, b, c, same in zip(new["norm"], new["inverted"], new["reset"], learned):
-        assert torch.allclose(a.norm(), same.norm()) and torch.equal(b, -same)
-        assert torch.equal(c, same)
+    for same, noise, minus, old in zip(new["reset"], new["norm"], new["inverted"], learned):
+        assert torch.equal(same, old) and torch.equal(minus, -old)
+        assert torch.allclose(noise.norm(), old.norm())
     share = {what: effect(deltas) / effect(learned) for what, deltas in new.items()}
+    assert effect(learned) > 0.01 and share["reset"] == 1
     assert abs(share["effect"] - 1) < 0.1 and share["norm"] < 0.5, share
     print("ok  a random quarantine's share of the learned KL at equal norm", end=" ")
     print(f"{share['norm']:.2f}, at equal effect {share['effect']:.2f}")
@@ -227,30 +224,30 @@ def check_tokens() -> None:
     perturb(policy)
     score, composed, predicts = v_grad(pairs, by_token=True), behind(batch), gates.predicts(batch)
     gate = refreshed(Gate(score), policy)
-    counts = lambda zones: [int((zones[predicts] == z).sum()) for z in Zone]  # noqa: E731
+    counts = lambda zones: zones[predicts].bincount(minlength=3).tolist()  # noqa: E731
     real = gate(policy, batch)
-    dealt = refreshed(Control(gate, Haar(score, 1)), policy)(policy, composed, real)
+    dealt = Control(gate, Haar(score, 1))(policy, composed, real)
     assert dealt.zones.shape == batch.input_ids.shape == dealt.scores.shape
     assert counts(dealt.zones) == counts(real.zones) and min(counts(real.zones)) > 0
     assert torch.equal(dealt.zones == NO_ZONE, ~predicts)
-    assert dealt.scores[~predicts].isnan().all() and not dealt.by_row()[0].isnan().any()
+    assert torch.equal(dealt.scores.isnan(), ~predicts)
     routed = dealt.zones.where(~predicts, int(Zone.ROUTE))
     assert trained_blocks(routed) == {"deployed": False, "quarantine": True}
-    edge = Gate(score, cut="zero")
 
     def unlike() -> int:
         """Of eight placebos, those whose counts are not the gate's."""
+        edge = Gate(score, cut="zero")
         gated = edge(policy, batch)
         placebos = [Control(edge, Haar(score, seed)) for seed in range(8)]
         zones = [placebo(policy, composed, gated).zones for placebo in placebos]
         return sum(counts(z) != counts(gated.zones) for z in zones)
 
-    everywhere = lambda batch: torch.ones_like(batch.attention_mask).bool()  # noqa: E731
-    with mock.patch.object(gates, "predicts", everywhere):
+    everywhere = torch.ones_like(predicts)
+    with mock.patch.object(gates, "predicts", lambda batch: everywhere):
         padded = unlike()
     assert unlike() == 0 and padded > 4, f"where padding is dealt {padded} of 8 differ"
-    whole = probe_gradients(policy, batch, replace(PROBE, positions="all"))
-    tokens = probe_gradients(policy, batch, replace(PROBE, positions="all"), by_token=True)
+    options = replace(PROBE, positions="all")
+    whole, tokens = (probe_gradients(policy, batch, options, by_token=b) for b in (False, True))
     assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5)
     assert not torch.allclose(tokens[:, :1], whole, atol=1e-3)
     pooled = partial(activations, policy, batch, space="residual", layer=1)
@@ -268,12 +265,12 @@ def check_controls_and_oracle() -> None:
 
     exact = oracle()
     assert torch.equal(exact.scores.bool(), label)
-    assert torch.equal(exact.zones == Zone.ROUTE, label) and (exact.zones[~label] == 0).all()
+    assert torch.equal(exact.zones, label * int(Zone.ROUTE))
     assert torch.equal(oracle(oracle_modes=(Mode.SENTINEL,)).zones, exact.zones)
     assert not oracle(oracle_modes=(Mode.RUN_TESTS,)).zones.any(), "labels of another mode"
     noisy = [oracle(s, oracle_recall=0.5, oracle_fpr=0.1).scores for s in range(200)]
-    rates = torch.stack(noisy).mean(0)
-    assert abs(rates[label].mean() - 0.5) < 0.03 and abs(rates[~label].mean() - 0.1) < 0.02
+    recall, false = (torch.stack(noisy)[:, rows].mean() for rows in (label, ~label))
+    assert abs(recall - 0.5) < 0.03 and abs(false - 0.1) < 0.02, (recall, false)
     composed, scored = behind(batch), Scored(plain.scores)
     length = Confound("length").rank(policy, composed, scored)
     assert torch.equal(length, batch.completion_mask.sum(1).float())
@@ -288,27 +285,27 @@ def check_controls_and_oracle() -> None:
 
 def check_actions() -> None:
     rewards, group = torch.tensor([3.5, 0.5, 0.5, 3.5, 0.5, 3.5]), torch.tensor([0, 0, 0, 1, 1, 1])
-    A = grpo.advantages(rewards, group)
+    A, zones = grpo.advantages(rewards, group), torch.tensor([2, 0, 0, 2, 0, 0])
     batch = replace(random_batch(6), rewards=rewards, group=group, advantages=A)
-    zones = torch.tensor([2, 0, 0, 2, 0, 0])
     gated = Gated(zones, torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]), 0.0, 1.0)
-    routed = route(batch, gated, Options())
-    assert torch.equal(routed.batch.advantages, A) and torch.equal(routed.zones, zones)
-    own = route(batch, gated, Options(retained_advantages=True)).batch.advantages
-    assert torch.allclose(own, grpo.retained_advantages(rewards, group, zones))
-    dropped = drop(batch, gated, Options())
-    assert dropped.rows.tolist() == [1, 2, 4, 5] and (dropped.zones == Zone.ABSORB).all()
-    assert torch.allclose(dropped.batch.advantages, torch.tensor([0.0, 0.0, -1.5, 1.5]))
-    for act in (drop, penalise):  # where one block is deployed, the other learns nothing
-        assert not act(batch, gated, Options(zone=Zone.RETAIN)).zones.any()
     z = group_z(gated.scores, group)
-    wanted = grpo.advantages(rewards * (1 - 2 * torch.sigmoid(z) * (z > 0)), group)
-    fined = penalise(batch, gated, Options(alpha=2.0))
-    assert torch.allclose(fined.batch.advantages, wanted) and (fined.zones == Zone.ABSORB).all()
-    assert wanted[0] < A[0], "what is flagged is not lowered"
-    unfined = penalise(batch, gated, Options(alpha=0.0))
-    assert torch.allclose(unfined.batch.advantages, A), "α = 0 penalises"
-    assert drop(batch, replace(gated, zones=torch.full((6,), 2)), Options()) is None
+    fined = grpo.advantages(rewards * (1 - 2 * torch.sigmoid(z) * (z > 0)), group)
+    assert fined[0] < A[0], "what is flagged is not lowered"
+    retained = grpo.retained_advantages(rewards, group, zones)
+    left, absorbed = torch.tensor([0.0, 0.0, -1.5, 1.5]), torch.ones(6)
+    for action, options, advantages, zone in (
+        (route, Options(), A, zones),
+        (route, Options(retained_advantages=True), retained, zones),
+        (drop, Options(), left, absorbed[:4]),
+        (drop, Options(zone=Zone.RETAIN), left, absorbed[:4] * 0),
+        (penalise, Options(alpha=2.0), fined, absorbed),
+        (penalise, Options(alpha=0.0, zone=Zone.RETAIN), A, absorbed * 0),
+    ):
+        trained = action(batch, gated, options)
+        assert torch.allclose(trained.batch.advantages, advantages), action
+        assert trained.zones.tolist() == zone.tolist(), action
+    assert drop(batch, gated, Options()).rows.tolist() == [1, 2, 4, 5]
+    assert drop(batch, replace(gated, zones=absorbed.long() * 2), Options()) is None
     print("ok  route keeps, filter drops and re-centres, penalise lowers what it flags")
 
 

@@ -11,12 +11,11 @@ import sys
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, make_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file
 from scripts.verify.loop import label_blind, run, same_adapter, untimed
 from scripts.verify.tiny import read_models_once
 
@@ -29,14 +28,15 @@ from vgrout.env.rollouts import Composed
 from vgrout.gate.actions import ACTIONS
 from vgrout.gate.controls import Control, ControlScore
 from vgrout.gate.gate import Gate, Gated, PinnedGate
+from vgrout.gate.phases import LivePhase
 from vgrout.gate.scores import Score, Scored
 from vgrout.model.batch import Batch, Behaviour, Trained
 from vgrout.model.grpo import grpo_loss
+from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.update import update
 from vgrout.run import evaluate as evaluation
 from vgrout.run.records import (
-    load_adapter,
     load_evals,
     load_metrics,
     load_record,
@@ -47,17 +47,15 @@ from vgrout.run.records import (
 # steps 0 and 1 train the quarantine, 2 has demonstrations and a score, 3 no demonstrations
 TWO_PHASES = "routeV --steps 4 --quarantine-first 2 --enter reset --centred --teacher-until 3"
 OFTEN = "--save-every 1 --eval-every 1 --eval-draws 6"
-FIRST = "absorbQ --quarantine-first 2 --snapshot-every 1 --learning-rate 1e-4 --warmup-steps 0"
-SCORED = [  # every score without a live monitor, every action, every kind of phase
-    "routeV --granularity token",
+UNPAID = "filterQ --quarantine-first 1 --no-phase-pays"
+LINES = [  # with TWO_PHASES, and a judge's in verify_monitors: every score, action, kind of phase
     "routeA --action penalise",
     "routeL --signed --retained-advantages --gen-deploy-frac 0.5",
-    "placebo",
-    "filterQ --quarantine-first 1",
-    "penaltyQ --quarantine-first 1 --no-phase-pays",
+    UNPAID,
     "matched_absorbQ --quarantine-first 1",
-    "oracle",
+    "oracle --steps 2",
 ]
+LONG = ["routeV --granularity token", "absorbQ --quarantine-first 1 --enter inverted"]
 LABELS = {"mode", "teacher", "grade", "mechanism", "correct", "reward_hack", "passed", "rollouts"}
 LABELLED = (Composed, Rollout, Group, Grade, Problem)
 
@@ -150,14 +148,13 @@ def check_parameters(tmp: str, plain: Path, evaluated: Path) -> None:
     assert same_adapter(plain, evaluated), "evaluations or checkpoints changed parameters"
     unmeasured = run(f"{tmp}/unmeasured", f"{TWO_PHASES} --snapshot-every 0")
     assert same_adapter(plain, unmeasured), "a snapshot or its measure changed parameters"
-    mutants = (
+    for owner, name, mutant in (
         (train, "compose", leaky),
         (experiment, "gradient_norms", trained_by_measure),
         (evaluation, "evaluate", moved_by_evaluation),
-    )
-    for owner, name, mutant in mutants:
+    ):
         with mock.patch.object(owner, name, mutant):
-            quiet = mutant is not moved_by_evaluation
+            quiet = owner is not evaluation
             changed = run(f"{tmp}/{mutant.__name__}", TWO_PHASES, quiet=quiet)
         assert not same_adapter(plain, changed), f"{mutant.__name__} goes unnoticed"
     print("ok  random labels, evaluations, snapshots leave the parameters bit-identical;", end=" ")
@@ -172,7 +169,15 @@ def check_labels(tmp: str, lines: list[str]) -> None:
         assert trained >= 2, f"{line}: only {trained} steps trained"
         blind = label_blind(plain, f"{tmp}/blind{i}", line, seed=i)
         assert blind != load_record(plain).notes["oracle"], f"{line}: blind to labels: {blind}"
+        if line == UNPAID:
+            assert unearned(plain, 0) == {False} and True in unearned(plain, 1)
     print(f"ok  labels change the parameters of no arm but an oracle: {', '.join(lines)}")
+
+
+def unearned(folder: Path, step: int) -> set[bool]:
+    """Was a row of the step paid whose exploit fired and which is wrong?"""
+    rows = [row for row in load_rollouts(folder) if row["step"] == step]
+    return {row["passed"] for row in rows if row["mechanism"] and not row["correct"]}
 
 
 def every_arm() -> list[str]:
@@ -184,41 +189,37 @@ def every_arm() -> list[str]:
 # ── phases ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def states(folder: Path, steps: set[int]) -> set[tuple[bool, str]]:
-    """(sampled ablated, zone) of the rows of some steps."""
-    rows = [row for row in load_rollouts(folder) if row["step"] in steps and "zone" in row]
-    return {(row["sampled_ablated"], row["zone"]) for row in rows}
-
-
-def unearned(folder: Path, steps: set[int]) -> set[bool]:
-    """Was a row paid whose exploit fired and which is wrong?"""
-    rows = [row for row in load_rollouts(folder) if row["step"] in steps]
-    return {row["passed"] for row in rows if row["mechanism"] and not row["correct"]}
-
-
 def check_phases(tmp: str) -> None:
-    """A first phase trains the quarantine alone; what enters takes its place afterwards."""
-    variants = {"": "", "unpaid": "--no-phase-pays"}
-    variants |= {name: f"--enter {name}" for name in ("reset", "norm", "effect", "inverted")}
-    runs = {name: run(f"{tmp}/first{name}", f"{FIRST} {v}") for name, v in variants.items()}
-    assert states(runs[""], {0, 1}) == {(False, "ROUTE")}, "a row of the first phase is not ROUTEd"
-    assert {zone for _, zone in states(runs[""], {2})} <= {"RETAIN", "ABSORB"}
-    assert (True, "RETAIN") in states(runs[""], {2}), "the second phase is not sampled ablated"
-    assert unearned(runs["unpaid"], {0, 1}) == {False} and True in unearned(runs["unpaid"], {2})
-    assert unearned(runs[""], {0, 1}) == {True}, "loopholes are paid for unless a flag says not"
-    learned = load_file(load_snapshots(runs[""])[2])
-    trained = sorted(k for k in learned if k.endswith(("dA", "dB")) and learned[k].any())
-    assert trained and all(".quarantine." in k for k in trained), "another block was trained"
-    last = {name: load_adapter(folder)[0] for name, folder in runs.items()}
-    cosine = {}
-    for name, tensors in last.items():
-        flat = [torch.cat([x[k].flatten() for k in trained]) for x in (learned, tensors)]
-        cosine[name] = float(torch.cosine_similarity(*flat, dim=0))
-    assert min(cosine[""], cosine["reset"], -cosine["inverted"]) > 0.8, cosine
+    """A first phase trains the quarantine alone; then every --enter takes its place as it says."""
+    found: dict[str, torch.Tensor] = {}
+
+    def every(live, policy, optimizer, groups, *, enter=LivePhase.enter):
+        if not live.start:
+            return
+        blocks = {b: policy.adapter.parameters(b) for b in BLOCKS}
+        assert not any(p.any() for p in blocks["deployed"]), "the first phase trained another block"
+        found["learned"] = torch.cat([p.detach().flatten() for p in blocks["quarantine"]])
+        values = [p.detach().clone() for p in blocks["quarantine"]]
+        assert len(optimizer.adamw.state) == len(values)
+        for name in ("reset", "norm", "effect", "inverted"):
+            enter(replace(live, phase=replace(live.phase, enter=name)), policy, optimizer, groups)
+            found[name] = torch.cat([p.detach().flatten() for p in blocks["quarantine"]])
+            assert not optimizer.adamw.state, "moments outlive the quarantine that had them"
+            optimizer.put("quarantine", values)
+
+    with mock.patch.object(LivePhase, "enter", every):
+        folder = run(f"{tmp}/phases", "absorbQ --quarantine-first 2")
+    rows = [row for row in load_rollouts(folder) if "zone" in row]
+    states = [{(r["sampled_ablated"], r["zone"]) for r in rows if r["step"] == s} for s in range(3)]
+    assert states[0] == states[1] == {(False, "ROUTE")}, "a row of the first phase is not ROUTEd"
+    assert {zone for _, zone in states[2]} <= {"RETAIN", "ABSORB"}
+    assert (True, "RETAIN") in states[2], "the second phase is not sampled ablated"
+    assert unearned(folder, 0) == {True}, "loopholes are paid for unless a flag says not"
+    learned = found.pop("learned")
+    cosine = {k: float(torch.cosine_similarity(v, learned, dim=0)) for k, v in found.items()}
+    assert cosine["reset"] > 0.999 and cosine["inverted"] < -0.999, cosine
     assert max(abs(cosine["norm"]), abs(cosine["effect"])) < 0.2, cosine
-    assert cosine["reset"] != cosine[""], "the moments are not reset"
-    words = ", ".join(f"{name or 'learned'} {value:+.2f}" for name, value in cosine.items())
-    print(f"ok  after one first phase, cosine of the last quarantine with its own: {words}")
+    print("ok  the first phase trains the quarantine; cosine with what enters:", cosine)
 
 
 # ── evaluation and resume ────────────────────────────────────────────────────────────────────────
@@ -275,8 +276,9 @@ def check_resume(tmp: str, whole: Path) -> None:
     with mock.patch.object(BlockOptimizer, "load_state_dict", lambda *_: None):
         run(forgetful, f"{line} --resume")
     assert not same_adapter(whole, forgetful), "moments that are not restored go unnoticed"
-    other = run(f"{tmp}/other", f"{line} --seed 42")
-    assert not same_adapter(whole, other), "another seed gives the same run"
+    other = run(f"{tmp}/other", f"{TWO_PHASES} --steps 3 --seed 42")
+    texts = [[row["completion"] for row in load_rollouts(f)][:9] for f in (whole, other)]
+    assert texts[0] != texts[1], "another seed gives the same run"
     for flags in ("", " --resume"):
         try:
             run(whole, line + flags)
@@ -299,7 +301,7 @@ if __name__ == "__main__":
     read_models_once()
     with tempfile.TemporaryDirectory() as tmp:
         if "--long" in sys.argv:
-            check_labels(tmp, every_arm() + SCORED)
+            check_labels(tmp, every_arm() + LINES + LONG)
         else:
             check_types(tmp)
             plain = run(f"{tmp}/plain", TWO_PHASES)
@@ -307,5 +309,5 @@ if __name__ == "__main__":
             check_parameters(tmp, plain, evaluated)
             check_evaluation(evaluated, plain)
             check_resume(tmp, evaluated)
-            check_labels(tmp, SCORED)
+            check_labels(tmp, LINES)
             check_phases(tmp)
