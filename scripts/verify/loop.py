@@ -34,14 +34,26 @@ def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(mock.patch.object(evaluation, "evaluate", _one_token))
-            stack.enter_context(mock.patch.object(experiment, "dry_run", lambda *_: None))
+            stack.enter_context(
+                mock.patch.object(
+                    experiment,
+                    "dry_run",
+                    lambda *_: None,
+                )
+            )
         train.main(*parse(argv))
     return Path(folder)
 
 
 def _one_token(policy, problems, grader, sampling, *, evaluate=evaluation.evaluate, **options):
     short = replace(sampling, max_completion_length=1)
-    return evaluate(policy, problems, grader, short, **options | {"draws": 1})
+    return evaluate(
+        policy,
+        problems,
+        grader,
+        short,
+        **options | {"draws": 1},
+    )
 
 
 def same_adapter(a: Path, b: Path) -> bool:
@@ -65,12 +77,17 @@ def label_blind(plain: Path, folder: object, line: str, seed: int = 0) -> bool:
     among demonstrations (gate/controls.py).
     """
     controls = any(phase["control"] for phase in load_record(plain).notes["phases"])
-    compose, rng = train.compose, random.Random(seed)
+    compose = train.compose
+    rng = random.Random(seed)
 
     def blind(groups, *rest):
         for row in (row for group in groups for row in group.rollouts):
             row.grade = random_grade(row.grade, rng)
-            row.problem = replace(row.problem, mode=rng.choice(list(Mode)), marker="x")
+            row.problem = replace(
+                row.problem,
+                mode=rng.choice(list(Mode)),
+                marker="x",
+            )
             row.teacher = row.teacher if controls else rng.random() < 0.5
         return compose(groups, *rest)
 

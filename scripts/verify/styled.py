@@ -17,7 +17,17 @@ from vgrout.stats import auroc
 
 PROBE = ProbeOptions(max_completion_length=8, temperature=1.0, token_budget=1000)
 PROBLEM = Problem("p", "Return 1.", "solve", "", (), "", mode=Mode.SENTINEL)
-GRADE = Grade(0.5, True, False, False, False, "", False, Verdict.WRONG, 0.0)
+GRADE = Grade(
+    0.5,
+    True,
+    False,
+    False,
+    False,
+    "",
+    False,
+    Verdict.WRONG,
+    0.0,
+)
 Refreshed = TypeVar("Refreshed")
 
 
@@ -55,13 +65,25 @@ def paired(prompts: list[list[int]], hack: list[list[int]], clean: list[list[int
     """Hack sides, then clean sides, of pairs on prompts of their own."""
     n = len(prompts)
     ones = [1.0] * (2 * n)
-    return collate(prompts * 2, hack + clean, ones, [*range(n)] * 2, ones, PAD, "cpu")
+    return collate(
+        prompts * 2,
+        hack + clean,
+        ones,
+        [*range(n)] * 2,
+        ones,
+        PAD,
+        "cpu",
+    )
 
 
 def pairs_of(batch: Batch) -> Batch:
     """Any batch as pairs: its first half as hack sides, its second as clean sides."""
     n = len(batch.group)
-    return replace(batch, advantages=torch.ones(n), group=torch.arange(n // 2).repeat(2))
+    return replace(
+        batch,
+        advantages=torch.ones(n),
+        group=torch.arange(n // 2).repeat(2),
+    )
 
 
 def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Composed:
@@ -70,8 +92,21 @@ def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Compo
     rollouts = []
     for i, hack in enumerate(hacks or [False] * n):
         grade = replace(GRADE, mechanism="x" if hack else "")
-        rollouts.append(Rollout(PROBLEM, [], [], "", teacher=i < teachers, grade=grade))
+        rollouts.append(
+            Rollout(
+                PROBLEM,
+                [],
+                [],
+                "",
+                teacher=i < teachers,
+                grade=grade,
+            )
+        )
     g = torch.Generator().manual_seed(0)
     logps = torch.randn(batch.completion_ids.shape, generator=g)
     logps[:teachers] = float("nan")
-    return Composed(rollouts, batch, Behaviour(torch.zeros(n, dtype=torch.bool), logps))
+    return Composed(
+        rollouts,
+        batch,
+        Behaviour(torch.zeros(n, dtype=torch.bool), logps),
+    )

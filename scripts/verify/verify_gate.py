@@ -22,17 +22,28 @@ from vgrout.model.policy import logps
 
 
 def check_swap() -> None:
-    policy, pairs = tiny_policy(), pairs_of(random_batch(16, 3))
+    policy = tiny_policy()
+    pairs = pairs_of(random_batch(16, 3))
     perturb(policy)
     hack, clean = probe_gradients(policy, pairs, PROBE)[:, 0].chunk(2)
     v, midpoint = contrast(hack, clean)
     back, same = contrast(clean, hack)
-    assert torch.allclose(back, -v, atol=1e-6) and torch.allclose(midpoint, same)
-    assert torch.allclose(v.norm(dim=1), torch.ones(len(v)), atol=1e-5)
+    assert torch.allclose(back, -v, atol=1e-6)
+    assert torch.allclose(midpoint, same)
+    assert torch.allclose(
+        v.norm(dim=1),
+        torch.ones(len(v)),
+        atol=1e-5,
+    )
     sides = torch.ones(16)
     sides[8:] = -1  # the definition: ∂L/∂c at A = +1 on the hack, −1 on the clean side
     with policy.adapter.probing(16) as c:
-        loss = scored_loss(logps(policy, pairs, 1.0), pairs.completion_mask, sides, 8).sum()
+        loss = scored_loss(
+            logps(policy, pairs, 1.0),
+            pairs.completion_mask,
+            sides,
+            8,
+        ).sum()
         gradients = torch.autograd.grad(loss, list(c.values()))
     summed = torch.stack([g[:, 0] for g in gradients], 1).sum(0) / 8
     assert torch.allclose(unit_per_module(summed), v, atol=1e-5), "not ∇logp(clean) − ∇logp(hack)"
@@ -43,25 +54,35 @@ def check_swap() -> None:
 
 def check_planted() -> None:
     g = torch.Generator().manual_seed(0)
-    shape, hack = (28, 8), torch.arange(200) < 100
+    shape = (28, 8)
+    hack = torch.arange(200) < 100
     planted = 0.9 * unit_per_module(torch.randn(shape, generator=g))
-    noise, sides = torch.randn(200, *shape, generator=g), torch.randn(2, 24, *shape, generator=g)
+    noise = torch.randn(200, *shape, generator=g)
+    sides = torch.randn(2, 24, *shape, generator=g)
     rows = noise + hack[:, None, None] * planted
     v, _ = contrast(sides[0] + planted, sides[1])
     real, blind = (area(project(features, v), hack) for features in (rows, noise))
-    draws = [area(project(rows, haar(*shape, seed)), hack) for seed in range(1, 41)]
+    draws = [
+        area(
+            project(rows, haar(*shape, seed)),
+            hack,
+        )
+        for seed in range(1, 41)
+    ]
     mean = sum(draws) / 40
     assert real > max(0.95, *draws)
     assert abs(mean - 0.5) < 0.06
     assert abs(blind - 0.5) < 0.12, "AUROC is high without a planted direction"
     one, same, other = (haar(*shape, seed) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
     print(f"ok  planted direction: AUROC {real:.3f}; 40 Haar {mean:.3f}; without it {blind:.2f}")
 
 
 def check_leave_one_out() -> None:
     """On pure noise in-sample scores separate the sides, out-of-sample scores do not."""
-    label, prompt = torch.arange(48) < 24, torch.arange(24) // 2
+    label = torch.arange(48) < 24
+    prompt = torch.arange(24) // 2
     found = []
     for seed in range(8):
         g = torch.Generator().manual_seed(seed)
@@ -74,14 +95,23 @@ def check_leave_one_out() -> None:
     assert inside > 0.85 and 0.35 < out < 0.6, (inside, out)
     louder = torch.cat([hack[:2] * 5, hack[2:]])
     again, _ = out_of_sample(louder, clean, prompt)
-    assert torch.allclose(again[:2], held[:2], atol=1e-5), "its own prompt is in its direction"
-    alone, _ = out_of_sample(hack, clean, torch.zeros(24, dtype=torch.long))
+    assert torch.allclose(
+        again[:2],
+        held[:2],
+        atol=1e-5,
+    ), "its own prompt is in its direction"
+    alone, _ = out_of_sample(
+        hack,
+        clean,
+        torch.zeros(24, dtype=torch.long),
+    )
     assert alone.isnan().all()
     print(f"ok  pair scores on noise: AUROC {out:.2f} out of sample, {inside:.2f} in sample")
 
 
 def check_band() -> None:
-    scores, A = torch.tensor([-0.5, 0.1, 0.5, 0.9, 0.9]), torch.tensor([1.0, 1, 1, 1, 0])
+    scores = torch.tensor([-0.5, 0.1, 0.5, 0.9, 0.9])
+    A = torch.tensor([1.0, 1, 1, 1, 0])
     wanted = [Zone.RETAIN, Zone.ABSORB, Zone.ABSORB, Zone.ROUTE, Zone.RETAIN]
     assert zones_from_band(scores, A, 0.0, 0.6).tolist() == wanted
     for lower, upper in ((0.6, 0.0), (0.3, 0.3), (float("nan"), 0.6)):
@@ -97,7 +127,8 @@ def check_matched_shares() -> None:
     def counts(zones: torch.Tensor) -> list[list[int]]:
         return [zones[stratum == s].bincount(minlength=3).tolist() for s in range(4)]
 
-    g, pooled = torch.Generator().manual_seed(2), 0
+    g = torch.Generator().manual_seed(2)
+    pooled = 0
     for _ in range(50):
         shadow = torch.randint(0, 3, (40,), generator=g)
         stratum = torch.randint(0, 4, (40,), generator=g)
@@ -120,11 +151,18 @@ def check_placebo() -> None:
     """A placebo differs from the real gate in its scores alone; it is drawn anew, and restores."""
     policy, batch = tiny_policy(), random_batch(12)
     perturb(policy)
-    pairs, composed = pairs_of(random_batch(16, 3)), behind(batch)
+    pairs = pairs_of(random_batch(16, 3))
+    composed = behind(batch)
     score = DirectionScore(pairs, space="c_probe", probe=PROBE)
     gate = refreshed(Gate(score), policy)
     real = gate(policy, batch)
-    placebos = [refreshed(Control(gate, Haar(score, seed)), policy) for seed in (1, 2)]
+    placebos = [
+        refreshed(
+            Control(gate, Haar(score, seed)),
+            policy,
+        )
+        for seed in (1, 2)
+    ]
     one, two = (placebo(policy, composed, real) for placebo in placebos)
     assert (real.lower, real.upper) == (one.lower, one.upper)
     assert torch.equal(real.zones.bincount(), one.zones.bincount())
@@ -145,11 +183,25 @@ def check_placebo() -> None:
 def check_signed() -> None:
     """With --signed what an update discourages may train the deployed block."""
     batch = random_batch(12)
-    score = DirectionScore(pairs_of(random_batch(16, 3)), space="c_probe", probe=PROBE)
+    score = DirectionScore(
+        pairs_of(random_batch(16, 3)),
+        space="c_probe",
+        probe=PROBE,
+    )
     score.pairs_clean, score.pairs_hack = torch.zeros(8), torch.ones(8)
-    routed, scores = torch.full((12,), int(Zone.ROUTE)), torch.ones(12)
+    routed = torch.full((12,), int(Zone.ROUTE))
+    scores = torch.ones(12)
     for signed, retained in ((True, batch.advantages < 0), (False, routed < 0)):
-        zones = Gate(score, signed=signed).gated(batch, routed, scores, Scored(scores)).zones
+        zones = (
+            Gate(score, signed=signed)
+            .gated(
+                batch,
+                routed,
+                scores,
+                Scored(scores),
+            )
+            .zones
+        )
         assert torch.equal(zones == Zone.RETAIN, retained)
     print("ok  --signed retains flagged rows with A < 0, and those alone")
 
@@ -157,9 +209,16 @@ def check_signed() -> None:
 def check_pinned() -> None:
     policy, batch = tiny_policy(), random_batch(12)
     pinned = PinnedGate(Zone.ABSORB)(policy, batch)
-    assert (pinned.zones == Zone.ABSORB).all() and pinned.scores.isnan().all()
+    assert (pinned.zones == Zone.ABSORB).all()
+    assert pinned.scores.isnan().all()
     seeds = [1, *range(200)]
-    shared = [PinnedGate(Zone.RETAIN, 0.3, seed)(policy, batch).zones for seed in seeds]
+    shared = [
+        PinnedGate(Zone.RETAIN, 0.3, seed)(
+            policy,
+            batch,
+        ).zones
+        for seed in seeds
+    ]
     assert torch.equal(shared[0], shared[2]), "one seed, two draws"
     zones = torch.stack(shared)
     assert {*zones.flatten().tolist()} == {Zone.RETAIN, Zone.ABSORB}

@@ -18,11 +18,15 @@ def loop_loss(
     """The definition with scalars."""
     total = 0.0
     for i, t in mask.nonzero().tolist():
-        ratio, advantage = math.exp(new[i, t] - old[i, t]), float(A[i])
+        ratio = math.exp(new[i, t] - old[i, t])
+        advantage = float(A[i])
         clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
         total -= min(ratio * advantage, clipped * advantage)
         weight = BETA * ratio if corrected else BETA
-        total += weight * k3(float(ref[i, t] - new[i, t]), linear_from)
+        total += weight * k3(
+            float(ref[i, t] - new[i, t]),
+            linear_from,
+        )
     return total / NORMALISER
 
 
@@ -35,7 +39,8 @@ def k3(gap: float, linear_from: float) -> float:
 def check_loss() -> None:
     g = torch.Generator().manual_seed(0)
     new, old, ref = (-torch.rand(5, 7, generator=g) * 2 for _ in range(3))
-    mask, A = torch.rand(5, 7, generator=g) > 0.3, torch.randn(5, generator=g)
+    mask = torch.rand(5, 7, generator=g) > 0.3
+    A = torch.randn(5, generator=g)
     parts = new, old, ref, mask, A
     how = dict(epsilon=EPSILON, beta=BETA, normaliser=NORMALISER)
     loss, by_token = grpo.grpo_loss(*parts, **how)
@@ -45,9 +50,11 @@ def check_loss() -> None:
     corrected = float(grpo.grpo_loss(*parts, **how, corrected=True)[0])
     assert abs(corrected - loop_loss(*parts, corrected=True)) < 1e-5
     assert abs(corrected - wanted) > 1e-3, "the correction of the KL does nothing"
-    assert 0 < float(by_token["clipped"][mask].mean()) < 1 and float(by_token["kl"].min()) >= 0
+    assert 0 < float(by_token["clipped"][mask].mean()) < 1
+    assert float(by_token["kl"].min()) >= 0
     ref[tuple(mask.nonzero()[0])] += 20  # a token that the policy has all but given up
-    far, linear = float(grpo.grpo_loss(*parts, **how)[0]), loop_loss(*parts)
+    far = float(grpo.grpo_loss(*parts, **how)[0])
+    linear = loop_loss(*parts)
     unbounded = loop_loss(*parts, linear_from=math.inf)
     assert abs(far - linear) < 1e-4 * linear and unbounded > linear + 1, (far, linear, unbounded)
     rows = torch.stack([-A[i] * new[i][mask[i]].sum() / 9 for i in range(5)])
@@ -62,8 +69,23 @@ def check_gradient_of_first_step() -> None:
     masked = batch.completion_mask, batch.advantages
     new = logps(policy, batch, 0.7)
     how = dict(epsilon=EPSILON, beta=0.0, normaliser=8.0)
-    losses = [grpo.grpo_loss(new, new.detach(), None, *masked, **how)[0]]
-    losses += [grpo.scored_loss(logps(policy, batch, t), *masked, 8).sum() for t in (0.7, 1.0)]
+    losses = [
+        grpo.grpo_loss(
+            new,
+            new.detach(),
+            None,
+            *masked,
+            **how,
+        )[0]
+    ]
+    losses += [
+        grpo.scored_loss(
+            logps(policy, batch, t),
+            *masked,
+            8,
+        ).sum()
+        for t in (0.7, 1.0)
+    ]
     parameters = policy.adapter.parameters("deployed")
     applied, scored, other = (
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in losses
@@ -75,11 +97,18 @@ def check_gradient_of_first_step() -> None:
 
 def check_advantages() -> None:
     rewards = torch.tensor([3.5, 0.5, 0.5, 0.5, 3.5, 3.5])
-    group, zones = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([2, 0, 1, 0, 0, 2])
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    zones = torch.tensor([2, 0, 1, 0, 0, 2])
     plain = grpo.advantages(rewards, group)
-    assert torch.allclose(plain, torch.tensor([2.0, -1, -1, -2, 1, 1]))
+    assert torch.allclose(
+        plain,
+        torch.tensor([2.0, -1, -1, -2, 1, 1]),
+    )
     retained = grpo.retained_advantages(rewards, group, zones)
-    assert torch.allclose(retained, torch.tensor([2.0, 0, 0, -1.5, 1.5, 1])), retained
+    assert torch.allclose(
+        retained,
+        torch.tensor([2.0, 0, 0, -1.5, 1.5, 1]),
+    ), retained
     assert not torch.allclose(retained, plain)
     routed = torch.full((6,), int(Zone.ROUTE))
     whole = grpo.retained_advantages(rewards, group, routed)
@@ -99,16 +128,33 @@ def check_micro_batches() -> None:
             part = tokens.select(batch, rows)
             assert len(rows) == 1 or part.input_ids.numel() <= budget, (budget, rows)
             lp = logps(policy, part, 1.0)
-            assert torch.allclose(lp, whole[rows, : lp.shape[1]], atol=1e-5)
+            assert torch.allclose(
+                lp,
+                whole[rows, : lp.shape[1]],
+                atol=1e-5,
+            )
     shifted = tokens.select(batch, torch.arange(8))
     shifted.completion_start = shifted.completion_start + 1
-    assert not torch.allclose(logps(policy, shifted, 1.0), whole, atol=1e-3), "off by one"
+    assert not torch.allclose(
+        logps(policy, shifted, 1.0),
+        whole,
+        atol=1e-3,
+    ), "off by one"
     print("ok  micro-batches cover every row once, within the budget, with the whole's log-probs")
 
 
 def check_layout() -> None:
-    prompts, completions = [[5, 6, 7], [8, 9]], [[4], [3, EOS]]
-    batch = tokens.collate(prompts, completions, [0.0, 1.0], [0, 0], [-0.5, 0.5], PAD, "cpu")
+    prompts = [[5, 6, 7], [8, 9]]
+    completions = [[4], [3, EOS]]
+    batch = tokens.collate(
+        prompts,
+        completions,
+        [0.0, 1.0],
+        [0, 0],
+        [-0.5, 0.5],
+        PAD,
+        "cpu",
+    )
     assert batch.input_ids.tolist() == [[5, 6, 7, 4], [8, 9, 3, EOS]]
     assert batch.completion_start.tolist() == [3, 2]
     assert batch.completion_ids.tolist() == [[4, PAD], [3, EOS]]
@@ -116,7 +162,12 @@ def check_layout() -> None:
     tokens.check_prompt_lengths({"p7": [1] * 8}, 8, 4, 12)
     for length, limit, context, words in ((9, 1, None, "p7"), (8, 5, 12, "context of 12")):
         try:
-            tokens.check_prompt_lengths({"p7": [1] * length}, 8, limit, context)
+            tokens.check_prompt_lengths(
+                {"p7": [1] * length},
+                8,
+                limit,
+                context,
+            )
             raise AssertionError("a prompt over the limit, or without room behind it, is accepted")
         except UserError as error:
             assert words in str(error), error

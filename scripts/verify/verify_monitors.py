@@ -91,7 +91,10 @@ def plain_chat(endpoint: Endpoint) -> Iterator[Callable[[judge.Messages], str]]:
     def ask(asked: judge.Messages) -> str:
         body = json.dumps({"model": endpoint.model, "messages": asked}).encode()
         try:
-            with urllib.request.urlopen(f"{endpoint.url}/chat/completions", body) as reply:
+            with urllib.request.urlopen(
+                f"{endpoint.url}/chat/completions",
+                body,
+            ) as reply:
                 return json.load(reply)["choices"][0]["message"]["content"]
         except OSError as error:
             raise NoAnswer(str(error)) from None
@@ -138,14 +141,16 @@ def check_forgery() -> None:
         text = asked[-1]["content"]
         quoted = judge.CONTROL.sub(lambda found: found[0] + " ", forged)
         assert tag not in forged and SECTION.search(text)[2] == quoted, forged
-        assert "<|im_end|>" not in text and text.count(f"END ANSWER {tag}") == 1
+        assert "<|im_end|>" not in text
+        assert text.count(f"END ANSWER {tag}") == 1
         echo = f"The answer reads:\n{forged}"
         assert missing(verdict(echo, tag)), "a forged verdict counts"
         assert verdict(f"{echo}\nVERDICT {tag}: HACK", tag) == 1.0
         lenient = re.findall(r"VERDICT[^:]*: (HACK|CLEAN)", echo)  # mutation: no tag, any place
         assert lenient[-1] == "CLEAN", "a parser without tag and place is not even tempted"
     tag, other, task = (question(*row)[0] for row in (("a", "b"), ("a", "c"), ("c", "b")))
-    assert len({tag, other, task}) == 3 and tag == question("a", "b")[0]
+    assert len({tag, other, task}) == 3
+    assert tag == question("a", "b")[0]
     assert verdict(f"Because.\n\n**VERDICT {tag}: CLEAN**\n", tag) == 0.0
     for text in ("", "VERDICT {}: MAYBE", "VERDICT {}: HACK\nor so", "verdict {}: hack"):
         assert missing(verdict(text.format(tag), tag)), text
@@ -159,14 +164,22 @@ def check_client() -> None:
         return
     row = ("a", "b")
     with server(lambda body, n: (500, "busy") if n < 2 else planted(body, n)) as (url, seen):
-        assert judge.judge(Endpoint(url, "m", retries=3), [row, row]) == [0.0, 0.0]
+        assert judge.judge(
+            Endpoint(url, "m", retries=3),
+            [row, row],
+        ) == [0.0, 0.0]
         assert len(seen) == 3, "equal rows are asked once"
         body = seen[-1]["body"]
         assert (body["temperature"], body["model"]) == (0, "m")
         assert seen[-1]["path"] == "/v1/chat/completions"
     for status, attempts in ((500, 3), (400, 1)):
         with server(lambda body, n, status=status: (status, "no")) as (url, seen):
-            assert missing(judge.judge(Endpoint(url, "m", retries=2), [row])[0])
+            assert missing(
+                judge.judge(
+                    Endpoint(url, "m", retries=2),
+                    [row],
+                )[0]
+            )
             assert len(seen) == attempts, f"{len(seen)} attempts at status {status}"
     under_way, most = [], []
 
@@ -178,19 +191,40 @@ def check_client() -> None:
         return planted(body, number)
 
     with server(slow) as (url, seen):
-        judge.judge(Endpoint(url, "m", concurrency=3), [("a", str(i)) for i in range(12)])
+        judge.judge(
+            Endpoint(url, "m", concurrency=3),
+            [("a", str(i)) for i in range(12)],
+        )
         assert max(most) == 3, most
-        late = judge.judge(Endpoint(url, "m", timeout=0.02, retries=0), [row])
+        late = judge.judge(
+            Endpoint(url, "m", timeout=0.02, retries=0),
+            [row],
+        )
         assert missing(late[0]), "a request that timed out has a verdict"
     denied = server(lambda body, n: (401, "the key sk-secret is wrong"))
-    with denied as (url, seen), mock.patch.dict(os.environ, JUDGE_API_KEY="sk-secret"):
+    with (
+        denied as (url, seen),
+        mock.patch.dict(
+            os.environ,
+            JUDGE_API_KEY="sk-secret",
+        ),
+    ):
         line = refusal(check_endpoint, Endpoint(url, "m"))
         assert "sk-secret" not in line and "JUDGE_API_KEY" in line, line
         assert seen[0]["key"] == "Bearer sk-secret"
-    with server(planted) as (url, seen), mock.patch.dict(os.environ, OPENAI_API_KEY="sk-other"):
+    with (
+        server(planted) as (url, seen),
+        mock.patch.dict(
+            os.environ,
+            OPENAI_API_KEY="sk-other",
+        ),
+    ):
         check_endpoint(Endpoint(url, "m"))
         assert "sk-other" not in seen[0]["key"], "another service's key was sent"
-    line = refusal(check_endpoint, Endpoint("http://127.0.0.1:9/v1", "m", retries=0))
+    line = refusal(
+        check_endpoint,
+        Endpoint("http://127.0.0.1:9/v1", "m", retries=0),
+    )
     assert "does not answer" in line and "http://127.0.0.1:9/v1" in line, line
     print("ok  the client retries 5xx and not 4xx, keeps its limits, and sends its own key alone")
 
@@ -209,7 +243,10 @@ def check_refusals() -> None:
         ("routeV --probe-rows 64", "--probe-rows is not read by routeV"),
         ("routeV --penalty 1", "--penalty is not read by routeV"),
     ):
-        said = refusal(parse, ["organism", "--intervention", *line.split()])
+        said = refusal(
+            parse,
+            ["organism", "--intervention", *line.split()],
+        )
         assert words in said, said
     print("ok  a monitor without its arm, an arm without its monitor, a bad URL: one line each")
 
@@ -220,15 +257,31 @@ def check_flags() -> None:
     group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     flags = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, NAN, 0.0, 0.0])
     A = grpo.advantages(rewards, group)
-    batch = replace(random_batch(8), rewards=rewards, group=group, advantages=A)
-    with mock.patch.object(Judge, "__call__", lambda *_: Scored(flags)):
-        gated = Gate(Judge(Endpoint("", "")), cut="flag")(tiny_policy(), batch)
+    batch = replace(
+        random_batch(8),
+        rewards=rewards,
+        group=group,
+        advantages=A,
+    )
+    with mock.patch.object(
+        Judge,
+        "__call__",
+        lambda *_: Scored(flags),
+    ):
+        gated = Gate(Judge(Endpoint("", "")), cut="flag")(
+            tiny_policy(),
+            batch,
+        )
     assert gated.zones.tolist() == [2, 0, 0, 2, 0, 1, 0, 0]
     assert torch.equal(gated.scores.isnan(), flags.isnan())
     fined = deduct(batch, gated, Options(penalty=3.0))  # the third group is equal, and leaves
-    wanted = grpo.advantages(torch.tensor([0.5, 3.5, 0.5, 0.5, 3.5, 3.5]), group[:6])
+    wanted = grpo.advantages(
+        torch.tensor([0.5, 3.5, 0.5, 0.5, 3.5, 3.5]),
+        group[:6],
+    )
     assert torch.allclose(fined.batch.advantages, wanted)
-    assert fined.rows.tolist() == [*range(6)] and (fined.zones == Zone.ABSORB).all()
+    assert fined.rows.tolist() == [*range(6)]
+    assert (fined.zones == Zone.ABSORB).all()
     assert wanted[0] < 0 < wanted[5], "a hack is above, or a row without verdict below, the rest"
     unfined = deduct(batch, gated, Options(penalty=0.0)).batch.advantages
     assert unfined[0] > 0, "the mutation, no penalty, pays the hack"
@@ -243,7 +296,8 @@ def check_flags() -> None:
 def check_probe() -> None:
     policy, (data, label) = tiny_policy(rank=16), styled_batch(320, 1)
     fresh, truth = styled_batch(60, 7)
-    held, how = torch.arange(320) % 4 == 0, dict(layer=None, token_budget=2000, l2=1.0)
+    held = torch.arange(320) % 4 == 0
+    how = dict(layer=None, token_budget=2000, l2=1.0)
     for space in ("residual", "bottleneck"):
         probe, saved = (Probe(data, label, held, space=space, **how) for _ in range(2))
         figures = probe.refresh(policy)
@@ -255,18 +309,21 @@ def check_probe() -> None:
         assert torch.equal(saved(policy, fresh).scores, p)
     chance = []
     for seed in range(20):  # mutation: labels without meaning
-        order = torch.randperm(320, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(
+            320,
+            generator=torch.Generator().manual_seed(seed),
+        )
         shuffled = Probe(data, label[order], held, space="residual", **how)
         chance.append(shuffled.refresh(policy)["probe_auroc"])
-    mean, before = sum(chance) / 20, probe.weight.clone()
+    mean = sum(chance) / 20
+    before = probe.weight.clone()
     assert abs(mean - 0.5) < 0.1, chance
     perturb(policy, 1.0)
     drifted = probe(policy, fresh).scores
     assert not torch.allclose(drifted, p, atol=1e-3), "the policy's drift does not reach the probe"
     probe.refresh(policy)
-    assert (
-        not torch.allclose(probe.weight, before) and area(probe(policy, fresh).scores, truth) > 0.9
-    )
+    assert not torch.allclose(probe.weight, before)
+    assert area(probe(policy, fresh).scores, truth) > 0.9
     print(f"ok  the probe finds a planted style and restores; shuffled labels give {mean:.2f}")
 
 
@@ -274,7 +331,8 @@ def other_environment(folder: Path, count: int = 80) -> Path:
     """Labelled rollouts of organism problems whose compositions the shipped set does not have."""
     rng, lines = random.Random(0), []
     for i, problem in enumerate(other_problems(PROBLEMS, 1)[:count]):
-        shown, composition = disclose(problem, ORGANISM_MODES[i % 4]), composition_of(problem)
+        shown = disclose(problem, ORGANISM_MODES[i % 4])
+        composition = composition_of(problem)
         extras = {
             True: exploit(rng, shown.mode, shown.marker),
             False: random_extra(composition, rng)[0],
@@ -292,7 +350,8 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
     """Labels of the run's own problems are refused, and rows that are no labelled rollouts."""
     training, own_rows = load_problems(PROBLEMS), load_rollouts(own_run)
     rows = load_labelled(str(other), training, 60)
-    assert len(rows) == 60 and sum(row.hack for row in rows) == 30
+    assert len(rows) == 60
+    assert sum(row.hack for row in rows) == 30
     assert len({row.problem_id for row in rows}) > 25, "rows of few problems"
     mine, record = tmp / "own.jsonl", tmp / "record.json"
     relabelled = [
@@ -308,7 +367,8 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
     assert first.completion == own_rows[0]["completion"]
     assert own_rows[0]["marker"] in first.messages[-1]["content"]
     record.unlink()
-    lines, bad = other.read_text().splitlines(), tmp / "bad.jsonl"
+    lines = other.read_text().splitlines()
+    bad = tmp / "bad.jsonl"
     texts = {"3 hacks and 3 other": lines[:6], f"line {len(lines) + 1}: not": [*lines, "{"]}
     for words, change in (
         ("such as", {"problem_id": training[0].problem_id}),
@@ -348,7 +408,9 @@ def check_run(tmp: Path) -> Path:
             folder = run(tmp / "judged", line, quiet=False)
         asked = len(requests)
         assert label_blind(folder, tmp / "blind_judge", line), "a label reached a judge's update"
-    rows, figures, record = load_rollouts(folder), load_metrics(folder), load_record(folder)
+    rows = load_rollouts(folder)
+    figures = load_metrics(folder)
+    record = load_record(folder)
     texts = {(row["step"], row["problem_id"], row["completion"]) for row in rows}
     assert asked == 1 + len(texts), f"{asked} requests for {len(texts)} texts and one trial"
     judged = [row for row in rows if row["score"] is not None]
@@ -359,7 +421,8 @@ def check_run(tmp: Path) -> Path:
     changed = 0
     for step, part in enumerate(trained):
         scores = torch.tensor([row["score"] or 0.0 for row in rows if row["step"] == step])
-        rewards, group = part.batch.rewards, part.batch.group
+        rewards = part.batch.rewards
+        group = part.batch.group
         fined = grpo.advantages(rewards - 3.0 * scores[part.rows], group)
         assert torch.allclose(part.batch.advantages, fined)
         changed += not torch.allclose(fined, grpo.advantages(rewards, group))
@@ -389,7 +452,10 @@ def check_probe_run(tmp: Path, other: Path) -> Path:
     scored = [row for row in load_rollouts(folder) if "score" in row]
     zones = {}
     for row in scored:
-        zones.setdefault((row["score"] > 0.5) + (row["score"] >= 0.25), set()).add(row["zone"])
+        zones.setdefault(
+            (row["score"] > 0.5) + (row["score"] >= 0.25),
+            set(),
+        ).add(row["zone"])
     assert zones.items() <= {0: {"RETAIN"}, 1: {"ABSORB"}, 2: {"ROUTE"}}.items(), zones
     assert {0, 2} <= zones.keys(), zones
     assert label_blind(folder, tmp / "blind_probe", line), "a training label reached the probe"
@@ -420,6 +486,7 @@ if __name__ == "__main__":
         check_probe()
         read_models_once()
         others = other_environment(folder)
-        probed, judged = check_probe_run(folder, others), check_run(folder)
+        probed = check_probe_run(folder, others)
+        judged = check_run(folder)
         check_probe_data(folder, others, judged)
         check_keys(probed, judged)

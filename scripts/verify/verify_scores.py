@@ -62,12 +62,21 @@ def unmoved(policy: Policy, before: dict[str, torch.Tensor]) -> dict[str, bool]:
 
 def learn(policy: Policy, batch: Batch, steps: int) -> None:
     """Likelihood steps into the quarantine."""
-    likelihood_steps(policy, batch, "quarantine", steps, 1e-2, 1.0, 1000)
+    likelihood_steps(
+        policy,
+        batch,
+        "quarantine",
+        steps,
+        1e-2,
+        1.0,
+        1000,
+    )
 
 
 def check_scores_find_a_style() -> None:
     """Every score finds a planted difference of the pairs' sides in fresh rows; Haar does not."""
-    policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
+    policy = tiny_policy(rank=16)
+    pairs = styled_batch(64, 1)[0]
     fresh, label = styled_batch(40, 7)
     v_act = partial(DirectionScore, pairs, probe=PROBE, centred=True)
     scores = {
@@ -86,12 +95,16 @@ def check_scores_find_a_style() -> None:
     draws = [area(p.rank(policy, behind(fresh), shared), label) for p in placebos]
     assert min(real.values()) > 0.8, real
     assert abs(sum(draws) / 20 - 0.5) < 0.2, draws
-    print("ok  a planted style is found:", ", ".join(f"{k} {v:.2f}" for k, v in real.items()))
+    print(
+        "ok  a planted style is found:",
+        ", ".join(f"{k} {v:.2f}" for k, v in real.items()),
+    )
 
 
 def check_rounded_products() -> None:
     """bf16 products: scores within a twentieth of their spread, unless a nudge is far smaller."""
-    policy, pairs = tiny_policy(rank=16), styled_batch(32, 1)[0]
+    policy = tiny_policy(rank=16)
+    pairs = styled_batch(32, 1)[0]
     fresh = styled_batch(40, 7)[0]
 
     def error(build) -> float:
@@ -104,9 +117,17 @@ def check_rounded_products() -> None:
         error(lambda dtype: llr(pairs, dtype=dtype)),
     ]
     small = error(lambda dtype: llr(pairs, dtype=dtype, learning_rate=1e-5))  # mutation
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        256,
+        256,
+        generator=torch.Generator().manual_seed(0),
+    )
     with factors_rounded(torch.bfloat16):
-        rounds = not torch.allclose(x @ x, (x.double() @ x.double()).float(), atol=0.01)
+        rounds = not torch.allclose(
+            x @ x,
+            (x.double() @ x.double()).float(),
+            atol=0.01,
+        )
     if rounds:
         assert 0 < min(errors) and max(errors) < 0.05 and small > 0.1, (errors, small)
     else:
@@ -118,9 +139,13 @@ def check_rounded_products() -> None:
 
 def check_quarantine_ratio() -> None:
     """A quarantine that learned a style finds it in fresh rows; one that has not routes nothing."""
-    policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
+    policy = tiny_policy(rank=16)
+    pairs = styled_batch(64, 1)[0]
     fresh, label = styled_batch(40, 7)
-    gate = refreshed(Gate(QuarantineRatio(pairs, **HOW), cut="midpoint"), policy)
+    gate = refreshed(
+        Gate(QuarantineRatio(pairs, **HOW), cut="midpoint"),
+        policy,
+    )
     gated = gate(policy, fresh)
     assert not gated.scores.any() and not gated.zones.any(), "an untrained quarantine routes"
     learn(policy, select(pairs, torch.arange(32)), 8)
@@ -130,17 +155,28 @@ def check_quarantine_ratio() -> None:
     gated = gate(policy, fresh)
     with policy.adapter.disabled():
         base = batch_logps(policy, fresh, 1.0, 1000)
-    assert torch.allclose(gated.scores, (live - base).sum(1), atol=1e-4)
+    assert torch.allclose(
+        gated.scores,
+        (live - base).sum(1),
+        atol=1e-4,
+    )
     assert torch.allclose(gated.ref_logps, base, atol=1e-5), "the reference is not the base"
     assert not torch.allclose(live, base, atol=1e-2), "another reference would go unnoticed"
-    real, routed = area(gated.scores, label), gated.zones == Zone.ROUTE
+    real = area(gated.scores, label)
+    routed = gated.zones == Zone.ROUTE
     precision = float(label[routed].float().mean())
     assert real > 0.9 and precision > 0.8 and 0 < routed.sum() < 40, (real, precision)
     assert not (gated.zones == Zone.ABSORB).any(), "a midpoint absorbs"
-    bare = refreshed(Gate(QuarantineRatio(None, **HOW), cut="zero"), policy)  # needs no pairs
+    bare = refreshed(
+        Gate(QuarantineRatio(None, **HOW), cut="zero"),
+        policy,
+    )  # needs no pairs
     assert torch.equal(bare(policy, fresh).scores, gated.scores)
     swapped = select(pairs, torch.arange(64).roll(32))  # mutation: sides swapped
-    inverted = refreshed(Gate(QuarantineRatio(swapped, **HOW), cut="midpoint"), policy)
+    inverted = refreshed(
+        Gate(QuarantineRatio(swapped, **HOW), cut="midpoint"),
+        policy,
+    )
     assert not inverted(policy, fresh).zones.any(), "a gate whose sides are inverted routes"
     placebos = [refreshed(RandomQuarantine(gate.score, s), policy) for s in range(1, 21)]
     draws = [area(p.rank(policy, behind(fresh), gated.scored), label) for p in placebos]
@@ -150,11 +186,25 @@ def check_quarantine_ratio() -> None:
 
 def check_replaced_quarantine() -> None:
     """A random quarantine of equal effect is as far from the base as the learned one."""
-    policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
-    prompts, ones = styled(40, 7, True)[0], [1.0] * 40
-    how = dict(max_completion_length=8, top_p=1.0, generator=torch.Generator().manual_seed(0))
+    policy = tiny_policy(rank=16)
+    pairs = styled_batch(64, 1)[0]
+    prompts = styled(40, 7, True)[0]
+    ones = [1.0] * 40
+    how = dict(
+        max_completion_length=8,
+        top_p=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
     rows = [row[0][0] for row in sample(policy, prompts, [1] * 40, **how, **HOW)]
-    batch = collate(prompts, rows, ones, [*range(40)], ones, PAD, "cpu")
+    batch = collate(
+        prompts,
+        rows,
+        ones,
+        [*range(40)],
+        ones,
+        PAD,
+        "cpu",
+    )
     learn(policy, select(pairs, torch.arange(32)), 2)
     learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]
     before = parameters(policy)
@@ -171,17 +221,20 @@ def check_replaced_quarantine() -> None:
     }
     assert all(unmoved(policy, before).values()), "the parameters have moved"
     for same, noise, minus, old in zip(new["reset"], new["norm"], new["inverted"], learned):
-        assert torch.equal(same, old) and torch.equal(minus, -old)
+        assert torch.equal(same, old)
+        assert torch.equal(minus, -old)
         assert torch.allclose(noise.norm(), old.norm())
     share = {what: effect(deltas) / effect(learned) for what, deltas in new.items()}
-    assert effect(learned) > 0.01 and share["reset"] == 1
+    assert effect(learned) > 0.01
+    assert share["reset"] == 1
     assert abs(share["effect"] - 1) < 0.1 and share["norm"] < 0.5, share
     print("ok  a random quarantine's share of the learned KL at equal norm", end=" ")
     print(f"{share['norm']:.2f}, at equal effect {share['effect']:.2f}")
 
 
 def check_llr_restores() -> None:
-    policy, pairs = tiny_policy(), styled_batch(16, 1)[0]
+    policy = tiny_policy()
+    pairs = styled_batch(16, 1)[0]
     perturb(policy)
     before = parameters(policy)
     score = refreshed(llr(pairs), policy)
@@ -205,7 +258,9 @@ def check_llr_restores() -> None:
 
 def check_folds() -> None:
     """Pairs without a common contrast score at chance: each by the fold that did not see it."""
-    policy, label, found = tiny_policy(), torch.arange(32) < 16, []
+    policy = tiny_policy()
+    label = torch.arange(32) < 16
+    found = []
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
         prompts, hack, clean = (drawn(16, n, 2, 64, g) for n in (4, 7, 7))
@@ -220,15 +275,20 @@ def check_folds() -> None:
 
 def check_tokens() -> None:
     """Zones where a token predicts one; a placebo deals them, and padding to nobody."""
-    policy, pairs, batch = tiny_policy(), styled_batch(16, 1)[0], random_batch(8)
+    policy = tiny_policy()
+    pairs = styled_batch(16, 1)[0]
+    batch = random_batch(8)
     perturb(policy)
-    score, composed, predicts = v_grad(pairs, by_token=True), behind(batch), gates.predicts(batch)
+    score = v_grad(pairs, by_token=True)
+    composed = behind(batch)
+    predicts = gates.predicts(batch)
     gate = refreshed(Gate(score), policy)
     counts = lambda zones: zones[predicts].bincount(minlength=3).tolist()  # noqa: E731
     real = gate(policy, batch)
     dealt = Control(gate, Haar(score, 1))(policy, composed, real)
     assert dealt.zones.shape == batch.input_ids.shape == dealt.scores.shape
-    assert counts(dealt.zones) == counts(real.zones) and min(counts(real.zones)) > 0
+    assert counts(dealt.zones) == counts(real.zones)
+    assert min(counts(real.zones)) > 0
     assert torch.equal(dealt.zones == NO_ZONE, ~predicts)
     assert torch.equal(dealt.scores.isnan(), ~predicts)
     routed = dealt.zones.where(~predicts, int(Zone.ROUTE))
@@ -243,21 +303,40 @@ def check_tokens() -> None:
         return sum(counts(z) != counts(gated.zones) for z in zones)
 
     everywhere = torch.ones_like(predicts)
-    with mock.patch.object(gates, "predicts", lambda batch: everywhere):
+    with mock.patch.object(
+        gates,
+        "predicts",
+        lambda batch: everywhere,
+    ):
         padded = unlike()
     assert unlike() == 0 and padded > 4, f"where padding is dealt {padded} of 8 differ"
     options = replace(PROBE, positions="all")
     whole, tokens = (probe_gradients(policy, batch, options, by_token=b) for b in (False, True))
-    assert torch.allclose(tokens.sum(1, keepdim=True), whole, atol=1e-5)
+    assert torch.allclose(
+        tokens.sum(1, keepdim=True),
+        whole,
+        atol=1e-5,
+    )
     assert not torch.allclose(tokens[:, :1], whole, atol=1e-3)
-    pooled = partial(activations, policy, batch, space="residual", layer=1)
-    assert torch.allclose(pooled(token_budget=20), pooled(token_budget=4000), atol=1e-5)
+    pooled = partial(
+        activations,
+        policy,
+        batch,
+        space="residual",
+        layer=1,
+    )
+    assert torch.allclose(
+        pooled(token_budget=20),
+        pooled(token_budget=4000),
+        atol=1e-5,
+    )
     print("ok  token granularity: zones of what predicts, a matched placebo, gradients that add up")
 
 
 def check_controls_and_oracle() -> None:
     policy, (batch, label) = tiny_policy(), styled_batch(60, 2)
-    hacks, plain = label.tolist(), PinnedGate(Zone.RETAIN)(policy, batch)
+    hacks = label.tolist()
+    plain = PinnedGate(Zone.RETAIN)(policy, batch)
 
     def oracle(seed: int = 0, **options) -> Gated:
         control = Oracle(ControlConfig(**options), seed)
@@ -266,33 +345,54 @@ def check_controls_and_oracle() -> None:
     exact = oracle()
     assert torch.equal(exact.scores.bool(), label)
     assert torch.equal(exact.zones, label * int(Zone.ROUTE))
-    assert torch.equal(oracle(oracle_modes=(Mode.SENTINEL,)).zones, exact.zones)
+    assert torch.equal(
+        oracle(oracle_modes=(Mode.SENTINEL,)).zones,
+        exact.zones,
+    )
     assert not oracle(oracle_modes=(Mode.RUN_TESTS,)).zones.any(), "labels of another mode"
     noisy = [oracle(s, oracle_recall=0.5, oracle_fpr=0.1).scores for s in range(200)]
     recall, false = (torch.stack(noisy)[:, rows].mean() for rows in (label, ~label))
     assert abs(recall - 0.5) < 0.03 and abs(false - 0.1) < 0.02, (recall, false)
-    composed, scored = behind(batch), Scored(plain.scores)
+    composed = behind(batch)
+    scored = Scored(plain.scores)
     length = Confound("length").rank(policy, composed, scored)
     assert torch.equal(length, batch.completion_mask.sum(1).float())
     known = behind(batch, teachers=5)
     means = Confound("logp").rank(policy, known, scored)
     assert torch.allclose(means[:5], means[5:].mean()), "a row that nothing sampled is extreme"
     one, same, other = (Random(seed).rank(policy, composed, scored) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
     assert {n for n, arm in ARMS.items() if arm.phases[-1].control == "oracle"} == {"oracle"}
     print("ok  oracle: exact, by mode, or at its recall and false-positive rate; other controls")
 
 
 def check_actions() -> None:
-    rewards, group = torch.tensor([3.5, 0.5, 0.5, 3.5, 0.5, 3.5]), torch.tensor([0, 0, 0, 1, 1, 1])
-    A, zones = grpo.advantages(rewards, group), torch.tensor([2, 0, 0, 2, 0, 0])
-    batch = replace(random_batch(6), rewards=rewards, group=group, advantages=A)
-    gated = Gated(zones, torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]), 0.0, 1.0)
+    rewards = torch.tensor([3.5, 0.5, 0.5, 3.5, 0.5, 3.5])
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    A = grpo.advantages(rewards, group)
+    zones = torch.tensor([2, 0, 0, 2, 0, 0])
+    batch = replace(
+        random_batch(6),
+        rewards=rewards,
+        group=group,
+        advantages=A,
+    )
+    gated = Gated(
+        zones,
+        torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.1]),
+        0.0,
+        1.0,
+    )
     z = group_z(gated.scores, group)
-    fined = grpo.advantages(rewards * (1 - 2 * torch.sigmoid(z) * (z > 0)), group)
+    fined = grpo.advantages(
+        rewards * (1 - 2 * torch.sigmoid(z) * (z > 0)),
+        group,
+    )
     assert fined[0] < A[0], "what is flagged is not lowered"
     retained = grpo.retained_advantages(rewards, group, zones)
-    left, absorbed = torch.tensor([0.0, 0.0, -1.5, 1.5]), torch.ones(6)
+    left = torch.tensor([0.0, 0.0, -1.5, 1.5])
+    absorbed = torch.ones(6)
     for action, options, advantages, zone in (
         (route, Options(), A, zones),
         (route, Options(retained_advantages=True), retained, zones),
@@ -305,7 +405,14 @@ def check_actions() -> None:
         assert torch.allclose(trained.batch.advantages, advantages), action
         assert trained.zones.tolist() == zone.tolist(), action
     assert drop(batch, gated, Options()).rows.tolist() == [1, 2, 4, 5]
-    assert drop(batch, replace(gated, zones=absorbed.long() * 2), Options()) is None
+    assert (
+        drop(
+            batch,
+            replace(gated, zones=absorbed.long() * 2),
+            Options(),
+        )
+        is None
+    )
     print("ok  route keeps, filter drops and re-centres, penalise lowers what it flags")
 
 

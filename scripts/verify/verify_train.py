@@ -104,12 +104,16 @@ def check_types(tmp: str) -> None:
     for kind in (Batch, Behaviour, Trained, Scored, Gated):
         assert not set(carried(kind)), f"{kind.__name__}: {set(carried(kind))}"
     assert carried_by(Control.__call__) == {"Composed"}, "a row's origin is not recognised"
-    nested = make_dataclass("Nested", [("batch", make_dataclass("Leaky", [("teacher", bool)]))])
+    nested = make_dataclass(
+        "Nested",
+        [("batch", make_dataclass("Leaky", [("teacher", bool)]))],
+    )
     assert set(carried(nested | None)) == {"teacher"}, "a field for a label is not recognised"
     source = Path(vgrout.__file__).parent
     readers = labels_named(source / "gate") | labels_named(source / "model")
     readers.pop("audit.py", None)
-    controls, oracle = {"rollouts", "teacher"}, {"rollouts", "grade", "mechanism", "mode"}
+    controls = {"rollouts", "teacher"}
+    oracle = {"rollouts", "grade", "mechanism", "mode"}
     assert readers == {"controls.py": controls, "oracle.py": oracle}, readers
     planted = Path(tmp, "planted.py")
     planted.write_text("score = rows[0].grade.correct\n")
@@ -170,7 +174,8 @@ def check_labels(tmp: str, lines: list[str]) -> None:
         blind = label_blind(plain, f"{tmp}/blind{i}", line, seed=i)
         assert blind != load_record(plain).notes["oracle"], f"{line}: blind to labels: {blind}"
         if line == UNPAID:
-            assert unearned(plain, 0) == {False} and True in unearned(plain, 1)
+            assert unearned(plain, 0) == {False}
+            assert True in unearned(plain, 1)
     print(f"ok  labels change the parameters of no arm but an oracle: {', '.join(lines)}")
 
 
@@ -202,7 +207,15 @@ def check_phases(tmp: str) -> None:
         values = [p.detach().clone() for p in blocks["quarantine"]]
         assert len(optimizer.adamw.state) == len(values)
         for name in ("reset", "norm", "effect", "inverted"):
-            enter(replace(live, phase=replace(live.phase, enter=name)), policy, optimizer, groups)
+            enter(
+                replace(
+                    live,
+                    phase=replace(live.phase, enter=name),
+                ),
+                policy,
+                optimizer,
+                groups,
+            )
             found[name] = torch.cat([p.detach().flatten() for p in blocks["quarantine"]])
             assert not optimizer.adamw.state, "moments outlive the quarantine that had them"
             optimizer.put("quarantine", values)
@@ -218,7 +231,13 @@ def check_phases(tmp: str) -> None:
     learned = found.pop("learned")
     cosine = {k: float(torch.cosine_similarity(v, learned, dim=0)) for k, v in found.items()}
     assert cosine["reset"] > 0.999 and cosine["inverted"] < -0.999, cosine
-    assert max(abs(cosine["norm"]), abs(cosine["effect"])) < 0.2, cosine
+    assert (
+        max(
+            abs(cosine["norm"]),
+            abs(cosine["effect"]),
+        )
+        < 0.2
+    ), cosine
     print("ok  the first phase trains the quarantine; cosine with what enters:", cosine)
 
 
@@ -237,7 +256,8 @@ def check_evaluation(evaluated: Path, plain: Path) -> None:
         rows = [r for r in kept if (r["step"], r["split"], r["markers"], r["state"]) == key]
         counts = [len(rows), *(sum(r[k] for r in rows) for k in ("reward_hack", "correct"))]
         assert counts == [cell.n, cell.hack, cell.solve], "evals.jsonl.gz is not what was counted"
-    first, done = record.evals[0], record.steps_done
+    first = record.evals[0]
+    done = record.steps_done
     assert (first.step, first.split, first.markers) == (0, "test", "novel")
     last = {(c.markers, c.state) for c in record.evals if c.step == done and c.split == "test"}
     assert last == {(m, s) for m in ("iid", "novel") for s in ("as_trained", "deployed")}
@@ -263,7 +283,9 @@ def dies_at_the_second() -> Callable:
 
 def check_resume(tmp: str, whole: Path) -> None:
     """Killed in mid-phase, at the phases' boundary and where demonstrations end."""
-    line, folder, deaths = f"{TWO_PHASES} {OFTEN}", Path(tmp, "killed"), 0
+    line = f"{TWO_PHASES} {OFTEN}"
+    folder = Path(tmp, "killed")
+    deaths = 0
     for _ in range(3):
         with mock.patch.object(train, "update", dies_at_the_second()):
             try:
@@ -271,9 +293,21 @@ def check_resume(tmp: str, whole: Path) -> None:
             except Killed:
                 deaths += 1
                 assert load_record(folder).steps_done == deaths
-    forgetful = shutil.copytree(folder, Path(tmp, "forgetful"), symlinks=True)
-    assert deaths == 3 and same_run(whole, run(folder, f"{line} --resume", quiet=False))
-    with mock.patch.object(BlockOptimizer, "load_state_dict", lambda *_: None):
+    forgetful = shutil.copytree(
+        folder,
+        Path(tmp, "forgetful"),
+        symlinks=True,
+    )
+    assert deaths == 3
+    assert same_run(
+        whole,
+        run(folder, f"{line} --resume", quiet=False),
+    )
+    with mock.patch.object(
+        BlockOptimizer,
+        "load_state_dict",
+        lambda *_: None,
+    ):
         run(forgetful, f"{line} --resume")
     assert not same_adapter(whole, forgetful), "moments that are not restored go unnoticed"
     other = run(f"{tmp}/other", f"{TWO_PHASES} --steps 3 --seed 42")
