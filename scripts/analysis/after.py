@@ -46,12 +46,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 TENTHS, QUARTERS = [i / 10 for i in range(11)], [i / 4 for i in range(5)]
 COMMANDS = {  # work, what it asks, default of each option (None: required)
-    "frontier": (frontier, "shrinkage null", {"--against": None, "--draws": 0, "--scales": TENTHS}),
+    "frontier": (
+        frontier,
+        "shrinkage null",
+        {"--against": None, "--draws": 0, "--scales": TENTHS},
+    ),
     "forget": (forget, "scale the quarantine", {"--draws": 0, "--scales": QUARTERS}),
     "push": (push, "push of the quarantine", {"--draws": 0, "--prompts": 48}),
     "relearn": (relearn, "attack", {"--no-base": False, "--steps": 40}),
     "detect": (detect, "what the score saw", {"--ages": 0}),
-    "heal": (heal, "clean likelihood", {"--draws": 0, "--steps": 8, "--learning-rate": 1e-3}),
+    "heal": (
+        heal,
+        "clean likelihood",
+        {"--draws": 0, "--steps": 8, "--learning-rate": 1e-3},
+    ),
 }
 
 

@@ -12,8 +12,8 @@ Run: python scripts/analysis/audit.py RUN … [--pair-modes run_tests sentinel]
          [--pairs data/pairs/organism.md#mechanism] [--out DIR]
 
 DIR (default out/audit) gets audit.csv (AUROC by score, modes, rows, period), cuts.csv (what the
-pairs' band and midpoint, 0, and the highest tenth and quarter would route), checks.csv (confounds
-and cost) and auroc.png.
+pairs' band and midpoint, 0, and the highest tenth and quarter would route), checks.csv (confounds)
+and auroc.png.
 """
 
 import argparse
@@ -37,21 +37,43 @@ from scripts.analysis.rescoring import (
 )
 from scripts.experiments.reopen import reopen
 from scripts.view import plot
-from scripts.view.output import OUT, add_runs, parser, table, text, write_csv
+from scripts.view.output import (
+    OUT,
+    add_runs,
+    parser,
+    table,
+    text,
+    write_csv,
+)
 
 from vgrout.core import Mode, UserError, Zone
 from vgrout.core import at_least, run_main
 from vgrout.files import load_tensors
 from vgrout.run import runlog
-from vgrout.run.records import load_metrics, load_record, load_rollouts, load_snapshots
+from vgrout.run.records import (
+    load_metrics,
+    load_record,
+    load_rollouts,
+    load_snapshots,
+)
 from vgrout.run.repeat import config_of
-from vgrout.stats import auroc, auroc_interval, precision_recall_at, stratified_auroc
+from vgrout.stats import (
+    auroc,
+    auroc_interval,
+    precision_recall_at,
+    stratified_auroc,
+)
 
 EMERGED = 0.5  # student hack rate of a step
 SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
 POOLED, PERIODS = "pooled", ("all", "early", "late", "before", "after")
 PLACE = ("run", "modes", "rows", "period")
+BAND = (
+    "haar_p05",
+    "haar_median",
+    "haar_p95",
+)  # of the AUROC of random directions
 QUALITY = ("precision", "recall", "fpr", "f05")
 Place = tuple[str, str, str, str]
 Figures = dict[tuple[str, ...], dict[str, float]]
@@ -61,11 +83,23 @@ Figures = dict[tuple[str, ...], dict[str, float]]
 
 
 def audit_run(
-    path: Path, name: str, options: argparse.Namespace, pair_modes: tuple[Mode, ...]
+    path: Path,
+    name: str,
+    options: argparse.Namespace,
+    pair_modes: tuple[Mode, ...],
 ) -> Columns:
     """Every snapshot step of one run, scored; columns of periods say where in training it lies."""
-    run, snapshots, stored = reopen(path, finished=False), load_snapshots(path), load_rollouts(path)
-    pairs, parts, odd, total = options.pairs or run.config.data.pairs, [], 0, 0
+    run, snapshots, stored = (
+        reopen(path, finished=False),
+        load_snapshots(path),
+        load_rollouts(path),
+    )
+    pairs, parts, odd, total = (
+        options.pairs or run.config.data.pairs,
+        [],
+        0,
+        0,
+    )
     emerged = [r["step"] for r in load_metrics(path) if r["student_hack"] >= EMERGED]
     steps = sorted(snapshots.keys() & {r["step"] for r in stored})
     for place, step in enumerate(steps):
@@ -76,12 +110,29 @@ def audit_run(
         if batch is None:
             continue
         scores = family(run.policy, run.config, options.scores, pairs, pair_modes)
-        part = score_step(run.policy, scores, batch, origin, options.draws, step, run.config)
+        part = score_step(
+            run.policy,
+            scores,
+            batch,
+            origin,
+            options.draws,
+            step,
+            run.config,
+        )
         late = np.full(len(kept), 2 * place >= len(steps))
         after = np.full(len(kept), bool(emerged) and step >= emerged[0])
-        when = {"all": late | ~late, "early": ~late, "late": late, "before": ~after, "after": after}
+        when = {
+            "all": late | ~late,
+            "early": ~late,
+            "late": late,
+            "before": ~after,
+            "after": after,
+        }
         parts.append(part | when | row_facts(name, step, kept, batch))
-        print(f"  {name} step {step}: {len(kept)} rows of groups with variance", flush=True)
+        print(
+            f"  {name} step {step}: {len(kept)} rows of groups with variance",
+            flush=True,
+        )
     if odd:
         strange = f"{name}: {odd} of {total} completions tokenise to another length"
         runlog.warn(strange, "they are scored in their usual tokenisation")
@@ -126,15 +177,6 @@ def step_of(a: Columns) -> np.ndarray:
     return a["run"] + "/" + a["step"].astype(str)
 
 
-def quantiles(values: np.ndarray, name: str, **at: float) -> dict[str, float]:
-    """`<name>_<key>` for every quantile; NaN where no value exists."""
-    there = values[~np.isnan(values)]
-    return {
-        f"{name}_{k}": float(np.quantile(there, q)) if len(there) else float("nan")
-        for k, q in at.items()
-    }
-
-
 def ranking(a: Columns, name: str, mask: np.ndarray) -> dict[str, float]:
     """AUROC with its interval, within prompt groups, and of random directions."""
     hack, step, group = a["hack"][mask], step_of(a)[mask], a["group"][mask]
@@ -151,39 +193,29 @@ def ranking(a: Columns, name: str, mask: np.ndarray) -> dict[str, float]:
         "low": low,
         "high": high,
         "within_prompt": mean(within[~np.isnan(within)]),
-    } | quantiles(null, "haar", p05=0.05, median=0.5, p95=0.95)
+    } | dict(zip(BAND, np.quantile(null, [0.05, 0.5, 0.95]).tolist()))
 
 
 def cutting(a: Columns, name: str, cut: str, mask: np.ndarray) -> dict[str, float]:
-    """What a cut would do with the rows, and how right; random directions at the same share."""
+    """What a cut would do with the rows, and how right it would be."""
     zones, hack = a["zone", name, cut][mask], a["hack"][mask]
     out = {"n": int(mask.sum()), "hacks": int(hack.sum())}
     out |= {f"share_{z.name.lower()}": mean(zones == z) for z in Zone}
-    out |= precision_recall_at(zones == Zone.ROUTE, hack)
-    if ("null zone", name, cut) in a:
-        routed = a["null zone", name, cut][mask] == Zone.ROUTE
-        null = [precision_recall_at(column, hack) for column in routed.T]
-        for key in ("precision", "f05"):
-            values = np.array([found[key] for found in null])
-            out |= quantiles(values, f"haar_{key}", median=0.5, p95=0.95)
-    return out
+    return out | precision_recall_at(zones == Zone.ROUTE, hack)
 
 
 def checks(a: Columns, name: str) -> dict[str, float]:
-    """Rivals: completion length, the look of a demonstration. Cost over a plain forward's."""
+    """Rivals of a hack: the completion's length, the look of a demonstration."""
     scores, hack, step = a["score", name], a["hack"], step_of(a)
     scored = ~np.isnan(scores)
     student, hacks = a["student"] & scored, hack & scored
     clean = student & ~hack
-    refresh, score, forward = a["seconds", name].sum(0)
     return {
         "length_spearman": rank_correlation(scores[student], a["length"][student]),
         "length_spearman_clean": rank_correlation(scores[clean], a["length"][clean]),
         "teacher_over_student_hacks": float(
             stratified_auroc(scores[hacks], ~a["student"][hacks], step[hacks])
         ),
-        "refresh_cost": float(refresh / forward),
-        "score_cost": float(score / forward),
     }
 
 
@@ -208,30 +240,47 @@ def print_ranks(ranks: Figures, names: list[str]) -> None:
     rows = []
     for name in names:
         cells = {view: ranks[name, POOLED, *view, "all"] for view in views}
-        bands = [numbers(cells[m, "pos"], "haar_p05", "haar_median", "haar_p95") for m in MODES]
+        bands = [numbers(cells[m, "pos"], *BAND) for m in MODES]
         rows.append([name, *map(interval, cells.values()), *bands])
-    headers = ["known", "held out", "known, A > 0", "held out, A > 0", "held out, A < 0"]
+    headers = [
+        "known",
+        "held out",
+        "known, A > 0",
+        "held out, A > 0",
+        "held out, A < 0",
+    ]
     title = "AUROC [95 % over prompts] of student rows; 5 %, median, 95 % of random directions"
-    show(title, rows, [*headers, "random: known, A > 0", "random: held out, A > 0"])
+    show(
+        title,
+        rows,
+        [*headers, "random: known, A > 0", "random: held out, A > 0"],
+    )
 
 
 def print_cuts(cuts: Figures, names: list[str]) -> None:
     shares = [f"share_{z.name.lower()}" for z in Zone]
     dealt = "Cuts from the pairs: shares of RETAIN, ABSORB, ROUTE"
     quality = "precision, recall, false-positive rate, F0.5 of ROUTE"
-    matched = f"Matched shares: {quality} (95 % of random directions: precision, F0.5)"
-    for title, some in ((f"{dealt}; {quality}", PAIR_CUTS), (matched, tuple(SHARES))):
+    matched = "Matched shares"
+    for title, some in ((dealt, PAIR_CUTS), (matched, tuple(SHARES))):
         rows = []
         for name in (n for n in names if (n, some[0], POOLED, "all", "all", "all") in cuts):
             row = [name]
             for cut in some:
-                row += [numbers(cuts[name, cut, POOLED, "all", "all", "all"], *shares)]
-                for mode in MODES:
-                    cell = cuts[name, cut, POOLED, mode, "all", "all"]
-                    null = numbers(cell, "haar_precision_p95", "haar_f05_p95")
-                    row.append(numbers(cell, *QUALITY) + (f" ({null})" if cut in SHARES else ""))
+                row += [
+                    numbers(
+                        cuts[name, cut, POOLED, "all", "all", "all"],
+                        *shares,
+                    )
+                ]
+                cells = [cuts[name, cut, POOLED, mode, "all", "all"] for mode in MODES]
+                row += [numbers(cell, *QUALITY) for cell in cells]
             rows.append(row)
-        show(title, rows, [f"{cut}{of}" for cut in some for of in ("", ", known", ", held out")])
+        show(
+            f"{title}; {quality}",
+            rows,
+            [f"{cut}{of}" for cut in some for of in ("", ", known", ", held out")],
+        )
 
 
 def draw(ranks: Figures, names: list[str], path: Path) -> None:
@@ -247,9 +296,23 @@ def draw(ranks: Figures, names: list[str], path: Path) -> None:
                 np.array([cell[key] for cell in cells])
                 for key in ("auroc", "low", "high", "haar_p05", "haar_p95")
             )
-            axis.barh(y, null_high - null_low, left=null_low, height=0.3, color="0.85", zorder=0)
+            axis.barh(
+                y,
+                null_high - null_low,
+                left=null_low,
+                height=0.3,
+                color="0.85",
+                zorder=0,
+            )
             axis.hlines(y, low, high, color=colour, linewidth=1.2)
-            axis.plot(value, y, "o", color=colour, markersize=4, label=f"{mode} modes")
+            axis.plot(
+                value,
+                y,
+                "o",
+                color=colour,
+                markersize=4,
+                label=f"{mode} modes",
+            )
         axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
@@ -258,7 +321,10 @@ def draw(ranks: Figures, names: list[str], path: Path) -> None:
 
 
 def write(figures: Figures, columns: tuple[str, ...], path: Path) -> None:
-    write_csv([dict(zip(columns, key)) | values for key, values in figures.items()], path)
+    write_csv(
+        [dict(zip(columns, key)) | values for key, values in figures.items()],
+        path,
+    )
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -297,9 +363,9 @@ def main(argv: list[str]) -> None:
     print_ranks(ranks, names)
     print_cuts(cuts, names)
     title = "Rank correlation with length, of all and of those that are no hack; AUROC of "
-    title += "demonstrations over student hacks; cost over a plain forward"
+    title += "demonstrations over student hacks"
     rows = [[name, *(text(x, 2) for x in rivals[name,].values())] for name in names]
-    show(title, rows, ["length", "length, no hack", "demonstrations", "refresh", "scoring"])
+    show(title, rows, ["length", "length, no hack", "demonstrations"])
     if "random" in names:
         misaligned = "labels, rows or scores are misaligned"
         runlog.stage("the score `random` has 0.50 within its intervals", misaligned)

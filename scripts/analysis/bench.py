@@ -42,7 +42,17 @@ PHASES = (*TIMED, "refresh", "other")
 BASE, OURS, THEIRS = "data/organism/base", "vGROUT none2r", "TRL GRPOTrainer"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_TRL = "part a needs TRL: run `uv run --group bench just bench`, or leave it out with --only b c"
-ARMS = ("absorb", "none2r", "routeV", "routeA", "routeL", "routeQ", "absorbQ", "placebo", "oracle")
+ARMS = (
+    "absorb",
+    "none2r",
+    "routeV",
+    "routeA",
+    "routeL",
+    "routeQ",
+    "absorbQ",
+    "placebo",
+    "oracle",
+)
 Steps = list[dict[str, float]]
 
 
@@ -87,7 +97,10 @@ def spent(row: dict[str, Any], refresh: float) -> dict[str, float]:
     """A step's seconds by phase, its own refresh replaced by `refresh`, the mean over steps."""
     took = {phase: row[f"sec_{phase}"] for phase in TIMED}
     refreshed = row.get("sec_refresh") or 0.0
-    took |= {"refresh": refresh, "other": row["sec_step"] - sum(took.values()) - refreshed}
+    took |= {
+        "refresh": refresh,
+        "other": row["sec_step"] - sum(took.values()) - refreshed,
+    }
     return took | {
         "step": sum(took.values()),
         "refreshed": refreshed,
@@ -152,7 +165,12 @@ def random_base(folder: Path, factor: int) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(BASE)
-    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
         setattr(config, key, factor * getattr(config, key))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -177,7 +195,12 @@ def growth(args: Args, folder: Path) -> dict[str, Any]:
     step = ["sample", "score", "update"]
     cases = {  # name → arm, what it changes, factor, phases
         "group size × 2": ("routeV", {"--num-generations": "16"}, 2, step),
-        "completion length × 2": ("routeV", {"--max-completion-length": "96"}, 2, step),
+        "completion length × 2": (
+            "routeV",
+            {"--max-completion-length": "96"},
+            2,
+            step,
+        ),
         "model": ("routeV", {"--model": str(large)}, weights[1] / weights[0], step),
         "pairs × 4, v_grad": ("routeV", pairs, 4, ["refresh"]),
         "pairs × 4, likelihood ratio": ("routeL", pairs, 4, ["refresh"]),
@@ -185,7 +208,10 @@ def growth(args: Args, folder: Path) -> dict[str, Any]:
     runs, grown = {}, {}
     for name, (arm, changes, factor, timed) in cases.items():
         for key, options in ((arm, size), (name, size | changes)):
-            runs[key] = arm, [word for pair in options.items() for word in " ".join(pair).split()]
+            runs[key] = (
+                arm,
+                [word for pair in options.items() for word in " ".join(pair).split()],
+            )
         grown[name] = {"arm": arm, "factor": factor, "phases": timed}
     return {"grown": grown} | measured(runs, args, folder)
 
@@ -256,13 +282,30 @@ def table_b(found: dict[str, Any]) -> str:
     reference = next(iter(runs))
     for name, own in runs.items():
         times = ratios(column(own, "step"), column(runs[reference], "step"))
-        row = [f"`{name}`", *(f"{median(column(own, phase)):.2f}" for phase in PHASES)]
-        row += [spread(column(own, "step")), spread(times), f"{mean(cpu[name]):.2f}"]
+        row = [
+            f"`{name}`",
+            *(f"{median(column(own, phase)):.2f}" for phase in PHASES),
+        ]
+        row += [
+            spread(column(own, "step")),
+            spread(times),
+            f"{mean(cpu[name]):.2f}",
+        ]
         row += [f"{mean(cpu[name]) / mean(cpu[reference]):.2f}"]
         row += [f"{median(column(own, key)):.0f}" for key in ("tokens", "tokens_per_second")]
         rows.append([*row, f"{found['resident'][name]:.2f}"])
     times = f"× `{reference}`"
-    headers = ["arm", *PHASES, "step, s", times, "CPU, s", times, "tokens", "tokens/s", "RSS, GiB"]
+    headers = [
+        "arm",
+        *PHASES,
+        "step, s",
+        times,
+        "CPU, s",
+        times,
+        "tokens",
+        "tokens/s",
+        "RSS, GiB",
+    ]
     return table(rows, headers, "github")
 
 
@@ -270,10 +313,20 @@ def table_c(found: dict[str, Any]) -> str:
     runs, rows = found["runs"], []
     for name, case in found["grown"].items():
         for phase in case["phases"]:
-            before, after = column(runs[case["arm"]], phase), column(runs[name], phase)
+            before, after = (
+                column(runs[case["arm"]], phase),
+                column(runs[name], phase),
+            )
             grows = [exponent(a, b, case["factor"]) for a, b in zip(before, after, strict=True)]
             times = f"{case['factor']:.1f}"
-            row = [name, times, phase, spread(before, 3), spread(after, 3), spread(grows)]
+            row = [
+                name,
+                times,
+                phase,
+                spread(before, 3),
+                spread(after, 3),
+                spread(grows),
+            ]
             rows.append(row)
     headers = ["what grows", "×", "phase", "s before", "s after", "exponent"]
     return table(rows, headers, "github")
@@ -281,7 +334,11 @@ def table_c(found: dict[str, Any]) -> str:
 
 PARTS = {
     "a": ("Against TRL", against_trl, table_a),
-    "b": ("Each arm against `absorb` (seconds of a step by phase)", by_arm, table_b),
+    "b": (
+        "Each arm against `absorb` (seconds of a step by phase)",
+        by_arm,
+        table_b,
+    ),
     "c": ("Growth", growth, table_c),
 }
 

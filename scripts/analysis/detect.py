@@ -26,13 +26,24 @@ class Rows:
     step: np.ndarray
     mode: np.ndarray
 
-    def auroc(self, values: np.ndarray, stratum: np.ndarray, mask: np.ndarray | None = None):
+    def auroc(
+        self,
+        values: np.ndarray,
+        stratum: np.ndarray,
+        mask: np.ndarray | None = None,
+    ):
         rows = np.full(len(values), True) if mask is None else mask
         return float(stratified_auroc(values[rows], self.hack[rows], stratum[rows]))
 
 
 def columns(rows: list[dict]) -> Rows:
-    keys = {"reward_hack": bool, "score": float, "n_tokens": float, "step": int, "mode": str}
+    keys = {
+        "reward_hack": bool,
+        "score": float,
+        "n_tokens": float,
+        "step": int,
+        "mode": str,
+    }
     return Rows(*(np.array([r[key] for r in rows], of) for key, of in keys.items()))
 
 

@@ -27,14 +27,22 @@ from vgrout.gate.ratio import logps_with
 from vgrout.grader import Grader
 from vgrout.model.batch import Batch
 from vgrout.model.likelihood import likelihood_steps, random_deltas
-from vgrout.model.policy import sample
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
 from vgrout.run.diagnose import scaled
 from vgrout.run.records import load_record, load_rollouts, load_snapshots
-from vgrout.stats import above_frontier, bootstrap_interval, frontier_solve, leakage
+from vgrout.stats import (
+    above_frontier,
+    bootstrap_interval,
+    frontier_solve,
+    leakage,
+)
 from vgrout.train import seeded
 
-ROWS_A_PROMPT, RANDOM_PUSHES = 4, (1, 2, 3)  # samples of the base; seeds of Gaussian quarantines
+ROWS_A_PROMPT, RANDOM_PUSHES = (
+    4,
+    (1, 2, 3),
+)  # samples of the base; seeds of Gaussian quarantines
 KINDS = {"scale": ("s", "adapter scaled"), "step": ("o", "stopped early")}
 Measure = Callable[..., dict]  # name → rates of the present policy
 
@@ -72,7 +80,14 @@ def opened(
     with Grader(run.config.run.workers) as grader:
 
         def measure(name: str, ablated: bool = False) -> dict:
-            return rates(run.cell(grader, name, ablated, draws or run.config.run.final_draws))
+            return rates(
+                run.cell(
+                    grader,
+                    name,
+                    ablated,
+                    draws or run.config.run.final_draws,
+                )
+            )
 
         yield run, measure
 
@@ -90,11 +105,11 @@ def null_points(path: Path, options: Namespace) -> Iterator[dict]:
         head = {"run": str(path), "seed": run.record.seed}
         for at in sorted({0.0, 1.0, *options.scales}):
             with scaled(run.policy.adapter, at):
-                yield head | {"kind": "scale", "at": at} | measure(f"scale {at}")
+                yield (head | {"kind": "scale", "at": at} | measure(f"scale {at}"))
         for step, file in load_snapshots(path).items():
             if step > 0:
                 run.load(load_tensors(file)[0])
-                yield head | {"kind": "step", "at": float(step)} | measure(f"step {step}")
+                yield (head | {"kind": "step", "at": float(step)} | measure(f"step {step}"))
 
 
 def hacks_before(path: str | Path, step: float = float("inf")) -> int:
@@ -132,7 +147,11 @@ def placed(path: Path, record: RunRecord, points: list[dict]) -> dict:
         raise UserError(f"{differ}: set --draws {cell.n}") from None
     twins = [p["run"] for p in points if p["seed"] == record.seed] or [points[0]["run"]]
     own = [p for p in points if p["run"] == twins[0]]
-    row = {"run": str(path), "arm": record.arm, "seed": record.seed} | rates(cell)
+    row = {
+        "run": str(path),
+        "arm": record.arm,
+        "seed": record.seed,
+    } | rates(cell)
     row |= dict(zip(("above", "above_low", "above_high"), distance))
     return row | left_over(path, record, own)
 
@@ -148,7 +167,10 @@ def frontier(options: Namespace) -> None:
         for point in null_points(path, options):
             points.append(point)
             at = f"{path} {point['kind']} {point['at']:g}"
-            print(f"  {at}: hack {point['hack']:.3f} solve {point['solve']:.3f}", flush=True)
+            print(
+                f"  {at}: hack {point['hack']:.3f} solve {point['solve']:.3f}",
+                flush=True,
+            )
     rows = [placed(path, record, points) for path, record in records.items()]
     show(points, options.out / "frontier_points.csv")
     print("\ndeployed policies; above: solve minus the frontier's at the same hack rate")
@@ -166,11 +188,21 @@ def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
     for kind, (marker, name) in KINDS.items():
         mine = [p for p in points if p["kind"] == kind]
         x, y = [p["hack"] for p in mine], [p["solve"] for p in mine]
-        axis.plot(x, y, marker, color="0.65", markersize=4, label=f"plain GRPO, {name}")
+        axis.plot(
+            x,
+            y,
+            marker,
+            color="0.65",
+            markersize=4,
+            label=f"plain GRPO, {name}",
+        )
     for place, row in enumerate(rows):
         error = {}
         for axis_error, w in (("xerr", "hack"), ("yerr", "solve")):
-            error[axis_error] = [[row[w] - row[f"{w}_low"]], [row[f"{w}_high"] - row[w]]]
+            error[axis_error] = [
+                [row[w] - row[f"{w}_low"]],
+                [row[f"{w}_high"] - row[w]],
+            ]
         look = {"fmt": "D", "markersize": 5, "color": plot.colour_of(place)}
         name = f"{row['arm']} s{row['seed']}"
         axis.errorbar(row["hack"], row["solve"], **error, **look, label=name)
@@ -183,7 +215,10 @@ def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
 def forget(options: Namespace) -> None:
     """The quarantine's delta scaled beside the deployed block, and alone."""
     finished(options.runs)
-    rows, states = [], [(1.0, scale) for scale in sorted({0.0, 1.0, *options.scales})]
+    rows, states = (
+        [],
+        [(1.0, scale) for scale in sorted({0.0, 1.0, *options.scales})],
+    )
     for path in options.runs:
         with opened(path, options.draws) as (run, measure):
             adapter = run.policy.adapter
@@ -199,8 +234,18 @@ def forget(options: Namespace) -> None:
         mine = [r for r in rows if r["run"] == path.name and r["deployed"]]
         x = [r["quarantine"] for r in mine]
         for which, style in (("hack", "-"), ("solve", "--")):
-            look = {"color": plot.colour_of(place), "marker": "o", "markersize": 3}
-            axis.plot(x, [r[which] for r in mine], style, **look, label=f"{path.name}: {which}")
+            look = {
+                "color": plot.colour_of(place),
+                "marker": "o",
+                "markersize": 3,
+            }
+            axis.plot(
+                x,
+                [r[which] for r in mine],
+                style,
+                **look,
+                label=f"{path.name}: {which}",
+            )
     plot.save(figure, options.out / "forget.png")
 
 
@@ -215,11 +260,24 @@ def heal(options: Namespace) -> None:
             ablated = run.arm.deployed == "ablated"
             found = pairs.load_pairs(cfg.data.pairs, cfg.data.pair_modes)
             batch = pair_batch(policy, found)
-            clean = select(batch, torch.arange(len(found), 2 * len(found), device=policy.device))
+            clean = select(
+                batch,
+                torch.arange(len(found), 2 * len(found), device=policy.device),
+            )
             for steps in (0, options.steps):
                 with scaled(policy.adapter, 1.0 - ablated, ("quarantine",)):
-                    likelihood_steps(policy, clean, "deployed", steps, options.learning_rate, *how)
-                state = {"heal": "on" if steps else "off", "heal_steps": steps}
+                    likelihood_steps(
+                        policy,
+                        clean,
+                        "deployed",
+                        steps,
+                        options.learning_rate,
+                        *how,
+                    )
+                state = {
+                    "heal": "on" if steps else "off",
+                    "heal_steps": steps,
+                }
                 rows.append(named(run) | state | measure("heal", ablated))
     show(rows, options.out / "heal.csv")
 
@@ -239,7 +297,15 @@ def base_samples(run: Stored, prompts: int) -> Batch:
     group = [i for i, rows in enumerate(drawn) for _ in rows]
     zeros = [0.0] * len(group)
     shown = [ids[i] for i in group]
-    return collate(shown, completions, zeros, group, zeros, policy.pad_id, policy.device)
+    return collate(
+        shown,
+        completions,
+        zeros,
+        group,
+        zeros,
+        policy.pad_id,
+        policy.device,
+    )
 
 
 def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]:
@@ -259,7 +325,10 @@ def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]
     total, tokens = (empty.index_add(0, group, x) for x in by_row)
     mean = total.sum() / tokens.sum()
     spread = (total - mean * tokens).std() / len(tokens) ** 0.5  # of a ratio of sums
-    return {"push": float(mean), "push_error": float(spread / tokens.mean())}
+    return {
+        "push": float(mean),
+        "push_error": float(spread / tokens.mean()),
+    }
 
 
 def push(options: Namespace) -> None:
@@ -272,7 +341,10 @@ def push(options: Namespace) -> None:
     rows = []
     for path, files in snapshots.items():
         with opened(path, options.draws, unfinished=True) as (run, measure):
-            batch, adapter = base_samples(run, options.prompts), run.policy.adapter
+            batch, adapter = (
+                base_samples(run, options.prompts),
+                run.policy.adapter,
+            )
             for step, file in files.items():
                 run.load(load_tensors(file)[0])
                 learned = [p.detach().clone() for p in adapter.parameters("quarantine")]

@@ -5,7 +5,6 @@ that what is audited here is what an arm would use. Nothing is trained. This is 
 analysis that knows how gates are built.
 """
 
-import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -31,8 +30,7 @@ Columns = dict[str | tuple[str, ...], np.ndarray]
 # One row for each rollout with an advantage, demonstrations included:
 #     run, step, group, mode, student, hack, advantage, length   facts [n]
 #     ("score", name), ("zone", name, cut)                       [n]; no zone without a cut
-#     ("null", name), ("null zone", name, share)                 [n, draws], of random directions
-# and one row for each step: ("seconds", name) [steps, 3]: refresh, scoring, a plain forward.
+#     ("null", name)                                             [n, draws], of random directions
 
 SEED_FORM = {
     "granularity": "rollout",
@@ -44,7 +42,11 @@ SEED_FORM = {
     "act_layer": None,
     "probe_positions": "completion",
 }
-GRADIENT, SEMANTIC, CONFOUND = Arm("v_grad"), Arm("v_grad", "semantic"), Arm("v_grad", "confound")
+GRADIENT, SEMANTIC, CONFOUND = (
+    Arm("v_grad"),
+    Arm("v_grad", "semantic"),
+    Arm("v_grad", "confound"),
+)
 UNIT = {"score_sign": "unit"}
 CENTRED = UNIT | {"centred": True}
 FAMILY: dict[str, tuple[Arm, dict]] = {  # arm whose control, or else whose score, is audited
@@ -57,7 +59,10 @@ FAMILY: dict[str, tuple[Arm, dict]] = {  # arm whose control, or else whose scor
     "v_act bottleneck": (Arm("v_act"), {}),
     "v_act bottleneck centred": (Arm("v_act"), {"centred": True}),
     "v_act residual": (Arm("v_act"), {"act_space": "residual"}),
-    "v_act residual centred": (Arm("v_act"), {"act_space": "residual", "centred": True}),
+    "v_act residual centred": (
+        Arm("v_act"),
+        {"act_space": "residual", "centred": True},
+    ),
     "llr": (Arm("llr"), {}),
     "quarantine ratio": (Arm("quarantine_ratio"), {}),
     "semantic placebo": (SEMANTIC, {}),
@@ -84,7 +89,9 @@ def stored_rollout(run: Stored, group: Group, prompt: list[int], row: dict) -> R
     ids = encode_completion(run.policy.tokenizer, row["completion"])
     names = {f.name for f in fields(Grade)} - {"seconds", "verdict"}
     grade = Grade(
-        **{name: row[name] for name in names}, verdict=Verdict(row["verdict"]), seconds=0.0
+        **{name: row[name] for name in names},
+        verdict=Verdict(row["verdict"]),
+        seconds=0.0,
     )
     return Rollout(
         problem=group.problem,
@@ -124,7 +131,10 @@ def rebuild(
         for row in members:
             group.rollouts.append(stored_rollout(run, group, prompt, row))
             length = len(encode_completion(run.policy.tokenizer, row["completion"]))
-            ended = (row["n_tokens"], row["n_tokens"] + 1)  # without EOS if truncated
+            ended = (
+                row["n_tokens"],
+                row["n_tokens"] + 1,
+            )  # without EOS if truncated
             odd += not row["teacher"] and length not in ended
     kept, batch, origin = compose(groups, run.policy)
     stored = [r["advantage"] for r in rows if r.get("advantage") is not None]
@@ -170,14 +180,6 @@ def family(
     return found
 
 
-def seconds(policy: Policy) -> float:
-    """A clock for cost ratios: CPU seconds of this process; on a GPU wall seconds."""
-    if policy.device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def score_step(
     policy: Policy,
     scores: dict[str, Score],
@@ -193,36 +195,24 @@ def score_step(
     """
     how = policy, batch, config.grpo.temperature, config.grpo.token_budget
     origin = replace(origin, sampler_logps=batch_logps(*how))
-    clock = seconds(policy)
-    live = mean_logps(*how)  # timed when warm
-    forward = seconds(policy) - clock
     unscored = batch.advantages == 0
     ranked = origin.student & ~unscored
     out: Columns = {}
     for name, score in scores.items():
-        clock = seconds(policy)
         score.refresh(policy)
-        refreshed = seconds(policy)
         found = score(policy, batch, origin)
-        times = [refreshed - clock, seconds(policy) - refreshed, forward]
         values = found.scores.masked_fill(unscored, float("nan"))
-        out["seconds", name] = np.array([times])
         out["score", name] = values.cpu().numpy()
         for cut in PAIR_CUTS if score.pairs_hack is not None else ():
             deal = zones_from_band if cut == "band" else zones_from_edge
             zones = deal(found.scores, batch.advantages, *Gate(score, cut=cut).edges())
             out["zone", name, cut] = zones.cpu().numpy()
-        null = null_scores(
-            score, found, how, origin, live, [seed * draws + i for i in range(draws)]
-        )
         for share in SHARES:
             out["zone", name, share] = top(values, ranked, share).numpy()
-        if null:
+        seeds = [seed * draws + i for i in range(draws)]
+        if null := null_scores(score, found, how, origin, seeds):
             columns = torch.stack(null, 1).masked_fill(unscored[:, None], float("nan"))
             out["null", name] = columns.cpu().numpy()
-            for share in SHARES:
-                zones = [top(column, ranked, share) for column in columns.T]
-                out["null zone", name, share] = torch.stack(zones, 1).numpy()
     return out
 
 
@@ -231,17 +221,17 @@ def null_scores(
     found: Scored,
     how: tuple[Policy, Batch, float, int],
     origin: Origin,
-    live: Float[Tensor, " g"],
     seeds: list[int],
 ) -> list[Float[Tensor, " g"]]:
     """The batch under random controls of the score; none for a score that has no direction.
 
     A likelihood ratio's is the mean log-prob after a Gaussian nudge that has in every tensor the
-    norm of the fitted hack − clean delta, minus `live`, that before.
+    norm of the fitted hack − clean delta, minus that before.
     """
     policy, batch = how[:2]
     if isinstance(score, LikelihoodRatio):
         fitted, columns = [hack - clean for hack, clean in zip(*score.deltas)], []
+        live = mean_logps(*how)
         for seed in seeds:
             with policy.adapter.shifted(random_deltas(fitted, seed)):
                 columns.append(mean_logps(*how) - live)
@@ -261,7 +251,10 @@ def top(
 
     They are dealt as a control's are.
     """
-    zones, rows = torch.full(values.shape, int(Zone.RETAIN)), ranked.cpu().nonzero()[:, 0]
+    zones, rows = (
+        torch.full(values.shape, int(Zone.RETAIN)),
+        ranked.cpu().nonzero()[:, 0],
+    )
     routed = round(SHARES[share] * len(rows))
     shadow = (torch.arange(len(rows)) < routed).long() * int(Zone.ROUTE)
     zones[rows] = match_shares(shadow, values.cpu()[rows], torch.zeros_like(rows))

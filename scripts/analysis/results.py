@@ -19,7 +19,14 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from scripts.view.output import OUT, ROOT, add_runs, parser, run_folders, write_csv
+from scripts.view.output import (
+    OUT,
+    ROOT,
+    add_runs,
+    parser,
+    run_folders,
+    write_csv,
+)
 from scripts.view.output import table as as_text
 
 from vgrout.config import defaults
@@ -30,11 +37,34 @@ from vgrout.run.runlog import rate_with_interval
 from vgrout.stats import Counts, gain, gain_lower_bound, mean_sem, rate
 
 COMMITTED = ROOT / "docs" / "results"
-CEILING_ARM, FROZEN, GAIN, MEAN = "no_loophole", 0.5, "gain [lower 90 %]", " MEAN"
-WINDOW, EMERGED = 5, 0.5  # steps of a running mean; student hack rate at which hacks have emerged
-NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
+CEILING_ARM, FROZEN, GAIN, MEAN = (
+    "no_loophole",
+    0.5,
+    "gain [lower 90 %]",
+    " MEAN",
+)
+WINDOW, EMERGED = (
+    5,
+    0.5,
+)  # steps of a running mean; student hack rate at which hacks have emerged
+NOT_VARIANTS = (
+    "run.",
+    "grpo.steps",
+    "model.device",
+)  # where and how often, or shown in a column
 BOTH = ("hack", "solve")
-HEADERS = ["arm", "seed", "preset", "steps", "n", *BOTH, "base solve", GAIN, "remarks", "run"]
+HEADERS = [
+    "arm",
+    "seed",
+    "preset",
+    "steps",
+    "n",
+    *BOTH,
+    "base solve",
+    GAIN,
+    "remarks",
+    "run",
+]
 Triple = tuple[Counts, Counts, Counts]  # of solve, base and ceiling on the same problems
 
 
@@ -88,7 +118,9 @@ def triple(record: RunRecord, runs: list[RunRecord]) -> Triple | None:
     return (solve, base, ceiling) if usable else None
 
 
-def gain_text(triples: list[Triple | None]) -> tuple[float | None, float | None, str]:
+def gain_text(
+    triples: list[Triple | None],
+) -> tuple[float | None, float | None, str]:
     """Return gain, its lower 90 % bound, and their text; all empty where a seed has no ceiling."""
     if not triples or None in triples:
         return None, None, "–"
@@ -178,7 +210,12 @@ def run_row(folder: str, record: RunRecord, every: list[RunRecord]) -> tuple[lis
         "run": folder,
     }
     shown = [rate_with_interval(last, which) for which in BOTH]
-    tail = [f"{base_solve:.2f}", text, remarks(record, bound), Path(folder).name]
+    tail = [
+        f"{base_solve:.2f}",
+        text,
+        remarks(record, bound),
+        Path(folder).name,
+    ]
     return [*head.values(), *shown, *tail], head | rates | plain
 
 
@@ -190,9 +227,17 @@ def mean_row(records: list[RunRecord], every: list[RunRecord]) -> list:
         return f"{value:.2f} ± {sem:.2f}"
 
     first = records[0]
-    last, base = [cell(r) for r in records], [cell(r, base=True) for r in records]
+    last, base = (
+        [cell(r) for r in records],
+        [cell(r, base=True) for r in records],
+    )
     _, bound, text = gain_text([triple(r, every) for r in records])
-    head = [first.arm + MEAN, f"{len(records)} seeds", first.preset, first.steps_done]
+    head = [
+        first.arm + MEAN,
+        f"{len(records)} seeds",
+        first.preset,
+        first.steps_done,
+    ]
     rates = [mean(last, "hack"), mean(last, "solve"), mean(base, "solve")]
     tail = [text, remarks(first, bound), "mean ± SEM over seeds"]
     return [*head, sum(c.n for c in last), *rates, *tail]
@@ -204,7 +249,13 @@ def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
     every = list(runs.values())
     for folder, record in runs.items():
         data = record.data_hashes[record.config["data"]["data"]]
-        key = (record.arm, record.preset, record.steps_done, variant(record), data)
+        key = (
+            record.arm,
+            record.preset,
+            record.steps_done,
+            variant(record),
+            data,
+        )
         groups[key].append((folder, record))
     for _, members in sorted(groups.items()):
         for folder, record in sorted(members, key=lambda member: member[1].seed):

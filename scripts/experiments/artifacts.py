@@ -1,12 +1,12 @@
-"""The decision's tables and figures (A1 to A7, the waves R, V, W and X, the maps M) from its records.
+"""The decision's tables and figures (A1 to A7, waves R, V, W and X, the maps M) from its records.
 
 Each table is written as LaTeX into `docs/writeup/generated/` and into every block
-`<!-- artifact: NAME --> … <!-- end -->` of a page below `docs/`, each figure into `docs/figs/`. A row
-of which some seeds have run says how many, `coverage` what has not. Means are over seeds, ± their
-standard error; p is of the two-sided t-test paired by seed, by Holm's method over the column.
+`<!-- artifact: NAME --> … <!-- end -->` of a page below `docs/`, each figure into `docs/figs/`. A
+row of which some seeds have run says how many, `coverage` what has not. Means are over seeds, ±
+their standard error; p is of the two-sided t-test paired by seed, by Holm's method over the column.
 
 Run: python scripts/experiments/artifacts.py
-     python scripts/experiments/artifacts.py --traces RUN_DIR      (A6: choose the traces of a run)
+     python scripts/experiments/artifacts.py --traces RUN_DIR    (A6: choose the traces of a run)
 """
 
 import argparse

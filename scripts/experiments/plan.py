@@ -1,8 +1,8 @@
 """A plan's table and tests, from the records of its wave.
 
-The primary test is the exact two-sided sign-flip test of the mean paired difference in deployed hacks;
-solving is the mean of validations at fixed steps, held against the ceiling with a lower bound. A run
-that diverged enters with hack 1 and solve 0. What has not run is listed and replaced by nothing.
+The primary test is the exact two-sided sign-flip test of the mean paired difference in deployed
+hacks; solving is the mean of validations at fixed steps, held against the ceiling with a lower
+bound. A run that diverged enters with hack 1 and solve 0. What has not run is listed.
 
 Run: python scripts/experiments/plan.py 01_label_free [--records DIR]
 """

@@ -106,6 +106,13 @@ def development() -> list[RunRecord]:
     return [record for _, record in read(RECORDS / "development.jsonl")]
 
 
+@cache
+def ceilings() -> list[RunRecord]:
+    """Every committed run without loopholes, of any wave, seed and length."""
+    found = development() + [r for path in files("decision") for _, r in read(path)]
+    return [r for r in found if r.arm == "no_loophole" and r.status == "finished"]
+
+
 def append(path: Path, row: str, record: RunRecord) -> None:
     """One more line; the file is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)

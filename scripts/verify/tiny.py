@@ -8,56 +8,68 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from vgrout.model import loading
 from vgrout.model.batch import Batch
-from vgrout.model.fused import fuse_norms
-from vgrout.model.lora2r import Lora2r
+from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.policy import Policy
 from vgrout.model.tokens import collate
 
 VOCAB, EOS, PAD = 64, 1, 0
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+    max_position_embeddings=128,
+    initializer_range=0.2,
+)
 
 
-def tiny_policy(seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 3) -> Policy:
+def tiny_policy(
+    seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 3, checkpointing: bool = False
+) -> Policy:
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, eos_token_id=EOS, pad_token_id=PAD, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).to(dtype).eval().requires_grad_(False)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0")
-    fuse_norms(model)
-    return Policy(model, tokenizer, Lora2r(model, rank, seed=seed + 1), frozenset({EOS}), PAD)
+    adapter = Lora2r(model, rank, seed=seed + 1)
+    if checkpointing:
+        loading.enable_checkpointing(model, adapter)
+    return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD)
 
 
 def perturb(
-    policy: Policy,
-    scale: float = 0.2,
-    seed: int = 0,
-    blocks: tuple[str, ...] = ("deployed", "quarantine"),
+    policy: Policy, scale: float = 0.2, seed: int = 0, blocks: tuple[str, ...] = BLOCKS
 ) -> None:
     """Plant a random delta in some blocks."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in (p for b in blocks for p in policy.adapter.parameters(b)):
-            p.add_(scale * torch.randn(p.shape, generator=generator))
+        for block in blocks:
+            for p in policy.adapter.parameters(block):
+                p.add_(scale * torch.randn(p.shape, generator=generator))
 
 
 def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
     """Groups that share a prompt, completions of unlike lengths, random advantages (none of them 0)."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: torch.randint(
-        2, VOCAB, (int(torch.randint(low, high, (), generator=g)),), generator=g
-    ).tolist()
+
+    def draw(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=g))
+        return torch.randint(2, VOCAB, (length,), generator=g).tolist()
+
     group = [i // group_size for i in range(rows)]
     prompts = [draw(2, 9) for _ in range(group[-1] + 1)]
-    rewards, A = torch.rand(rows, generator=g).tolist(), torch.randn(rows, generator=g).tolist()
-    return collate(
-        [prompts[i] for i in group], [draw(1, 8) for _ in group], rewards, group, A, PAD, "cpu"
-    )
+    rewards = torch.rand(rows, generator=g).tolist()
+    A = torch.randn(rows, generator=g).tolist()
+    completions = [draw(1, 8) for _ in group]
+    return collate([prompts[i] for i in group], completions, rewards, group, A, PAD, "cpu")
 
 
 def read_models_once() -> None:
-    """From now on in this process and its forks, a model that was loaded before is copied instead of read again."""
+    """From now on in this process and its forks, a model is copied instead of read a second time."""
     real, read = loading.AutoModelForCausalLM, {}
 
     class Once:

@@ -88,11 +88,20 @@ def check_tables() -> None:
     step |= {"tokens_per_second": 9000.0, "groups_skipped": 1.0}
     three = [step | {"step": 1.8, "update": 0.8}] * 2
     versions = {"python": "3", "torch": "2", "transformers": "5"}
-    machine = {"cpu": "a CPU", "cores": 2, "threads": 1, "load": 0.1, "commit": "c" * 40}
+    machine = {
+        "cpu": "a CPU",
+        "cores": 2,
+        "threads": 1,
+        "load": 0.1,
+        "commit": "c" * 40,
+    }
     head = {"machine": machine | {"dirty": False, "versions": versions}, "made": "then"}
 
     def pair(one: str, other: str) -> dict:
-        runs, cpu = {one: [step] * 2, other: three}, {one: [1.0, 1.0], other: [1.0, 4.0]}
+        runs, cpu = (
+            {one: [step] * 2, other: three},
+            {one: [1.0, 1.0], other: [1.0, 4.0]},
+        )
         return head | {"runs": runs, "cpu": cpu, "resident": {one: 1.0, other: 2.0}}
 
     grown = {"more": {"arm": "routeV", "factor": 2.0, "phases": ["update"]}}
@@ -127,7 +136,13 @@ def check_page(found: dict) -> None:
 def check_script() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
-        command = [sys.executable, "scripts/analysis/bench.py", "--quick", "--rounds", "1"]
+        command = [
+            sys.executable,
+            "scripts/analysis/bench.py",
+            "--quick",
+            "--rounds",
+            "1",
+        ]
         subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
         found = json.loads(out.read_text())
     assert found.keys() == {"b", "c"}

@@ -33,7 +33,7 @@ from vgrout.env.rollouts import Sampling
 from vgrout.files import load_tensors
 from vgrout.grader import sandbox
 from vgrout.grader.sandbox import Job, Sandbox, SandboxError
-from vgrout.model import policy as policies
+from vgrout.model import sampling as policies
 from vgrout.model.batch import GateOutput
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import BlockOptimizer

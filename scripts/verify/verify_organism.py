@@ -28,7 +28,7 @@ from vgrout.env.problems import (
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.model import tokens
 from vgrout.model.loading import load_policy
-from vgrout.model.policy import sample
+from vgrout.model.sampling import sample
 from vgrout.organism import corpus
 from vgrout.organism import problems as organism
 from vgrout.organism.operations import OPERATIONS, STYLES

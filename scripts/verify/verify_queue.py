@@ -1,7 +1,7 @@
-"""The decision run's manifest, the pueue queue (against a recording shim) and, with --long, the Ray pool on a real two-node cluster
-of which one node is killed while it works (needs the extra ray).
+"""The real model's wave, its queue on pueue (against a recording shim) and, with --long, Ray on a
+two-node cluster of which one node is killed while it works (needs the extra ray).
 
-    uv run python scripts/verify/verify_queue.py [--long]
+Run: python scripts/verify/verify_queue.py [--long]
 """
 
 import json
@@ -9,18 +9,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from scripts.experiments import pool_ray
-from scripts.experiments.manifest import ROOT, WHY, TrainJob, check, decision
-from scripts.experiments.queue_decision import command
+from scripts.experiments import pueue, ray_pool, waves
+from scripts.experiments.records import ROOT, Row
+from scripts.experiments.waves import Job
 
-from vgrout.config import ARMS, PRESETS
-from vgrout.core import UserError
+from vgrout.config import PRESETS
 
+ARMS = "none2r no_loophole routeV placebo absorb routeQ absorbQ no_gateQ".split()
 SHIM = f"""#!{sys.executable}
 import json, os, sys
 log = os.environ["SHIM_LOG"]
@@ -30,7 +30,7 @@ sys.exit(len(open(log).readlines()) > int(os.environ["SHIM_FAILS_AFTER"]))
 WORK = """
 import json, os, sys, time
 from pathlib import Path
-out = Path(sys.argv[1]); saved = out / "saved"
+out = Path(sys.argv[2]); saved = out / "saved"
 done = int(saved.read_text()) if saved.exists() else 0
 with open(out / "starts", "a") as f: f.write(f"{done}\\n")
 for i in range(done, 40):
@@ -39,60 +39,26 @@ for i in range(done, 40):
     saved.write_text(str(i + 1))
 (out / "record.json").write_text(json.dumps({"status": "finished"}))
 """
+BROKEN = "import sys; open(sys.argv[2] + '/starts', 'a').write('x\\n'); sys.exit(3)"
 
 
-def refused(jobs: list[TrainJob], word: str) -> None:
-    try:
-        check(jobs)
-    except UserError as error:
-        assert word in str(error), error
-    else:
-        raise AssertionError(f"accepted, SHOULD be refused for {word!r}")
-
-
-def check_manifest() -> None:
-    jobs = decision(list(WHY), [51, 52])
-    assert {"routeV", "placebo", "none", "absorb", "routeL"} == set(WHY) <= ARMS.keys()
+def check_wave() -> None:
+    rows = waves.WAVES["real"].rows
+    assert [row.arm for row in rows] == [arm for arm in ARMS for _ in range(2)]
     assert PRESETS["full"].model.model == "Qwen/Qwen3-4B", "the decision run is on Qwen3-4B"
-    assert (
-        len(jobs) == 10
-        and len({j.out_dir for j in jobs}) == 10
-        and len({j.label for j in jobs}) == 5
-    )
-    assert all(
-        j.label.startswith("why: ") and " resolve: " in j.label and "--resume" in j.argv
-        for j in jobs
-    )
-    assert {j.argv[j.argv.index("--seed") + 1] for j in jobs[:5]} == {"51"}, (
-        "a first comparison of all arms comes first"
-    )
-    small = decision(list(WHY), [51], "organism", ("--steps", "3"))
-    check(small)
-    refused([*small, replace(small[0], argv=(*small[0].argv, "--top-p", "7"))], "--top-p")
-    refused([replace(small[0], argv=(*small[0].argv[:-1], "--data", "no.jsonl"))], "no.jsonl")
-    try:
-        decision(["zap"], [51])
-        raise AssertionError("an unknown arm was accepted")
-    except UserError as error:
-        assert "zap" in str(error)
+    for shown, alone in zip(rows[::2], rows[1::2], strict=True):
+        assert waves.POOL in shown.common and "--teacher-pool ''" in alone.common
+        assert shown.why != alone.why and shown.resolve == alone.resolve != ""
     print(
-        "ok  the manifest: five arms on Qwen3-4B, a directory each, why and resolve; what training refuses is not queued"
+        "ok  eight arms on Qwen3-4B, with a pool of demonstrations and without, each with its why"
     )
 
 
-def queue(*flags: str, path: str, log: Path, fails_after: int = 99) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "PATH": path,
-        "SHIM_LOG": str(log),
-        "SHIM_FAILS_AFTER": str(fails_after),
-    }
-    script = [
-        sys.executable,
-        str(ROOT / "scripts/experiments/queue_decision.py"),
-        "--preset",
-        "organism",
-        *flags,
-    ]
+def queue(*words: str, path: str, log: Path, fails_after: int = 99) -> subprocess.CompletedProcess:
+    """`run.py 01_label_free --on pueue …`, with `path` as the search path."""
+    settings = {"PATH": path, "SHIM_LOG": str(log), "SHIM_FAILS_AFTER": str(fails_after)}
+    script = [sys.executable, "scripts/experiments/run.py", *words, "--on", "pueue"]
+    environment = os.environ | settings
     return subprocess.run(script, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
@@ -101,47 +67,41 @@ def check_queue(tmp: Path) -> None:
     shim.parent.mkdir()
     shim.write_text(SHIM)
     shim.chmod(0o755)
-    done = queue("--seeds", "51", "--group", "gpu", path=str(shim.parent), log=log)
+    here = str(shim.parent)
+    wave = ("01_label_free", "--only", "none2r", "no_loophole", "--seeds", "41", "42")
+    done = queue(*wave, path=here, log=log)
     calls = [json.loads(line) for line in log.read_text().splitlines()]
-    want = [command(job, "gpu")[1:] for job in decision(list(WHY), [51], "organism")]
-    assert done.returncode == 0 and calls == want, (
-        f"pueue was given {calls}, SHOULD be {want}: {done.stderr}"
-    )
+    assert done.returncode == 0 and len(calls) == 4 and "pueue follow" in done.stdout, done.stderr
+    row = Row("x", "none2r", why="it's a test", resolve="yes")
+    job = Job(row, 41, ("organism", "--teacher-pool", ""), ROOT / "out" / "x")
+    whole = pueue.command(job)
+    assert "why: it's a test. resolve: yes." in whole and whole[-len(job.argv) :] == job.argv
+    assert all(call[0] == "add" and "" in call and "--resume" == call[-1] for call in calls)
     log.unlink()
-    done = queue("--dry-run", path="", log=log)
-    assert done.returncode == 0 and not log.exists() and done.stdout.count("pueue add") == 15, (
-        "a dry run queued something"
-    )
-    done = queue(path="", log=log)
-    assert (
-        done.returncode == 2 and "not installed" in done.stderr and done.stderr.count("\n") == 1
-    ), done.stderr
-    done = queue("--flags", "--steps 0", path=str(shim.parent), log=log)
-    assert done.returncode == 2 and "--steps" in done.stderr and not log.exists(), (
-        "jobs were queued that training would refuse"
-    )
-    done = queue(path=str(shim.parent), log=log, fails_after=2)
-    assert (
-        done.returncode == 2
-        and "after 2 jobs" in done.stderr
-        and len(log.read_text().splitlines()) == 3
-    )
-    print(
-        "ok  pueue gets every job whole, label included; no pueue, a refused job and a dry run queue nothing"
-    )
+    done = queue("real", "--dry-run", path="", log=log)
+    assert done.returncode == 0 and not log.exists(), "a dry run queued something"
+    assert done.stdout.count("pueue add") == 48 and "why: " in done.stdout
+    done = queue(*wave, path="", log=log)
+    assert done.returncode == 2 and "not installed" in done.stderr, done.stderr
+    done = queue(*wave, "--flags", "--steps 0", path=here, log=log)
+    assert done.returncode == 2 and "--steps" in done.stderr and not log.exists(), done.stderr
+    done = queue(*wave, path=here, log=log, fails_after=2)
+    assert done.returncode == 2 and "after 2 jobs" in done.stderr, done.stderr
+    assert len(log.read_text().splitlines()) == 3
+    print("ok  pueue gets every job whole; no pueue, a refused job and a dry run queue nothing")
 
 
 def started(folders: list[Path], ticks: int) -> bool:
-    return all(
-        (f / "ticks").exists() and len((f / "ticks").read_text().splitlines()) >= ticks
-        for f in folders
-    )
+    return all((f / "ticks").exists() and len(lines(f / "ticks")) >= ticks for f in folders)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
 
 
 def lose_a_node(tmp: Path, retries: int) -> tuple[dict, list[Path]]:
-    """Two jobs on two nodes of one GPU each; the second node is killed while both work. A third job fails by itself."""
-    import threading
-
+    """Two jobs on two nodes of one GPU each; the second node is killed while both work. A third
+    job fails by itself."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -150,73 +110,54 @@ def lose_a_node(tmp: Path, retries: int) -> tuple[dict, list[Path]]:
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         cluster.wait_for_nodes()
-        argv = (sys.executable, "-c", WORK)
-        jobs = [TrainJob(name, (*argv, str(tmp / name)), name, "", "") for name in ("a", "b")]
-        broken = "open(sys.argv[1] + '/starts', 'a').write('x\\n'); sys.exit(3)"
-        jobs.append(
-            TrainJob(
-                "c", (sys.executable, "-c", f"import sys; {broken}", str(tmp / "c")), "c", "", ""
-            )
-        )
-        folders, result = [tmp / job.name for job in jobs], {}
-        thread = threading.Thread(target=lambda: result.update(pool_ray.run(jobs, tmp, 1, retries)))
-        thread.start()
+        jobs, result = [], {}
+        for name, code in (("a", WORK), ("b", WORK), ("c", BROKEN)):
+            program = (sys.executable, "-c", code)
+            jobs.append(Job(Row(name, name), 1, (), tmp / name, program=program))
+        folders = [job.out_dir for job in jobs]
+        pool = threading.Thread(target=lambda: result.update(ray_pool.run(jobs, 1, retries)))
+        pool.start()
         limit = time.monotonic() + 120
         while not started(folders[:2], 5):
             assert time.monotonic() < limit, "the two jobs never ran at once"
             time.sleep(0.05)
         cluster.remove_node(second, allow_graceful=False)
-        thread.join(180)
-        assert not thread.is_alive(), "the pool hangs after the loss of a node"
+        pool.join(180)
+        assert not pool.is_alive(), "the pool hangs after the loss of a node"
         return result, folders
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def lines(path: Path) -> list[str]:
-    return path.read_text().splitlines()
-
-
 def check_ray() -> None:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     with tempfile.TemporaryDirectory() as name:
         result, folders = lose_a_node(Path(name), retries=2)
-        assert result == {"a": 0, "b": 0, "c": 3}, result
-        starts = [lines(f / "starts") for f in folders]
-        assert sorted(map(len, starts)) == [1, 1, 2], (
-            f"one job, and only that one, is started again: {starts}"
-        )
-        lost = next(f for f, s in zip(folders, starts) if len(s) == 2)
-        assert int(lines(lost / "starts")[1]) >= 5, (
-            "the second start did not continue from what was saved"
-        )
+        assert result == {"a_s1": 0, "b_s1": 0, "c_s1": 3}, result
+        starts = [lines(folder / "starts") for folder in folders]
+        assert sorted(map(len, starts)) == [1, 1, 2], f"one job alone is started again: {starts}"
+        lost = next(f for f, s in zip(folders, starts, strict=True) if len(s) == 2)
+        assert int(lines(lost / "starts")[1]) >= 5, "the second start began anew"
         owners = lines(lost / "ticks")
-        assert len(owners) == 40 and owners == sorted(owners, key=owners.index), (
-            "an orphan of the lost node went on writing"
-        )
-        print(
-            "ok  Ray: a node dies, its run continues elsewhere from what was saved, none is lost; a failing run is not repeated"
-        )
+        in_turn = sorted(owners, key=owners.index)
+        assert len(owners) == 40 and owners == in_turn, "an orphan of the lost node went on writing"
+        print("ok  Ray: a node dies, its run goes on elsewhere; a failing run is not repeated")
     with tempfile.TemporaryDirectory() as name:
         result, _ = lose_a_node(Path(name), retries=0)
-        assert sorted(type(status).__name__ for status in result.values()) == [
-            "int",
-            "int",
-            "str",
-        ], result
+        kinds = sorted(type(status).__name__ for status in result.values())
+        assert kinds == ["int", "int", "str"], result
         print("ok  Ray: without retries the lost run is reported as lost")
 
 
 def main() -> None:
-    check_manifest()
+    check_wave()
     with tempfile.TemporaryDirectory() as tmp:
         check_queue(Path(tmp))
-    if "--long" in sys.argv:
-        if find_spec("ray") is None:
-            print("not checked: the Ray pool (uv sync --extra ray)")
-        else:
-            check_ray()
+    if "--long" in sys.argv and find_spec("ray") is None:
+        print("not checked: the Ray pool (uv sync --extra ray)")
+    elif "--long" in sys.argv:
+        check_ray()
 
 
 if __name__ == "__main__":

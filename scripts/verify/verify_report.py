@@ -79,7 +79,12 @@ def planted(folder: Path, hacks: int = 3) -> Path:
     config = {"model": {"model": "<b>"}, "data": {}}
     with planted_run(folder, planted_record(config=config, steps_done=3, evals=evals)) as run:
         for step in range(3):
-            row = {"step": step, "student_hack": hacks / 8, "student_solve": 0.25, "kl": 0.1}
+            row = {
+                "step": step,
+                "student_hack": hacks / 8,
+                "student_solve": 0.25,
+                "kl": 0.1,
+            }
             gate = {"gate_lower": 0.1 + step, "gate_upper": 0.2 + step} if step != 1 else {}
             run.log_metrics(row | gate)
             run.log_rollouts([rollout(step, i, hacks) for i in range(8)])
@@ -133,7 +138,13 @@ def check_terminal(run: Path) -> None:
     with mock.patch.object(sys, "argv", ["show", str(run), "--outcome", "hack"]):
         printed = captured(show.main)
         assert not control_characters(printed), "a completion reaches the terminal raw"
-        for words in ("ok\n\tindented ", r"\x1b[2J", r"\x07", r"\x9b31m\x0d\x7f", "9 rollouts"):
+        for words in (
+            "ok\n\tindented ",
+            r"\x1b[2J",
+            r"\x07",
+            r"\x9b31m\x0d\x7f",
+            "9 rollouts",
+        ):
             assert words in printed, f"the terminal lacks {words!r}"
         with mock.patch.object(show, "visible", lambda raw: raw):
             assert control_characters(captured(show.main)), "raw control characters go unnoticed"

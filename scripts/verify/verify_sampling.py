@@ -9,8 +9,9 @@ batches, drawn ones follow the policy's probabilities in all of them, and no cal
 import torch
 from scripts.verify.tiny import EOS, VOCAB, perturb, tiny_policy
 
-from vgrout.model import policy as module
-from vgrout.model.policy import Policy, decoding_batches, sample
+from vgrout.model import sampling as module
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import decoding_batches, sample
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17, 18, 19], [20]]
 NEW = 12  # tokens

@@ -40,8 +40,8 @@ from vgrout.model.likelihood import (
 )
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import trained_blocks
-from vgrout.model.policy import Policy, sample
-from vgrout.model.products import factors_rounded
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, select
 
 HOW = dict(temperature=1.0, token_budget=1000)
@@ -122,7 +122,7 @@ def check_rounded_products() -> None:
         256,
         generator=torch.Generator().manual_seed(0),
     )
-    with factors_rounded(torch.bfloat16):
+    with policy.adapter.rounded(torch.bfloat16):
         rounds = not torch.allclose(
             x @ x,
             (x.double() @ x.double()).float(),
@@ -133,7 +133,7 @@ def check_rounded_products() -> None:
     else:
         assert max(errors) < 1e-3, errors
         print("note: this device does not round factors: bf16 products are fp32's, and checked so")
-    assert policy.adapter.products is torch.float32, "the rounding outlives its scope"
+    assert torch.get_float32_matmul_precision() == "highest", "the rounding outlives its scope"
     print(f"ok  bf16 products, error over spread: {errors}; with nudges too small {small:.2f}")
 
 

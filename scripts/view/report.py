@@ -42,7 +42,10 @@ BROWSED = {  # key of the page's data → key of a stored rollout
     "ablated": "sampled_ablated",
     "completion": "completion",
 }
-CURVES_NOTE = "Student rates: running means over five steps. Deployed rates: held-out problems, novel markers."
+CURVES_NOTE = (
+    "Student rates: running means over five steps. Deployed rates: held-out problems with novel "
+    "markers."
+)
 SCORES_NOTE = (
     "Scores of student rows by ground-truth label. Dotted: lower edge, RETAIN below it; dashed: "
     "upper edge, ROUTE above it (medians over the third of the run; shaded: their range). The "

@@ -15,11 +15,11 @@ from vgrout.core import Mode
 class Range:
     """Closed bounds of a number, or with `above` numbers strictly above `low`."""
 
-    low: float = 0.0
-    high: float = math.inf
+    low: int | float = 0
+    high: int | float = math.inf
     above: bool = False
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: int | float) -> bool:
         inside = self.low < value if self.above else self.low <= value
         return inside and value <= self.high and math.isfinite(value)
 

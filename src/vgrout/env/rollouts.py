@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,7 +15,8 @@ from vgrout.env.pairs import Pair
 from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.model import grpo, tokens
 from vgrout.model.batch import Batch, Behaviour
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Prompt:
     demonstrations: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Grades(Protocol):
     """What of a grader a step needs."""
 

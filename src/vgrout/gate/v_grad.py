@@ -146,7 +146,7 @@ def probe_gradients(
     """
     adapter = policy.adapter
     everywhere = by_token or options.positions == "all"
-    shared = policy.shares(training=True) and not everywhere
+    shared = policy.share_prompts and not everywhere
     gradients: Tensor | None = None
     for rows in micro_batches(batch, options.token_budget, by_prompt=shared):
         part = select(batch, rows)
@@ -184,7 +184,7 @@ def activations(
     transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=False)):
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
         inside = part.completion_mask.clone()
         inside[:, 0] &= part.completion_mask.sum(1) == 1  # the prompt's last token, unless alone

@@ -52,7 +52,7 @@ def scored_loss(
     logps: Float[Tensor, "g t"],
     mask: Bool[Tensor, "g t"],
     advantages: Float[Tensor, " g"],
-    max_completion_length: int,
+    max_completion_length: int | float,
 ) -> Float[Tensor, " g"]:
     """L_i = −A_i · Σ_t logp_t / max_completion_length: the loss of pass 1 (ratio 1, no clip, no KL)."""
     return -advantages * (logps * mask).sum(1) / max_completion_length

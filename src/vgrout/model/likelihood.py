@@ -1,4 +1,4 @@
-"""A few optimiser steps of likelihood on written completions: the deltas of the likelihood ratio, and the seeded quarantine."""
+"""A few optimiser steps of likelihood on written completions, and the deltas that they make."""
 
 import torch
 from jaxtyping import Float
@@ -15,20 +15,19 @@ def batch_logps(
     policy: Policy, batch: Batch, temperature: float, token_budget: int
 ) -> Float[Tensor, "g t"]:
     """Log-probs of each row's completion tokens, both blocks on, unmasked; 0 outside the mask."""
-    out = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=False)):
+    scored = torch.zeros(batch.completion_mask.shape, device=policy.device)
+    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
         part = select(batch, rows)
-        out[rows, : part.completion_ids.shape[1]] = logps(policy, part, temperature)
-    return out
+        scored[rows, : part.completion_ids.shape[1]] = logps(policy, part, temperature)
+    return scored
 
 
 def mean_logps(
     policy: Policy, batch: Batch, temperature: float, token_budget: int
 ) -> Float[Tensor, " g"]:
     """Their mean over each row's tokens."""
-    return batch_logps(policy, batch, temperature, token_budget).sum(1) / batch.completion_mask.sum(
-        1
-    )
+    scored = batch_logps(policy, batch, temperature, token_budget)
+    return scored.sum(1) / batch.completion_mask.sum(1)
 
 
 def likelihood_steps(
@@ -40,24 +39,19 @@ def likelihood_steps(
     temperature: float,
     token_budget: int,
 ) -> None:
-    """`steps` Adam steps on the mean over rows of −mean logp, into one block alone; the other is in the forward, as a constant."""
+    """`steps` Adam steps on the mean over rows of −mean logp, into one block alone; the other is
+    in the forward, as a constant."""
     params = policy.adapter.parameters(block)
     zone, forward = (Zone.ROUTE, "ablated") if block == "quarantine" else (Zone.RETAIN, "both")
     adam = torch.optim.Adam(params, lr=learning_rate)
     for _ in range(steps):
         adam.zero_grad(set_to_none=True)
-        for rows in micro_batches(batch, token_budget, by_prompt=policy.shares(training=True)):
-            part = select(batch, rows)
-            with (
-                torch.enable_grad(),
-                policy.training(),
-                policy.adapter.route(torch.full_like(rows, int(zone)), forward),
-            ):
-                value = (
-                    logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)
-                ).sum() / len(batch.advantages)
-                for p, g in zip(params, torch.autograd.grad(-value, params)):
-                    p.grad = g if p.grad is None else p.grad + g
+        for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+            part, zones = select(batch, rows), torch.full_like(rows, int(zone))
+            with torch.enable_grad(), policy.training(), policy.adapter.route(zones, forward):
+                means = logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)
+                loss = -(means.sum() / len(batch.advantages))
+                loss.backward(inputs=params)
         adam.step()
     adam.zero_grad(set_to_none=True)
 
@@ -70,7 +64,8 @@ def likelihood_deltas(
     temperature: float,
     token_budget: int,
 ) -> list[Tensor]:
-    """How the deployed block would move under `likelihood_steps`; the live parameters are restored exactly."""
+    """How the deployed block would move under `likelihood_steps`; its parameters are restored
+    exactly."""
     params = policy.adapter.parameters("deployed")
     with policy.adapter.shifted([torch.zeros_like(p) for p in params]):
         before = [p.detach().clone() for p in params]

@@ -1,25 +1,25 @@
-"""Rank-2r LoRA with a deployed and a quarantine block on every Linear (LoRA: https://arxiv.org/abs/2106.09685).
+"""Rank-2r LoRA with a deployed and a quarantine block on every Linear (LoRA:
+https://arxiv.org/abs/2106.09685).
 
-    y = W x + keep_dep · Δ_dep(x) + keep_quar · Δ_quar(x),   Δ_b(x) = B_b (dA_b x) + dB_b (A0_b x),   B_b = B0_b + dB_b
+    y = W x + Σ_b keep_b · Δ_b(x),   Δ_b(x) = B_b (dA_b x) + dB_b (A0_b x),   B_b = B0_b + dB_b
 
-which equals B_b A_b x − B0_b A0_b x with A_b = A0_b + dA_b, without the cancellation of evaluating that difference. A0, B0 are
-frozen seeded Gaussians, dA and dB start at zero and train in fp32; so the net delta is zero at initialisation, weight decay is
-decay toward the initialisation, and the deployment ablation drops Δ_quar.
+Δ_b(x) is B_b A_b x − B0_b A0_b x with A_b = A0_b + dA_b, without the cancellation of that
+difference. A0, B0 are frozen seeded Gaussians, dA and dB start at zero and train in fp32: the net
+delta is zero at initialisation, weight decay is decay toward it, and the deployment ablation drops
+Δ_quarantine.
 
-Zones say, for every row (or every token), which block is in the forward and which block learns. A block that is kept but
-does not learn is a constant of the backward pass: neither its parameters nor its input get a gradient through it.
-
-Everything is a context, so that no intervention outlives its scope: `route`, `ablated`, `disabled`, `probing`, `merged`.
-A backward pass belongs inside the context of its forward pass: gradient checkpointing runs the forward again.
-What this file does not do: it never sees a score, a reward or a label.
+Zones say, for every row (or token), which block is in the forward and which learns. A block that
+is kept and does not learn is a constant: neither its parameters nor its input get a gradient
+through it. Interventions are contexts and end with their scope. No score, reward or label is seen
+here.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,9 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgrout.core import NO_ZONE, UserError, Zone
-from vgrout.model.blocks import LoraLinear
-from vgrout.model.packing import Packing
-from vgrout.model.products import Columns, MaskedUp, Merged, Run
 
 BLOCKS = ("deployed", "quarantine")
 
@@ -39,267 +36,212 @@ ZONE_TABLE = {
     Zone.ABSORB: ((1.0, 1.0), (1.0, 1.0)),
     Zone.ROUTE: ((1.0, 1.0), (0.0, 1.0)),
 }
-Mask = tuple[float, float]  # (deployed, quarantine)
-Masks = tuple[Mask, Mask]  # (in the forward, learn)
-UNMASKED: Masks = ((1.0, 1.0), (1.0, 1.0))
-RETAIN_BOTH = (
-    (1.0, 1.0),
-    (1.0, 0.0),
-)  # --retain-forward both: the quarantine is kept, and is a constant
+RETAIN_BOTH = ((1.0, 1.0), (1.0, 0.0))  # --retain-forward both: the quarantine is kept, a constant
+
+
+class Block(nn.Module):
+    """One rank-r block of one Linear: frozen A0 and B0, trained dA and dB of the same shapes, fp32.
+
+    Δ(x) = B (dA x) + dB (A0 x) = [B, dB] [dA; A0] x, the product of `up` and `down`.
+    """
+
+    def __init__(self, A0: Float[Tensor, "r i"], B0: Float[Tensor, "o r"]):
+        super().__init__()
+        self.register_buffer("A0", A0)
+        self.register_buffer("B0", B0)
+        self.dA = nn.Parameter(torch.zeros_like(A0))
+        self.dB = nn.Parameter(torch.zeros_like(B0))
+
+    def down(self) -> Float[Tensor, "k i"]:
+        """[2r, d_in]: the rows of dA, then those of A0."""
+        return torch.cat([self.dA, self.A0])
+
+    def up(self) -> Float[Tensor, "o k"]:
+        """[d_out, 2r]: the columns of B0 + dB, then those of dB."""
+        return torch.cat([self.B0 + self.dB, self.dB], dim=1)
+
+    @torch.no_grad()
+    def delta(self) -> Float[Tensor, "o i"]:
+        """The block's dense weight delta, fp32."""
+        return self.up() @ self.down()
+
+
+class LoraLinear(nn.Module):
+    """Both blocks of one Linear."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        A0 = torch.randn(2 * rank, d_in, generator=generator) / d_in**0.5
+        B0 = torch.randn(d_out, 2 * rank, generator=generator) / (2 * rank) ** 0.5
+        device = linear.weight.device
+        self.deployed = Block(A0[:rank].to(device), B0[:, :rank].contiguous().to(device))
+        self.quarantine = Block(A0[rank:].to(device), B0[:, rank:].contiguous().to(device))
+
+    def factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+        """(D [4r, d_in], U [d_out, 4r]): the deployed block's down and up, then the
+        quarantine's."""
+        blocks = (self.deployed, self.quarantine)
+        down = torch.cat([block.down() for block in blocks])
+        return down.to(dtype), torch.cat([block.up() for block in blocks], dim=1).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a forward pass runs under; masks are [g, 1 or s, 2], by block, with one row for all
+    alike."""
+
+    learn: Float[Tensor, "rows tokens b"] | None = None  # None: every block, everywhere
+    constant: Float[Tensor, "rows tokens b"] | None = None  # in the forward alone; None: nothing
+    c: dict[str, Float[Tensor, "rows tokens r"]] | None = None  # the probe of each Linear
+    where: Bool[Tensor, "g s"] | None = None  # positions that c multiplies; None: all
+    seen: dict[str, Float[Tensor, "g s r"]] | None = None  # a recording of each Linear's A x
+    shape: tuple[int, ...] = ()  # rows and tokens of the pass
 
 
 class Lora2r:
-    """The adapter of a whole model: seeded construction, contexts, parameters by block, save and load."""
+    """The adapter of a model: seeded construction, contexts, parameters by block, save and load."""
 
     def __init__(self, model: nn.Module, rank: int, seed: int, targets: str = r"\.layers\.\d+\..*"):
-        """Attach to every `nn.Linear` whose qualified name matches `targets` (regular expression, search)."""
-        found = {
-            n: m
-            for n, m in model.named_modules()
-            if isinstance(m, nn.Linear) and re.search(targets, "." + n)
-        }
-        if not found:
-            names = sorted(
-                {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-            )
+        """Attach to every `nn.Linear` whose name matches `targets` (regular expression, search)."""
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.linears = {n: m for n, m in linears.items() if re.search(targets, "." + n)}
+        if not self.linears:
             raise UserError(
-                f"no Linear of {type(model).__name__} matches {targets!r}; its Linears are {names}: set --targets"
+                f"no Linear of {type(model).__name__} matches {targets!r}; its Linears are "
+                f"{sorted({n.split('.')[-1] for n in linears})}: set --targets"
             )
         generator = torch.Generator().manual_seed(seed)
-        self.linears: dict[str, nn.Linear] = found
-        self.layers = {n: LoraLinear(m, rank, generator) for n, m in found.items()}
+        self.layers = {n: LoraLinear(m, rank, generator) for n, m in self.linears.items()}
         self.rank, self.seed, self.targets = rank, seed, targets
-        self._keep: Tensor | None = (
-            None  # [g, 1 or s, 2] forward mask by block; None: both on, unmasked
-        )
-        self._learn: Tensor | None = None
-        self._runs: list[tuple[Masks, int]] | None = [
-            (UNMASKED, 0)
-        ]  # masks of neighbouring tokens and their number; one run is all
-        self._c: dict[str, Tensor] | None = None  # probe: module → ones [g, 1 or s, r]
-        self._where: Tensor | None = None  # [g, s] positions that c multiplies; None: all
-        self._seen: dict[str, Tensor] | None = (
-            None  # recording: module → deployed bottleneck A x [g, s, r]
-        )
-        self._packing: Packing | None = None  # None: rows are rows
-        self._shape: tuple[int, ...] = ()  # rows and tokens of a pass over rows in full
-        self.products = (
-            torch.float32
-        )  # the dtype that factors of the one product, and of the output layer's, are rounded to
-        self._made: dict | None = (
-            None  # within `unchanged`: factors and weights that were made already
-        )
+        self.device = next(iter(self.linears.values())).weight.device
+        self.state = State()
         self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._attach()
-
-    # ── forward ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _attach(self) -> None:
         for name, linear in self.linears.items():
             linear.forward = partial(self._forward, name)
 
-    def _detach(self) -> None:
-        for linear in self.linears.values():
-            vars(linear).pop("forward", None)
-
     def _forward(self, name: str, x: Float[Tensor, "*tokens i"]) -> Float[Tensor, "*tokens o"]:
-        """W x and both deltas: in fp32 one product for each run of tokens with the same masks, else by block and mask.
+        """The equation above, of one Linear.
 
-        Experts and low-rank attention run on tokens in another shape, which is led back to the rows'.
+        A probe c = 1 multiplies the live bottleneck A x of the deployed block in front of B: it
+        changes no value, and ∂/∂c is what is asked for. The factors are then constants.
         """
-        linear, packing, r = self.linears[name], self._packing, self.rank
-        if x.ndim != 3:
-            shape = self._shape if packing is None else (1, len(packing.row))
-            if x[..., 0].numel() != math.prod(shape):
-                raise UserError(
-                    f"{name} runs on a part of the tokens, or on none of a known row: leave it out of --targets"
-                )
-            return self._forward(name, x.reshape(*shape, -1)).reshape(*x.shape[:-1], -1)
-        c, where = self._c and self._c[name], self._where if packing is None else packing.row
-        down, up = self._factors(name, x.dtype)
-        one = self._runs and self._seen is None and (c is None or len(self._runs) == 1)
-        if one and linear.weight.dtype == x.dtype == torch.float32:
-            grad = (
-                torch.is_grad_enabled()
-            )  # without it nothing learns, and W + U D is needed of what is kept alone
-            runs = [
-                Run(self._columns(keep), self._columns(learn if grad else keep), n)
-                for (keep, learn), n in self._runs
-            ]
-            weights = {
-                columns: self._weight(name, columns, down, up)
-                for columns in {c for run in runs for c in run[:2]}
-            }
-            return Merged.apply(x, linear.bias, down, up, c, where, weights, runs, self.products)
-        h = F.linear(x, down)  # [g, s, 4r]: dA_dep x, A0_dep x, dA_quar x, A0_quar x
-        if self._seen is not None:
-            seen = (h[..., :r] + h[..., r : 2 * r]).detach()  # A x, deployed
-            self._seen[name] = seen if packing is None else seen[0, packing.spread]
-        rows = lambda m: (
-            m if m is None or packing is None or len(m) == 1 else m[packing.row, 0][None]
-        )
-        return type(linear).forward(linear, x) + MaskedUp.apply(
-            h, up, rows(self._keep), rows(self._learn), c, where
-        )
+        state, r = self.state, self.rank
+        if x.ndim != 3:  # experts and low-rank attention have tokens in another shape
+            return self._forward(name, self._as_rows(name, x)).reshape(*x.shape[:-1], -1)
+        probed = state.c is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not probed):
+            down, up = self.layers[name].factors(x.dtype)
+        h = F.linear(x, down)  # dA x and A0 x of the deployed block, then of the quarantine
+        live = h[..., :r] + h[..., r : 2 * r]  # A x
+        if state.seen is not None:
+            state.seen[name] = live.detach()
+        if probed:
+            change = state.c[name] - 1
+            if state.where is not None:
+                change = change * state.where[..., None]
+            h = torch.cat([h[..., :r] + (change * live).to(h.dtype), h[..., r:]], dim=-1)
 
-    def _factors(
-        self, name: str, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
-        """(D, U) of both blocks; constants where c is probed, and in bf16 training copies that autograd leads back."""
-        layer, learned = self.layers[name], torch.is_grad_enabled() and self._c is None
-        if learned and dtype != torch.float32:  # gradients of copies of their own are added in fp32
-            return layer.factors(dtype, learned)
-        return self._once((name, dtype, learned), lambda: layer.factors(dtype, learned))
+        def deltas(mask: Float[Tensor, "rows tokens b"]) -> Float[Tensor, "g s o"]:
+            by_block = h.unflatten(-1, (2, 2 * r)) * mask[..., None].to(h.dtype)
+            return F.linear(by_block.flatten(-2), up)
 
-    @torch.no_grad()
-    def _weight(
-        self, name: str, columns: Columns, down: Tensor, up: Tensor
-    ) -> Float[Tensor, "o i"]:
-        """W + U D of these columns."""
-        k = slice(*columns)
-        return self._once(
-            (name, columns), lambda: torch.addmm(self.linears[name].weight, up[:, k], down[k])
-        )
+        y = type(self.linears[name]).forward(self.linears[name], x)
+        y = y + (F.linear(h, up) if state.learn is None else deltas(state.learn))
+        return y if state.constant is None else y + deltas(state.constant).detach()
 
-    def _columns(self, mask: Mask) -> Columns:
-        """Where a mask's blocks lie in (D, U)."""
-        return 0 if mask[0] else 2 * self.rank, 4 * self.rank if mask[1] else 2 * self.rank
+    def _as_rows(self, name: str, x: Float[Tensor, "*tokens i"]) -> Float[Tensor, "g s i"]:
+        if x[..., 0].numel() != math.prod(self.state.shape):
+            raise UserError(
+                f"{name} runs on a part of the tokens, or on none of a known row: "
+                "leave it out of --targets"
+            )
+        return x.reshape(*self.state.shape, -1)
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What `make` gives; within `unchanged` the first result for this key."""
-        if self._made is None:
-            return make()
-        return self._made[key] if key in self._made else self._made.setdefault(key, make())
-
-    # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── contexts ─────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def _state(self, **values) -> Iterator[None]:
-        before = {k: getattr(self, k) for k in values}
-        self.__dict__.update(values)
+    def using(self, state: State) -> Iterator[None]:
+        before, self.state = self.state, state
         try:
             yield
         finally:
-            self.__dict__.update(before)
+            self.state = before
+
+    def changed(self, **values):
+        """Some fields of the state have other values."""
+        return self.using(replace(self.state, **values))
 
     def route(self, zones: Int[Tensor, "*rows"], retain_forward: str = "ablated"):
-        """Mask every row (zones [g]) or token (zones [g, s]; those in NO_ZONE are in whichever) by its zone."""
-        table = dict(ZONE_TABLE) | ({Zone.RETAIN: RETAIN_BOTH} if retain_forward == "both" else {})
-        found = zones[zones != NO_ZONE].unique().tolist()
-        if len(found) == 1:
-            return self._masked(*table[Zone(found[0])])
-        masks = torch.tensor(
-            [table[z] for z in Zone], device=zones.device
-        )  # [zone, forward | learn, block]
-        keep, learn = masks[zones.clamp(min=0)].unbind(-2)
-        if zones.ndim == 1:
-            keep, learn = keep[:, None], learn[:, None]
-        return self._state(_keep=keep, _learn=learn, _runs=None)
+        """Mask every row (zones [g]) or token (zones [g, s]; NO_ZONE is in whichever) by its
+        zone."""
+        retain = RETAIN_BOTH if retain_forward == "both" else ZONE_TABLE[Zone.RETAIN]
+        table = torch.tensor([*(ZONE_TABLE | {Zone.RETAIN: retain}).values()], device=zones.device)
+        found = zones[zones != NO_ZONE].unique()
+        zones = found if len(found) == 1 else zones.clamp(min=0)
+        keep, learn = table[zones.view(len(zones), -1)].unbind(-2)  # table: [zone, keep | learn, b]
+        constant = keep - learn
+        return self.changed(learn=learn, constant=constant if constant.any() else None)
 
     def ablated(self, block: str = "quarantine"):
-        """The block's delta is zero: without the quarantine, the deployed state; without the deployed block, the quarantine alone."""
-        kept = tuple(float(b != block) for b in BLOCKS)
-        return self._masked(kept, kept)
-
-    def _masked(self, keep: Mask, learn: Mask):
-        """The same masks for all rows."""
-        masks = torch.tensor([keep, learn], device=next(iter(self.linears.values())).weight.device)
-        return self._state(
-            _keep=masks[None, None, 0], _learn=masks[None, None, 1], _runs=[((keep, learn), 0)]
-        )
+        """The block's delta is zero: without the quarantine, the deployed state."""
+        kept = torch.tensor([[[float(b != block) for b in BLOCKS]]], device=self.device)
+        return self.changed(learn=kept, constant=None)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model, untouched."""
-        attached = any("forward" in vars(linear) for linear in self.linears.values())
-        self._detach()
+        hooks = {n: vars(linear).pop("forward", None) for n, linear in self.linears.items()}
         try:
             yield
         finally:
-            if attached:
+            if any(hooks.values()):
                 self._attach()
-
-    @property
-    def by_token(self) -> bool:
-        """The masks differ from token to token."""
-        return self._keep is not None and self._keep.shape[1] > 1
-
-    def _by_row(self) -> Float[Tensor, "g 4"] | None:
-        """Each row's masks, forward and learn; None where all rows have the same."""
-        if self._keep is None or len(self._keep) == 1:
-            return None
-        return torch.cat([self._keep[:, 0], self._learn[:, 0]], dim=1)
-
-    def unchanged(self):
-        """For passes between which no parameter changes: factors and weights are made once for all of them."""
-        return self._state(_made={})
-
-    def ordered(self, rows: int) -> Int[Tensor, " g"]:
-        """The numbers 0 … rows − 1, rows with the same masks next to each other; in order where nothing is masked, or all recorded."""
-        masks = self._by_row() if self._seen is None else None
-        kind = torch.zeros(rows) if masks is None else masks.unique(dim=0, return_inverse=True)[1]
-        return kind.argsort(stable=True)
-
-    def distinct(self, key: Int[Tensor, "g k"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " g"]]:
-        """(one row of each distinct pair of masks and key, for every row the number of its pair), those with the same masks together.
-
-        Example, unmasked: key [[4], [4], [7]] → ([0, 2], [0, 0, 1]).
-        """
-        if (masks := self._by_row()) is not None:
-            key = torch.cat([masks.long(), key], dim=1)
-        _, number = key.unique(dim=0, return_inverse=True)
-        first = torch.full((int(number.max()) + 1,), len(key), device=key.device)
-        return first.scatter_reduce(
-            0, number, torch.arange(len(key), device=key.device), "amin"
-        ), number
-
-    def whole(self, input_ids: Int[Tensor, "g s"]):
-        """For a forward pass over rows in full."""
-        return self._state(_shape=tuple(input_ids.shape))
-
-    def packed(self, packing: Packing):
-        """For a forward pass over packed rows: every token has its row's masks and probe; a prompt has neither probe nor recording."""
-        values = {"_c": None, "_seen": None} if packing.prompts is None else {}
-        if (masks := self._by_row()) is not None:
-            found, counts = masks[packing.row].unique_consecutive(dim=0, return_counts=True)
-            runs = [
-                (((a, b), (c, d)), n) for (a, b, c, d), n in zip(found.tolist(), counts.tolist())
-            ]
-            values["_runs"] = runs if len(runs) <= len(Zone) else None
-        return self._state(_packing=packing, **values)
 
     @contextmanager
     def probing(
         self, rows: int, tokens: int = 1, where: Bool[Tensor, "g s"] | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields module → c.
+        """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields Linear → c.
 
-        `where` limits c to some positions of a forward pass over whole rows.
+        `where` limits c to some positions of a forward pass over rows in full.
         """
-        device = next(iter(self.linears.values())).weight.device
-        c = {
-            n: torch.ones(rows, tokens, self.rank, device=device, requires_grad=True)
-            for n in self.linears
-        }
-        with self._state(_c=c, _where=where):
+        ones = torch.ones(rows, tokens, self.rank, device=self.device)
+        c = {n: ones.clone().requires_grad_() for n in self.linears}
+        with self.changed(c=c, where=where):
             yield c
-
-    def rounded(self, dtype: torch.dtype):
-        """Round the factors of an fp32 model's adapted products and of its output layer's to `dtype`; all between them stays in fp32."""
-        return self._state(products=dtype)
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
         """Keep the deployed bottleneck A x [g, s, r] of every Linear at the last forward pass."""
         seen: dict[str, Tensor] = {}
-        with self._state(_seen=seen):
+        with self.changed(seen=seen):
             yield seen
+
+    @contextmanager
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+        """With bfloat16 the device rounds the factors of fp32 products; sums and results stay in
+        fp32.
+
+        By torch.set_float32_matmul_precision: a CPU with such instructions rounds to bf16, a CUDA
+        GPU to TF32, and another device not at all.
+        """
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     @contextmanager
     def shifted(
         self, deltas: list[Tensor], scale: float = 1.0, block: str = "deployed"
     ) -> Iterator[None]:
-        """Add `scale · deltas` to one block's parameters (in their order) for a while; restored by copy, exactly."""
+        """Add `scale · deltas` to a block's parameters, in their order; restored by copy,
+        exactly."""
         params = self.parameters(block)
         before = [p.detach().clone() for p in params]
         try:
@@ -312,7 +254,8 @@ class Lora2r:
 
     @contextmanager
     def merged(self, ablated: bool = False) -> Iterator[None]:
-        """Fold the deltas into the weights for sampling, without hooks; restored by copy from the pristine base."""
+        """Fold the deltas into the weights, without hooks; restored by copy from the pristine
+        base."""
         blocks = BLOCKS[:1] if ablated else BLOCKS
         with self.disabled():
             try:
@@ -326,7 +269,7 @@ class Lora2r:
                 for name, base in self._base.items():
                     self.linears[name].weight.data.copy_(base)
 
-    # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── parameters ───────────────────────────────────────────────────────────────────────────────
 
     def parameters(self, block: str) -> list[nn.Parameter]:
         """The trained tensors of one block, in a fixed order."""
@@ -335,9 +278,9 @@ class Lora2r:
     def state_dict(self) -> dict[str, Tensor]:
         """Every trained and frozen tensor as `<linear>.<block>.<dA|dB|A0|B0>`."""
         return {
-            f"{n}.{k}": v.detach()
-            for n, layer in self.layers.items()
-            for k, v in layer.state_dict().items()
+            f"{name}.{key}": tensor
+            for name, layer in self.layers.items()
+            for key, tensor in layer.state_dict().items()
         }
 
     @torch.no_grad()
@@ -346,11 +289,13 @@ class Lora2r:
         own = self.state_dict()
         if odd := own.keys() ^ tensors.keys():
             raise UserError(
-                f"the adapter does not fit this model: {len(odd)} tensors differ, e.g. {sorted(odd)[0]}"
+                f"the adapter does not fit this model: {len(odd)} tensors differ, "
+                f"e.g. {sorted(odd)[0]}"
             )
         for name, value in tensors.items():
             if own[name].shape != value.shape:
                 raise UserError(
-                    f"the adapter does not fit: {name} is {list(value.shape)}, expected {list(own[name].shape)}"
+                    f"the adapter does not fit: {name} is {list(value.shape)}, "
+                    f"expected {list(own[name].shape)}"
                 )
             own[name].copy_(value)

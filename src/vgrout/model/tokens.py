@@ -1,4 +1,5 @@
-"""The only place that renders, tokenises, pads and slices: one tokenising path for prompts, rollouts, teacher rows and pairs."""
+"""The only place that renders, tokenises, pads and slices: one path for prompts, rollouts and
+pairs."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,7 +14,8 @@ from vgrout.model.batch import Batch
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Chat messages → prompt ids that end where the assistant begins; Qwen's thinking switch is off."""
+    """Chat messages → prompt ids that end where the assistant begins; Qwen's thinking switch is
+    off."""
     text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -33,20 +35,22 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str
 def check_prompt_lengths(
     prompts: dict[str, list[int]], limit: int, completion: int, context: int | None
 ) -> None:
-    """Refuse a prompt over the limit at load, by id, or one behind which a `completion` would leave the model's `context`; in tokens."""
-    long = {i: len(ids) for i, ids in prompts.items() if len(ids) > limit}
-    if long:
-        worst = max(long, key=long.get)
+    """Refuse a prompt (by id) over the limit, or one behind which a completion would leave the
+    model's `context`; all in tokens."""
+    lengths = {i: len(ids) for i, ids in prompts.items()}
+    worst = max(lengths, key=lengths.get, default=None)
+    longest = lengths.get(worst, 0)
+    if longest > limit:
+        count = sum(n > limit for n in lengths.values())
         raise UserError(
-            f"{len(long)} prompts exceed --max-prompt-length {limit}, the longest is problem {worst} with {long[worst]} "
-            f"tokens: raise the limit or remove the problem"
+            f"{count} prompts exceed --max-prompt-length {limit}, the longest is problem {worst} "
+            f"with {longest} tokens: raise the limit or remove the problem"
         )
-    longest = max(map(len, prompts.values()), default=0)
     if context is not None and longest + completion > context:
-        reach = (
-            f"--max-completion-length {completion} behind the longest prompt of {longest} tokens"
+        raise UserError(
+            f"--max-completion-length {completion} behind the longest prompt of {longest} tokens "
+            f"exceeds the model's context of {context}: lower it"
         )
-        raise UserError(f"{reach} exceeds the model's context of {context}: lower it")
 
 
 def collate(
@@ -58,21 +62,15 @@ def collate(
     pad_id: int,
     device: torch.device | str,
 ) -> Batch:
-    """Right-pad prompt + completion; see `Batch` for a literal example. No padding token is attended to or scored."""
-    t = max(map(len, completions))
-    s = max(len(p) + len(c) for p, c in zip(prompts, completions))
-    input_ids = torch.full((len(prompts), s), pad_id)
-    attention_mask = torch.zeros((len(prompts), s), dtype=torch.long)
-    completion_ids = torch.full((len(prompts), t), pad_id)
-    completion_mask = torch.zeros((len(prompts), t), dtype=torch.bool)
-    for i, (p, c) in enumerate(zip(prompts, completions)):
-        input_ids[i, : len(p) + len(c)] = torch.tensor(p + c)
-        attention_mask[i, : len(p) + len(c)] = 1
-        completion_ids[i, : len(c)] = torch.tensor(c)
-        completion_mask[i, : len(c)] = True
+    """Right-pad prompt + completion; see `Batch` for a literal example. No padding token is
+    attended to or scored."""
+    input_ids, attention_mask = _padded(
+        [p + c for p, c in zip(prompts, completions, strict=True)], pad_id
+    )
+    completion_ids, completion_mask = _padded(completions, pad_id)
     batch = Batch(
         input_ids=input_ids,
-        attention_mask=attention_mask,
+        attention_mask=attention_mask.long(),
         completion_ids=completion_ids,
         completion_mask=completion_mask,
         completion_start=torch.tensor([len(p) for p in prompts]),
@@ -80,38 +78,53 @@ def collate(
         group=torch.tensor(group),
         advantages=torch.tensor(advantages, dtype=torch.float32),
     )
-    return Batch(**{f.name: getattr(batch, f.name).to(device) for f in fields(batch)})
+    return Batch(**{name: x.to(device) for name, x in _fields(batch)})
+
+
+def _padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask). Example, pad_id 0: [[5, 6], [7]] → [[5, 6], [7, 0]], [[1, 1], [1, 0]]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.full(mask.shape, pad_id)
+    ids[mask] = torch.tensor([i for row in rows for i in row])
+    return ids, mask
+
+
+def _fields(batch: Batch) -> list[tuple[str, Tensor]]:
+    return [(field.name, getattr(batch, field.name)) for field in fields(batch)]
 
 
 def select(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
     """Some rows of a batch, with the padding that they do not need cut off.
 
-    Example: rows with prompts of 3 and 2 and completions of 1 and 1, taken from a batch of s = 9, t = 4, come out as s = 4, t = 1.
+    Example: rows with prompts of 3 and 2 and completions of 1 and 1, taken from a batch of s = 9,
+    t = 4, come out as s = 4, t = 1.
     """
-    part = {f.name: getattr(batch, f.name)[rows] for f in fields(batch)}
+    part = {name: x[rows] for name, x in _fields(batch)}
     s, t = int(part["attention_mask"].sum(1).max()), int(part["completion_mask"].sum(1).max())
-    for name in ("input_ids", "attention_mask"):
-        part[name] = part[name][:, :s]
-    for name in ("completion_ids", "completion_mask"):
-        part[name] = part[name][:, :t]
-    return Batch(**part)
+    width = dict(input_ids=s, attention_mask=s, completion_ids=t, completion_mask=t)
+    return Batch(**part | {name: part[name][:, :n] for name, n in width.items()})
 
 
 def micro_batches(
     batch: Batch, token_budget: int, by_prompt: bool = False
 ) -> list[Int[Tensor, " n"]]:
-    """Row indices of length-sorted micro-batches whose padded size stays within `token_budget` tokens (at least one row each).
+    """Row indices of length-sorted micro-batches whose padded size stays within `token_budget`
+    tokens (at least one row each).
 
-    With `by_prompt` rows of one prompt stay together, so that they can share it; each prompt's rows are sorted by length.
-    Example: lengths [5, 9, 4], budget 10 → [[2, 0], [1]] (4 and 5 padded to 2 × 5 = 10, then 9 alone).
+    With `by_prompt` rows of one prompt stay together, so that they can share it; each prompt's
+    rows are sorted by length.
+    Example: lengths [5, 9, 4], budget 10 → [[2, 0], [1]] (4 and 5 padded to 2 × 5 = 10, then 9
+    alone).
     """
-    lengths, group = batch.attention_mask.sum(1).tolist(), batch.group.tolist()
+    lengths = batch.attention_mask.sum(1).tolist()
+    groups = batch.group.tolist() if by_prompt else [0] * len(lengths)
     parts: list[list[int]] = [[]]
     widest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (group[i] if by_prompt else 0, lengths[i])):
+    for i in sorted(range(len(lengths)), key=lambda i: (groups[i], lengths[i])):
         widest = max(widest, lengths[i])
         if parts[-1] and (len(parts[-1]) + 1) * widest > token_budget:
             parts.append([])
             widest = lengths[i]
         parts[-1].append(i)
-    return [torch.tensor(p, device=batch.input_ids.device) for p in parts]
+    return [torch.tensor(part, device=batch.input_ids.device) for part in parts]

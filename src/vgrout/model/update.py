@@ -36,7 +36,7 @@ def update(
     behaviour = behaviour.select(trained.rows)
     on_policy = ~behaviour.sampled | same_state(zones, behaviour.ablated, retain_forward)
     total, tokenwise, gaps = 0.0, [], []
-    shared = policy.shares(training=True)
+    shared = policy.share_prompts
     for rows in tokens.micro_batches(trained.batch, config.token_budget, by_prompt=shared):
         part = tokens.select(trained.batch, rows)
         sampled = behaviour.logps[rows, : part.completion_ids.shape[1]]

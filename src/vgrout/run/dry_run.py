@@ -16,7 +16,8 @@ from vgrout.gate.monitors.scores import Judge
 from vgrout.model import tokens
 from vgrout.model.batch import Batch, Behaviour, Trained
 from vgrout.model.optimizer import BlockOptimizer
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 from vgrout.model.update import snapshot
 from vgrout.run.faults import describe, memory_is_full
 

@@ -14,7 +14,8 @@ from vgrout.core import EvalResult, Grade, Problem
 from vgrout.env.problems import NOVELTY_FREE, disclose, messages, stable_hash
 from vgrout.env.rollouts import Grades, Sampling
 from vgrout.model import tokens
-from vgrout.model.policy import Policy, sample
+from vgrout.model.policy import Policy
+from vgrout.model.sampling import sample
 from vgrout.run.records import Run
 
 Rows = list[dict[str, object]]

@@ -1,6 +1,7 @@
-"""Experiment trackers behind one function. metrics.jsonl is the source of truth; a tracker only mirrors its rows.
+"""Experiment trackers behind one function: metrics.jsonl is the truth, a tracker mirrors its rows.
 
-Each tracker is an optional extra, imported when it is asked for. None of them sees a completion, and nothing is read back.
+Each tracker is an optional extra, imported when it is asked for. None of them sees a completion,
+and nothing is read back.
 """
 
 import atexit
