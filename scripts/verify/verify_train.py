@@ -171,7 +171,12 @@ def check_labels(tmp: str, lines: list[str]) -> None:
         plain = run(f"{tmp}/plain{i}", line)
         trained = sum((row["param_delta"] or 0) > 0 for row in load_metrics(plain))
         assert trained >= 2, f"{line}: only {trained} steps trained"
-        blind = label_blind(plain, f"{tmp}/blind{i}", line, seed=i)
+        blind = label_blind(
+            plain,
+            f"{tmp}/blind{i}",
+            line,
+            seed=i,
+        )
         assert blind != load_record(plain).notes["oracle"], f"{line}: blind to labels: {blind}"
         if line == UNPAID:
             assert unearned(plain, 0) == {False}
@@ -287,7 +292,11 @@ def check_resume(tmp: str, whole: Path) -> None:
     folder = Path(tmp, "killed")
     forgetful = Path(tmp, "forgetful")
     for deaths in (1, 2, 3):
-        with mock.patch.object(train, "update", dies_at_the_second()):
+        with mock.patch.object(
+            train,
+            "update",
+            dies_at_the_second(),
+        ):
             try:
                 run(folder, f"{line} --resume", quiet=False)
                 raise AssertionError("the run was not killed")
