@@ -243,7 +243,8 @@ def check_phases(tmp: str) -> None:
         )
         < 0.2
     ), cosine
-    print("ok  the first phase trains the quarantine; cosine with what enters:", cosine)
+    words = ", ".join(f"{name} {value:+.2f}" for name, value in cosine.items())
+    print(f"ok  the first phase trains the quarantine; its cosine with what enters: {words}")
 
 
 # ── evaluation and resume ────────────────────────────────────────────────────────────────────────
