@@ -45,7 +45,10 @@ from vgrout.run.records import (
 )
 
 # steps 0 and 1 train the quarantine, 2 has demonstrations and a score, 3 no demonstrations
-TWO_PHASES = "routeV --steps 4 --quarantine-first 2 --enter reset --centred --teacher-until 3"
+TWO_PHASES = (
+    "routeV --steps 4 --quarantine-first 2 --enter reset --centred --teacher-until 3 "
+    "--warmup-steps 0"
+)
 OFTEN = "--save-every 1 --eval-every 1 --eval-draws 6"
 UNPAID = "filterQ --quarantine-first 1 --no-phase-pays"
 LINES = [  # with TWO_PHASES, and a judge's in verify_monitors: every score, action, kind of phase
@@ -53,7 +56,7 @@ LINES = [  # with TWO_PHASES, and a judge's in verify_monitors: every score, act
     "routeL --signed --retained-advantages --gen-deploy-frac 0.5",
     UNPAID,
     "matched_absorbQ --quarantine-first 1",
-    "oracle --steps 2",
+    "oracle",
 ]
 LONG = ["routeV --granularity token", "absorbQ --quarantine-first 1 --enter inverted"]
 LABELS = {"mode", "teacher", "grade", "mechanism", "correct", "reward_hack", "passed", "rollouts"}
