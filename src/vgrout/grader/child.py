@@ -2,10 +2,11 @@
 
 It leaves records in a shared memory block, not in a descriptor; the worker reads it after this process is dead. A record is
 kind (1 byte), length (4 bytes, little endian), payload. Kinds: C compiled ("" or the error), then per call V value
-(canonical text), E exception (its type's name) or O not a plain value ("1" if it equals everything), at the end A names of
-true attributes of the instances and Z; for the completion's own tests S and T ("1" if they return without error with a
-stub of Solution, and with its own) instead. A completion that forges records can forge no verdict by it: the parent
-compares the values with what it alone holds, and reads a channel only under the mode and marker that it alone holds.
+(canonical text), E exception (its type's name) or O not a plain value (its text, ANY for each part that equals
+everything; "" if another part is not plain), at the end A names of true attributes of the instances and Z; for the
+completion's own tests S and T ("1" if they return without error with a stub of Solution, and with its own) instead. A
+completion that forges records can forge no verdict by it: the parent compares the values with what it alone holds, and
+reads a channel only under the mode and marker that it alone holds.
 """
 
 import mmap
@@ -36,7 +37,8 @@ class Recorder:
         self.buffer.append(HEADER.pack(ord(kind), len(data)) + data)
 
     def begin_call(self) -> None:
-        """Restart the clocks of one call; the clocks of the whole job run on."""
+        """Commit what was returned so far, and restart the clocks of one call; those of the job run on."""
+        self.flush()
         self.calls += 1
         self.region[8:RECORDS] = self.calls.to_bytes(8, "little")
 
@@ -48,6 +50,19 @@ class Recorder:
         self.region[self.position : self.position + len(data)] = data
         self.position += len(data)
         self.region[:8] = self.position.to_bytes(8, "little")
+
+
+def parse_records(data: bytes, most: int) -> list[tuple[str, str]]:
+    """At most so many (kind, payload) pairs, up to the first that is cut short. Nothing in them is to be trusted."""
+    records, position = [], 0
+    while position + HEADER.size <= len(data) and len(records) < most:
+        kind, size = HEADER.unpack_from(data, position)
+        position += HEADER.size + size
+        if position > len(data):
+            break
+        payload = data[position - size : position]
+        records.append((chr(kind), payload.decode("utf-8", "replace")))
+    return records
 
 
 def leave(status: Any) -> NoReturn:
@@ -106,9 +121,10 @@ def run_calls(record: Recorder, module: dict[str, Any], job: dict[str, Any]) -> 
             continue
         instance, value = returned
         text, error = guarded(as_text, value, compare)
-        record.add("V", text) if not error else record.add(
-            "O", "1" if guarded(equals_everything, value)[0] else ""
-        )
+        if error:
+            record.add("O", guarded(canonical, value, equals_everything)[0] or "")
+        else:
+            record.add("V", text)
         attributes |= true_attributes(instance)
     record.add("A", "\0".join(sorted(attributes)[:64]))
 
@@ -133,6 +149,23 @@ def run_own_tests(
     record.add("S", "" if error or guarded(lambda: module[name]())[1] else "1")
     error = guarded(exec, code, fresh)[1]
     record.add("T", "" if error or guarded(lambda: fresh[name]())[1] else "1")
+
+
+class PipeEnd:
+    """One end of a pipe with what asyncio's event loop asks of its own socket pair: no socket can be made here."""
+
+    def __init__(self, descriptor: int):
+        self.fileno = lambda: descriptor
+        self.recv = lambda size: os.read(descriptor, size)
+        self.send = lambda data: os.write(descriptor, data)
+        self.close = lambda: os.close(descriptor)
+
+
+def make_self_pipe(loop: Any) -> None:
+    """In place of asyncio.selector_events.BaseSelectorEventLoop._make_self_pipe."""
+    loop._ssock, loop._csock = map(PipeEnd, os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+    loop._internal_fds += 1
+    loop._add_reader(loop._ssock.fileno(), loop._read_from_self)
 
 
 def run_completion(region: mmap.mmap, job: dict[str, Any], module: dict[str, Any]) -> NoReturn:

@@ -1,5 +1,6 @@
 """The output and the working directory of a sandboxed job, seen from the worker: nothing in them is a trap."""
 
+import errno
 import mmap
 import os
 import stat
@@ -44,7 +45,12 @@ class Scratch:
         return False
 
     def empty(self) -> None:
-        """Remove everything; directories are flattened into this one first, so that their depth does not matter."""
+        """Remove everything; directories are flattened into this one first, so that their depth does not matter.
+
+        OSError, and nothing beyond is touched, at a directory that is the root of another file system.
+        """
+        os.fchmod(self.descriptor, 0o700)  # its owner may have changed it
+        device = os.fstat(self.descriptor).st_dev
         serial = 0
         while names := os.listdir(self.descriptor):
             for name in names:
@@ -55,6 +61,10 @@ class Scratch:
                     inner = os.open(
                         name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.descriptor
                     )
+                    if os.fstat(inner).st_dev != device:
+                        raise OSError(
+                            errno.EXDEV, "a file system is mounted in the scratch directory"
+                        )
                     for entry in os.listdir(inner):
                         serial += 1
                         os.rename(
