@@ -220,7 +220,7 @@ class Sandbox:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._lock, self._closed, self.restarts = threading.Lock(), False, 0
         try:
-            self._workers.append(self._first())
+            self._start_first()
             self._workers += [self._worker(slot) for slot in range(1, workers)]
             for worker in self._workers[1:]:
                 worker.greet()
@@ -235,8 +235,8 @@ class Sandbox:
     def _worker(self, slot: int, **without: str) -> _Worker:
         return _Worker(slot, self._directory, self._without | without, [])
 
-    def _first(self) -> _Worker:
-        """A worker whose confined processes can import the whole library: without the layer that keeps them from it.
+    def _start_first(self) -> None:
+        """Start a worker whose confined processes can import the whole library: without the layer that keeps them from it.
 
         UserError if no single layer is to blame.
         """
@@ -245,11 +245,11 @@ class Sandbox:
             without = self._without | ({layer: problem} if layer else {})
             worker = _Worker(0, self._directory, without, _library())
             worker.greet()
-            missing = [name for name in worker.missing if name in _importable(worker.missing)]
+            missing = _importable(worker.missing)
+            self._workers = [worker]
             if not missing:
                 self._without = without
-                return worker
-            self._workers = [worker]
+                return
             self.close_workers()
             problem = (
                 problem or f"with it, {len(missing)} modules cannot be imported: {missing[0]} …"
@@ -384,6 +384,8 @@ def _library() -> list[str]:
 
 def _importable(names: list[str]) -> list[str]:
     """Which of the modules can be imported without a sandbox."""
+    if not names:
+        return []
     program = "import sys, importlib\nfor name in sys.argv[1:]:\n"
     program += (
         "    try: importlib.import_module(name)\n    except Exception: continue\n    print(name)"

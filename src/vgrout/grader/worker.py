@@ -53,10 +53,14 @@ class Family:
     def words(self, name: str) -> list[str]:
         try:
             file = os.open(name, os.O_RDONLY, dir_fd=self.proc)
-            with open(file, encoding="utf-8", errors="replace") as lines:
-                return lines.read().split()
         except OSError:
             return []
+        try:
+            return os.read(file, 1 << 16).decode("utf-8", "replace").split()
+        except OSError:  # it has just died
+            return []
+        finally:
+            os.close(file)
 
     def children(self) -> list[str]:
         """This process' children but for the templates: of a running job, or orphans of one."""
