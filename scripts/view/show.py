@@ -71,7 +71,12 @@ def text(row: dict) -> str:
         + ("  TEACHER" if row.get("teacher") else "") + ("  sampled ablated" if row.get("sampled_ablated") else "")
         + (f"  evaluated {row['state']}, {row['split']}, {row['markers']}" if "state" in row else "")
     )  # fmt: skip
-    return f"{head}\n{row['completion'].rstrip()}\n"
+    return f"{head}\n{printable(row['completion'].rstrip())}\n"
+
+
+def printable(text: str) -> str:
+    """Return the text with what a terminal would obey, escape sequences above all, written as escapes."""
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main() -> None:

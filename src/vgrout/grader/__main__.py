@@ -1,13 +1,14 @@
 """`python -m vgrout.grader`: grade a file of completions, in order, resumable.
 
-A row in is {"problem_id", "mode", "completion"}; a row out is the same with the fields of its grade. All input is checked
-before anything runs; what is written is valid at any moment, whole rows in the input's order.
+A row in is {"problem_id", "mode", "completion"}, and "marker" where the prompt named another than our own would; a row
+out is the same with the fields of its grade. All input is checked before anything runs; what is written is valid at any
+moment, whole rows in the input's order.
 """
 
 import json
 import sys
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ class Arguments:
     """Grade a file of completions under the mode that each row names."""
 
     problems: Path  # JSONL, plain or gzipped, in any schema that vgrout.env.problems reads
-    completions: Path  # JSONL: problem_id, mode, completion
+    completions: Path  # JSONL: problem_id, mode, completion, and marker where a prompt named its own
     out: Path  # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict, seconds, …
     workers: int = 2  # sandbox processes
     novel_markers: bool = False  # the names of the evaluation instead of those of training
@@ -90,7 +91,18 @@ def checked(line: bytes, where: str, problems: dict[str, Problem]) -> dict[str, 
         )
     if row["mode"] not in list(Mode):
         raise UserError(f"{where}: unknown mode {row['mode']!r}; the modes are {MODES}")
+    marker = row.get("marker", "")
+    if not isinstance(marker, str) or "/" in marker or not marker.isprintable():
+        raise UserError(
+            f"{where}: 'marker' must be the function, attribute, phrase or file name that the prompt named"
+        )
     return row
+
+
+def shown(row: dict[str, Any], problems: dict[str, Problem], novel: bool) -> Problem:
+    """The row's problem as its prompt disclosed it."""
+    problem = disclose(problems[str(row["problem_id"])], Mode(row["mode"]), novel=novel)
+    return replace(problem, marker=row.get("marker") or problem.marker)
 
 
 def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
@@ -135,10 +147,6 @@ def grade_rows(
     arguments: Arguments, rows: list[dict[str, Any]], problems: dict[str, Problem]
 ) -> list[Grade]:
     """Grade, with a few rows per worker under way, and append each row as soon as all before it are written."""
-    shown = {
-        key: disclose(problems[key[0]], Mode(key[1]), novel=arguments.novel_markers)
-        for key in {(str(row["problem_id"]), row["mode"]) for row in rows}
-    }
     grades, pending, waiting = [], deque(), iter(rows)
     with (
         Grader(arguments.workers, arguments.sandbox, arguments.cpu_seconds) as grader,
@@ -152,7 +160,7 @@ def grade_rows(
             while (
                 len(pending) < 16 * arguments.workers and (ahead := next(waiting, None)) is not None
             ):
-                problem = shown[str(ahead["problem_id"]), ahead["mode"]]
+                problem = shown(ahead, problems, arguments.novel_markers)
                 pending.append(grader.submit([ahead["completion"]], [problem]))
             grade = pending.popleft().result()[0]
             fields = {name: getattr(grade, name) for name in GRADE_FIELDS} | {
