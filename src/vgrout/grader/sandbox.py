@@ -357,7 +357,8 @@ class Sandbox:
 @functools.cache
 def _readable() -> tuple[list[str], list[str]]:
     """What a completion may read, and what below it may not: the library and the offered packages, no other package."""
-    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    base = {"platbase": sysconfig.get_config_var("installed_platbase")}  # not a virtual environment
+    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars=base)]
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
     system = (
         [f"/lib/{multiarch}", f"/usr/lib/{multiarch}"] if os.path.isdir(f"/lib/{multiarch}") else []

@@ -207,7 +207,7 @@ class Worker:
         facts |= {
             "wall": time.monotonic() - start,
             "confined": said[:1] == CONFINED,
-            "set_up": said[1:] == SET_UP,
+            "set_up": said.endswith(SET_UP),
             "told": said[1:].decode("utf-8", "replace"),
             "said": contains(output, job["phrase"]),
             "file": self.scratch.text_of(job["file"]) if job["file"] else "",
