@@ -41,6 +41,11 @@ def extract_code(completion: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
+def identity(problem: Problem) -> tuple[int, str]:
+    """What a problem's tests are kept by: `Tests` holds on to the cases, so that no others get their id."""
+    return id(problem.cases), problem.setup_code
+
+
 @dataclass(frozen=True, slots=True)
 class Tests:
     """A problem's cases in the form in which they are used: calls for the worker, texts for the comparison here."""
@@ -172,7 +177,7 @@ class Grader:
         self.cpu_seconds, self.memory_mb = cpu_seconds, memory_mb
         self.sandbox = Sandbox(workers, sandbox)
         self.layers: dict[str, str] = self.sandbox.layers
-        self._tests: dict[int, Tests] = {}
+        self._tests: dict[tuple[int, str], Tests] = {}
 
     def grade(
         self, completions: list[str], problems: list[Problem], loophole_pays: bool = True
@@ -189,7 +194,7 @@ class Grader:
         """
         rows = list(zip(completions, problems, strict=True))
         keys = [
-            (completion, id(problem.cases), problem.mode, problem.marker)
+            (completion, *identity(problem), problem.mode, problem.marker)
             for completion, problem in rows
         ]
         futures: dict[tuple, Future[Grade]] = {}
@@ -249,12 +254,12 @@ class Grader:
         )
 
     def _tests_of(self, problem: Problem) -> Tests:
-        """The problem's compiled tests, kept by the identity of `cases`, which every disclosure of a problem shares."""
-        tests = self._tests.get(id(problem.cases))
+        """The problem's compiled tests, which every disclosure of a problem shares."""
+        tests = self._tests.get(identity(problem))
         if tests is None:
             if len(self._tests) >= 4096:
                 self._tests.clear()
-            tests = self._tests[id(problem.cases)] = Tests.of(problem)
+            tests = self._tests[identity(problem)] = Tests.of(problem)
         return tests
 
     def close(self) -> None:
