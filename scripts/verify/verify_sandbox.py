@@ -4,6 +4,7 @@ Each attack is first run against a naive grader (same process, verdict by messag
 that is the control, and the mutation. `--long` repeats the attacks with layers switched off.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -177,7 +178,10 @@ def leftovers(grader: Grader) -> dict[str, int]:
     tree = [worker.process.pid for worker in grader.sandbox._workers]
     for pid in tree:
         tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in [os.getpid(), *tree])
+    descriptors = 0
+    for pid in [os.getpid(), *tree]:
+        with contextlib.suppress(PermissionError):  # workers hide theirs from an ordinary user
+            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
     files = 0
     for pid in tree:
         scratch = f"/proc/{pid}/root/scratch"

@@ -41,7 +41,9 @@ class Arguments:
     """Grade a file of completions under the mode that each row names."""
 
     problems: Path  # JSONL, plain or gzipped, in any schema that vgrout.env.problems reads
-    completions: Path  # JSONL: problem_id, mode, completion, and marker where a prompt named its own
+    completions: (
+        Path  # JSONL: problem_id, mode, completion, and marker where a prompt named its own
+    )
     out: Path  # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict, seconds, …
     workers: int = 2  # sandbox processes
     novel_markers: bool = False  # the names of the evaluation instead of those of training

@@ -262,9 +262,14 @@ def keep_capabilities(*kept: int) -> None:
     syscall(CAPSET[MACHINE or 0], header, struct.pack("IIIIII", mask, mask, 0, 0, 0, 0))
 
 
-def drop_privileges(uid: int) -> None:
-    """Become `uid` for good (0: stay who one is), without any capability, and never gain one."""
-    if uid:
+def drop_privileges(uid: int, keep_files: bool = False) -> None:
+    """Become `uid` for good (0: stay who one is), without any capability, and never gain one.
+
+    `keep_files`: only as the real user, whose processes and threads are counted; files are accessed as before.
+    """
+    if uid and keep_files:
+        os.setresuid(uid, -1, -1)
+    elif uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)

@@ -26,7 +26,10 @@ from vgrout.grader.child import REGION, exit_now, make_self_pipe, run_completion
 
 NUMPY_BYTES = 160 << 20  # what numpy adds to a template's address space
 FORK, WITH_NUMPY = b"F", b"N"  # orders: a job's process; another template, which has numpy
-CONFINED, SET_UP = b"c", b"\0s"  # a child's first and last words before the completion; else why it cannot go on
+CONFINED, SET_UP = (
+    b"c",
+    b"\0s",
+)  # a child's first and last words before the completion; else why it cannot go on
 JOB_CALLS = 8  # the limits of a whole job are those of this many calls
 
 
@@ -36,6 +39,7 @@ class Cage:
 
     scratch: int  # descriptor of the working directory
     uid: int  # 0: keep the worker's
+    keep_files: bool  # take it as the real user alone
     ruleset: int  # descriptor, -1 for none
     program: bytes  # of seccomp, b"" for none
     address_bytes: int  # that a template uses
@@ -122,7 +126,7 @@ def confine(cage: Cage, job: dict[str, Any]) -> None:
         cage.processes,
     ):
         resource.setrlimit(name, (soft, hard))
-    layers.drop_privileges(cage.uid)
+    layers.drop_privileges(cage.uid, cage.keep_files)
     os.fchdir(cage.scratch)
     if cage.program:
         layers.install_seccomp(cage.program, os.getpid())

@@ -106,16 +106,17 @@ class Worker:
         os.fchown(self.scratch.descriptor, self.uid or os.geteuid(), -1)
         self.attempt("landlock", self.make_ruleset)
         self.attempt("seccomp", self.make_program)
-        threads = 64 if self.uid or self.bounded else None if self.program else 0
+        root = not os.geteuid()
         self.cage = template.Cage(
-            self.scratch.descriptor,
-            self.uid,
-            self.ruleset,
-            self.program,
-            used,
-            FILE_BYTES,
-            threads,
-            config["packages"],
+            scratch=self.scratch.descriptor,
+            uid=config["uid"] if root else 0,
+            keep_files=not self.uid,
+            ruleset=self.ruleset,
+            program=self.program,
+            address_bytes=used,
+            file_bytes=FILE_BYTES,
+            processes=64 if root or self.bounded else None if self.program else 0,
+            packages=config["packages"],
         )
         gc.collect()
         gc.freeze()
