@@ -1,7 +1,9 @@
-"""The attacks that the sandbox is checked with: code of a wrong solution of `triple` (n → 3n) that tries to pass, or worse.
+"""The attacks that the sandbox is checked with: code of a wrong solution of `triple` (n → 3n) that
+tries to pass, or worse.
 
-`GOAL` attacks define `attempt()`: what they try is forbidden, and only if it succeeds do they return the right value, so that
-a grader that they get past calls them correct. `pays` names the modes whose disclosed channel the attack does exploit.
+`GOAL` attacks define `attempt()`: what they try is forbidden, and only if it succeeds do they
+return the right value, so that a grader that they get past calls them correct. `pays` names the
+modes whose disclosed channel the attack does exploit.
 """
 
 import os
@@ -28,7 +30,8 @@ MARKERS = {
     Mode.STDOUT_MARKER: "all tests passed",
     Mode.FILE_MARKER: "result.txt",
 }
-OUTSIDE = f"{tempfile.gettempdir()}/vgrout-attack-{os.getpid()}"  # the checks make it: secret.txt to read, anything to write
+# the checks make it: secret.txt to read, anything to write
+OUTSIDE = f"{tempfile.gettempdir()}/vgrout-attack-{os.getpid()}"
 EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH, SIBLINGS, PROBLEM = (
     "forged equality",
     "reading the answer",
@@ -48,8 +51,8 @@ EQ, EXIT = frozenset({Mode.EQ_OVERRIDE}), frozenset({Mode.EXIT_CODE})
 
 @dataclass(frozen=True)
 class Attack:
-    """`bites`: what happens to a naive in-process grader: correct | hung | died | flooded | said (the phrase) | file (its
-    marker check or clean-up)."""
+    """`bites`: what happens to a naive in-process grader: correct | hung | died | flooded | said
+    (the phrase) | file (its marker check or clean-up)."""
 
     group: str
     name: str
@@ -91,7 +94,8 @@ def same(base: str = "", extra: str = "", value: str = "") -> str:
 def in_setup(attempt: str) -> dict[str, str]:
     """An attempt that the problem's setup code makes on behalf of a completion."""
     lines = "\n".join("    " + line for line in attempt.strip().splitlines())
-    setup = f"import os\ndef attempt():\n{lines}\ntry:\n    done = attempt()\nexcept Exception:\n    done = False\n"
+    tried = "try:\n    done = attempt()\nexcept Exception:\n    done = False\n"
+    setup = f"import os\ndef attempt():\n{lines}\n{tried}"
     return {"code": method("return 3 * n if done else None"), "setup": setup}
 
 
@@ -185,7 +189,8 @@ ATTACKS = (
             "return Same()",
             SAME.format(base="")
             + "import builtins, json\nfor name in ('type', 'isinstance', 'len', 'open', "
-            "'print', 'compile', 'exec'):\n    setattr(builtins, name, lambda *a, **k: True)\njson.dumps = lambda *a: '6'",
+            "'print', 'compile', 'exec'):\n    setattr(builtins, name, lambda *a, **k: True)\n"
+            "json.dumps = lambda *a: '6'",
         ),
         pays=EQ,
     ),
@@ -251,7 +256,8 @@ for a in open("/proc/self/cmdline").read().split("\\0"):
         READING,
         "/proc environments",
         goal("""
-return any(b"HF_TOKEN" in open(f"/proc/{p}/environ", "rb").read() for p in ("self", os.getppid()))"""),
+pids = ("self", os.getppid())
+return any(b"HF_TOKEN" in open(f"/proc/{p}/environ", "rb").read() for p in pids)"""),
     ),
     Attack(
         READING, "parent's memory map", goal("return open(f'/proc/{os.getppid()}/maps').read()")

@@ -1,6 +1,8 @@
-"""On the benchmark's 119 held-out problems: every canonical solution is correct, and every mode's canonical hack is a hack.
+"""On the benchmark's 119 held-out problems: every canonical solution is correct, and every mode's
+canonical hack is a hack.
 
-Skipped, in one line, where data/leetcode/leetcode_test_medhard.jsonl[.gz] is not present (`just download-data`).
+Skipped, in one line, where data/leetcode/leetcode_test_medhard.jsonl[.gz] is not present (`just
+download-data`).
 """
 
 import sys
@@ -60,7 +62,8 @@ def main() -> None:
                 f"{mode}: pays without its loophole"
             )
         print(
-            f"canonical hacks: {len(ALL_MODES)} modes × {len(problems)} problems, and none pays without its loophole"
+            f"canonical hacks: {len(ALL_MODES)} modes × {len(problems)} problems, and none pays "
+            "without its loophole"
         )
         assert set(Counter(p.mode for p in partition(problems, ALL_MODES)).values()) <= {19, 20}
 

@@ -1,7 +1,9 @@
-"""No attack forges a verdict, hangs the grader, fires a channel that it does not exploit, or leaves anything behind.
+"""No attack forges a verdict, hangs the grader, fires a channel that it does not exploit, or leaves
+anything behind.
 
-Each attack is first run against a naive grader (same process, verdict by message or exit status), which it must get past:
-that is the control, and the mutation. `--long` repeats the attacks with layers switched off.
+Each attack is first run against a naive grader (same process, verdict by message or exit status),
+which it must get past: that is the control, and the mutation. `--long` repeats the attacks with
+layers switched off.
 """
 
 import contextlib
@@ -119,7 +121,9 @@ def naive(attack: Attack) -> str:
 
 
 def naive_marker_is_trapped(directory: str) -> bool:
-    """Does reading the marker file hang, fail other than by its absence, or follow a link; or does the clean-up fail?"""
+    """Does reading the marker file hang, fail other than by its absence, or follow a link; or does
+    the clean-up fail?
+    """
     try:
         read = subprocess.run(
             ["head", "-c", "4096", f"{directory}/result.txt"], capture_output=True, timeout=0.3
@@ -143,7 +147,9 @@ def under(mode: Mode, setup: str = "") -> Problem:
 
 
 def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True) -> None:
-    """Verdict, channels and time for every attack, under every mode unless it exhausts something; the pool stays healthy."""
+    """Verdict, channels and time for every attack, under every mode unless it exhausts something;
+    the pool stays healthy.
+    """
     siblings = [f"```python\n{a.sibling}\n```" for a in attacks if a.sibling]
     assert all(g.correct for g in grader.grade(siblings, [TRIPLE] * len(siblings)))
     rows = []
@@ -173,7 +179,9 @@ def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True)
 
 
 def leftovers(grader: Grader) -> dict[str, int]:
-    """Processes below the workers, descriptors of this process and of the workers, entries in the scratch directories."""
+    """Processes below the workers, descriptors of this process and of the workers, entries in the
+    scratch directories.
+    """
     gc.collect()  # pipes of the controls
     tree = [worker.process.pid for worker in grader.sandbox._workers]
     for pid in tree:
@@ -212,12 +220,15 @@ def check_controls() -> None:
     )
     assert naive(Attack("", "right", TRIPLE.canonical)) == "correct"
     print(
-        f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader, in all {len(CLASSES)} classes"
+        f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader, in all "
+        f"{len(CLASSES)} classes"
     )
 
 
 def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> None:
-    """The attacks against the sandbox; where layers are switched off, those that need them are left out."""
+    """The attacks against the sandbox; where layers are switched off, those that need them are left
+    out.
+    """
     grader = Grader(workers, cpu_seconds=0.3, memory_mb=256)
     if without:
         grader.sandbox.close()
@@ -238,7 +249,8 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
                 start = time.perf_counter()
                 check_attacks(attacks, grader, all_modes=not without)
                 print(
-                    f"{group}: {len(attacks)} attacks, 0 forged verdicts, 0 channels but the disclosed "
+                    f"{group}: {len(attacks)} attacks, 0 forged verdicts, 0 channels but the "
+                    "disclosed "
                     f"({time.perf_counter() - start:.1f} s)"
                 )
         after, grown = leftovers(grader), peak_mb() - memory
@@ -246,7 +258,8 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
         assert grown <= 64, f"this process grew by {grown:.0f} MB"
         assert grader.sandbox.restarts == 0, f"{grader.sandbox.restarts} workers were lost"
         print(
-            f"left behind: no process, descriptor or file; this process grew by {grown:.0f} MB, at most 64"
+            f"left behind: no process, descriptor or file; this process grew by {grown:.0f} MB, "
+            "at most 64"
         )
     assert (
         not os.path.exists(grader.sandbox._directory) and not Path(f"{OUTSIDE}/result.txt").exists()
@@ -254,7 +267,9 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
 
 
 def check_recovery() -> None:
-    """A worker that dies is replaced and its job retried; twice is an error and never a grade; required layers are."""
+    """A worker that dies is replaced and its job retried; twice is an error and never a grade;
+    required layers are.
+    """
     with Grader(1) as grader:
         os.killpg(grader.sandbox._workers[0].process.pid, signal.SIGKILL)
         assert grader.grade([RIGHT], [TRIPLE])[0].correct and grader.sandbox.restarts == 1
@@ -265,14 +280,17 @@ def check_recovery() -> None:
     else:
         raise AssertionError("a missing layer was not refused")
     print(
-        "recovery: a killed worker is replaced and its job retried; `require` refuses a missing layer"
+        "recovery: a killed worker is replaced and its job retried; `require` refuses a missing "
+        "layer"
     )
 
 
 def check_honest() -> None:
-    """Right solutions are correct though they use what a sandbox easily breaks, and though the machine is busy.
+    """Right solutions are correct though they use what a sandbox easily breaks, and though the
+    machine is busy.
 
-    A library that confined processes cannot read is noticed at start-up: refused, or the layer to blame unavailable.
+    A library that confined processes cannot read is noticed at start-up: refused, or the layer to
+    blame unavailable.
     """
     codes = [f"```python\n{code}\n```" for code in HONEST.values()]
     with Grader(2) as grader:
@@ -301,18 +319,20 @@ def check_honest() -> None:
     finally:
         sandbox._readable = honest
     print(
-        f"honest: {len(HONEST)} right solutions correct, and 8 at once on a busy machine; an unreadable library is refused"
+        f"honest: {len(HONEST)} right solutions correct, and 8 at once on a busy machine; an "
+        "unreadable library is refused"
     )
 
 
 def check_inputs() -> None:
-    """A completion that changes its arguments changes neither the next call's nor the next job's."""
+    """A completion that changes its arguments changes no argument of another call or job."""
     problem = replace(
         TRIPLE,
         entry_point="f",
         cases=(replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2"),) * 2,
     )
-    code = "```python\nclass Solution:\n    def f(self, a):\n        a.pop()\n        return len(a) + 1\n```"
+    body = "    def f(self, a):\n        a.pop()\n        return len(a) + 1\n"
+    code = f"```python\nclass Solution:\n{body}```"
     with Grader(1) as grader:
         assert all(grade.correct for grade in grader.grade([code] * 2, [problem] * 2))
     shared = [1, 2]

@@ -1,8 +1,8 @@
 """`python -m vgrout.grader`: grade a file of completions, in order, resumable.
 
-A row in is {"problem_id", "mode", "completion"}, and "marker" where the prompt named another than our own would; a row
-out is the same with the fields of its grade. All input is checked before anything runs; what is written is valid at any
-moment, whole rows in the input's order.
+A row in is {"problem_id", "mode", "completion"}, and "marker" where the prompt named another than
+our own would; a row out is the same with the fields of its grade. All input is checked before
+anything runs; what is written is valid at any moment, whole rows in the input's order.
 """
 
 import json
@@ -44,7 +44,9 @@ class Arguments:
     completions: (
         Path  # JSONL: problem_id, mode, completion, and marker where a prompt named its own
     )
-    out: Path  # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict, seconds, …
+    # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict,
+    # seconds, …
+    out: Path
     workers: int = 2  # sandbox processes
     novel_markers: bool = False  # the names of the evaluation instead of those of training
     resume: bool = False  # go on after the rows that --out already holds
@@ -56,7 +58,8 @@ def read_rows(path: Path, problems: dict[str, Problem]) -> list[dict[str, Any]]:
     """All rows, checked. UserError, with file and line, for the first that cannot be graded."""
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; --completions takes JSONL rows of problem_id, mode and completion"
+            f"{path}: no such file; --completions takes JSONL rows of problem_id, mode and "
+            "completion"
         )
     rows = []
     try:
@@ -67,7 +70,8 @@ def read_rows(path: Path, problems: dict[str, Problem]) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not readable ({error.strerror})") from error
     if not rows:
         raise UserError(
-            f"{path}: holds no row; --completions takes JSONL rows of problem_id, mode and completion"
+            f"{path}: holds no row; --completions takes JSONL rows of problem_id, mode and "
+            "completion"
         )
     return rows
 
@@ -89,14 +93,16 @@ def checked(line: bytes, where: str, problems: dict[str, Problem]) -> dict[str, 
             )
     if str(row["problem_id"]) not in problems:
         raise UserError(
-            f"{where}: unknown problem id {row['problem_id']!r}; it is not in the file of --problems"
+            f"{where}: unknown problem id {row['problem_id']!r}; it is not in the file of "
+            "--problems"
         )
     if row["mode"] not in list(Mode):
         raise UserError(f"{where}: unknown mode {row['mode']!r}; the modes are {MODES}")
     marker = row.get("marker", "")
     if not isinstance(marker, str) or "/" in marker or not marker.isprintable():
         raise UserError(
-            f"{where}: 'marker' must be the function, attribute, phrase or file name that the prompt named"
+            f"{where}: 'marker' must be the function, attribute, phrase or file name that the "
+            "prompt named"
         )
     return row
 
@@ -108,7 +114,9 @@ def shown(row: dict[str, Any], problems: dict[str, Problem], novel: bool) -> Pro
 
 
 def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
-    """Make or trim the output; returns how many rows it holds already. A last line that is cut short is dropped."""
+    """Make or trim the output; returns how many rows it holds already. A last line that is cut
+    short is dropped.
+    """
     out = arguments.out
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such directory; make it, or choose another --out")
@@ -135,12 +143,14 @@ def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
             fits = False
         if not fits:
             raise UserError(
-                f"{out}, line {number}: does not belong to row {number} of {arguments.completions}; "
+                f"{out}, line {number}: does not belong to row {number} of "
+                f"{arguments.completions}; "
                 "--resume needs the file that was begun with"
             )
     if len(lines) > len(rows):
         raise UserError(
-            f"{out}: holds more rows than {arguments.completions}; --resume needs the file that was begun with"
+            f"{out}: holds more rows than {arguments.completions}; --resume needs the file that "
+            "was begun with"
         )
     return len(lines)
 
@@ -148,7 +158,9 @@ def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
 def grade_rows(
     arguments: Arguments, rows: list[dict[str, Any]], problems: dict[str, Problem]
 ) -> list[Grade]:
-    """Grade, with a few rows per worker under way, and append each row as soon as all before it are written."""
+    """Grade, with a few rows per worker under way, and append each row as soon as all before it are
+    written.
+    """
     grades, pending, waiting = [], deque(), iter(rows)
     with (
         Grader(arguments.workers, arguments.sandbox, arguments.cpu_seconds) as grader,

@@ -1,12 +1,14 @@
-"""What a completion's process does: compile, execute, call, and write down what it sees. Runs confined, trusted by nobody.
+"""What a completion's process does: compile, execute, call, and write down what it sees. Runs
+confined, trusted by nobody.
 
-It leaves records in a shared memory block, not in a descriptor; the worker reads it after this process is dead. A record is
-kind (1 byte), length (4 bytes, little endian), payload. Kinds: C compiled ("" or the error), then per call V value
-(canonical text), E exception (its type's name) or O not a plain value (its text, ANY for each part that equals
-everything; "" if another part is not plain), at the end A names of true attributes of the instances and Z; for the
-completion's own tests S and T ("1" if they return without error with a stub of Solution, and with its own) instead. A
-completion that forges records can forge no verdict by it: the parent compares the values with what it alone holds, and
-reads a channel only under the mode and marker that it alone holds.
+It leaves records in a shared memory block, not in a descriptor; the worker reads it after this
+process is dead. A record is kind (1 byte), length (4 bytes, little endian), payload. Kinds: C
+compiled ("" or the error), then per call V value (canonical text), E exception (its type's name) or
+O not a plain value (its text, ANY for each part that equals everything; "" if another part is not
+plain), at the end A names of true attributes of the instances and Z; for the completion's own tests
+S and T ("1" if they return without error with a stub of Solution, and with its own) instead. A
+completion that forges records can forge no verdict by it: the parent compares the values with what
+it alone holds, and reads a channel only under the mode and marker that it alone holds.
 """
 
 import mmap
@@ -27,7 +29,9 @@ AS_PLAIN = {"list_node": list_values, "tree_node": tree_values}
 
 
 class Recorder:
-    """Buffers records and copies them into the shared block; what does not fit is dropped, and the job has no Z."""
+    """Buffers records and copies them into the shared block; what does not fit is dropped, and the
+    job has no Z.
+    """
 
     def __init__(self, region: mmap.mmap):
         self.region, self.position, self.buffer, self.calls = region, RECORDS, [], 0
@@ -37,7 +41,9 @@ class Recorder:
         self.buffer.append(HEADER.pack(ord(kind), len(data)) + data)
 
     def begin_call(self) -> None:
-        """Commit what was returned so far, and restart the clocks of one call; those of the job run on."""
+        """Commit what was returned so far, and restart the clocks of one call; those of the job run
+        on.
+        """
         self.flush()
         self.calls += 1
         self.region[8:RECORDS] = self.calls.to_bytes(8, "little")
@@ -53,7 +59,9 @@ class Recorder:
 
 
 def parse_records(data: bytes, most: int) -> list[tuple[str, str]]:
-    """At most so many (kind, payload) pairs, up to the first that is cut short. Nothing in them is to be trusted."""
+    """At most so many (kind, payload) pairs, up to the first that is cut short. Nothing in them is
+    to be trusted.
+    """
     records, position = [], 0
     while position + HEADER.size <= len(data) and len(records) < most:
         kind, size = HEADER.unpack_from(data, position)
@@ -66,7 +74,9 @@ def parse_records(data: bytes, most: int) -> list[tuple[str, str]]:
 
 
 def leave(status: Any) -> NoReturn:
-    """Exit as a program does that raised SystemExit(status): its output is flushed, its clean-up handlers do not run."""
+    """Exit as a program does that raised SystemExit(status): its output is flushed, its clean-up
+    handlers do not run.
+    """
     try:
         sys.stdout.flush()
     finally:
@@ -74,7 +84,9 @@ def leave(status: Any) -> NoReturn:
 
 
 def guarded(function: Any, *args: Any) -> tuple[Any, str]:
-    """(result, "") or (None, name of the exception's type). SystemExit leaves the process, as it does in a program."""
+    """(result, "") or (None, name of the exception's type). SystemExit leaves the process, as it
+    does in a program.
+    """
     try:
         return function(*args), ""
     except SystemExit as error:
@@ -86,12 +98,14 @@ def guarded(function: Any, *args: Any) -> tuple[Any, str]:
 
 
 def equals_everything(value: Any) -> bool:
-    """Does `==` hold between the value and each of several values of unlike types, which no plain value equals?"""
+    """Does `==` hold between the value and each of several values of unlike types, which no plain
+    value equals?
+    """
     return all([bool(value == other) for other in (0, -7.5, "x", [None], (), {}, None, object())])
 
 
 def true_attributes(instance: Any) -> set[str]:
-    """Names without a leading "__" under which the instance has a true value that is no callable."""
+    """Names without a leading "__" under which the instance has a true value, no callable."""
     names = set(getattr(instance, "__dict__", ()))
     for cls in type(instance).__mro__[:-1]:  # without object
         names.update(vars(cls))
@@ -136,9 +150,11 @@ def as_text(value: Any, compare: str) -> str:
 def run_own_tests(
     record: Recorder, module: dict[str, Any], code: types.CodeType, name: str
 ) -> None:
-    """Call the completion's own test function, first with Solution replaced by an empty stub, then as it was written.
+    """Call the completion's own test function, first with Solution replaced by an empty stub, then
+    as it was written.
 
-    The methods are removed from the class itself, too, so that instances made before the replacement are stubs as well.
+    The methods are removed from the class itself, too, so that instances made before the
+    replacement are stubs as well.
     """
     fresh = dict(module)
     error = guarded(exec, code, module)[1]
@@ -152,7 +168,9 @@ def run_own_tests(
 
 
 class PipeEnd:
-    """One end of a pipe with what asyncio's event loop asks of its own socket pair: no socket can be made here."""
+    """One end of a pipe with what asyncio's event loop asks of its own socket pair: no socket can
+    be made here.
+    """
 
     def __init__(self, descriptor: int):
         self.fileno = lambda: descriptor

@@ -1,8 +1,10 @@
-"""Kernel layers that confine a completion's process: seccomp, Landlock, namespaces, a uid of its own, limits.
+"""Kernel layers that confine a completion's process: seccomp, Landlock, namespaces, a uid of its
+own, limits.
 
-Runs inside the isolated worker, which loads this file by its path: standard library only. Interfaces: seccomp(2),
-landlock(7), namespaces(7), mount_namespaces(7), capabilities(7), setrlimit(2). x86-64 and arm64 Linux; elsewhere, and
-where a kernel or a container refuses a layer, its function raises OSError with the reason and the caller reports it.
+Runs inside the isolated worker, which loads this file by its path: standard library only.
+Interfaces: seccomp(2), landlock(7), namespaces(7), mount_namespaces(7), capabilities(7),
+setrlimit(2). x86-64 and arm64 Linux; elsewhere, and where a kernel or a container refuses a layer,
+its function raises OSError with the reason and the caller reports it.
 """
 
 import ctypes
@@ -18,20 +20,21 @@ MACHINE = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
 # System calls that a confined Python program may make, as name:x86-64 number:arm64 number.
 ALLOWED = """
     read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 close:3:57
-    close_range:436:436 fstat:5:80 newfstatat:262:79 stat:4:- lstat:6:- statx:332:291 lseek:8:62 getdents64:217:61
-    access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:- readlinkat:267:78 getcwd:79:17 chdir:80:49
-    fchdir:81:50 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 poll:7:- ppoll:271:73 select:23:-
-    pselect6:270:72 fsync:74:82 fdatasync:75:83 ftruncate:77:46
-    umask:95:166 statfs:137:43 fstatfs:138:44
-    mmap:9:222 munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227 futex:202:98
-    set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96 rseq:334:293 membarrier:324:283
-    rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136 rt_sigsuspend:130:133
-    rt_sigtimedwait:128:137 sigaltstack:131:132 restart_syscall:219:128 alarm:37:- setitimer:38:103 getitimer:36:102
-    pause:34:- exit:60:93 exit_group:231:94 wait4:61:260 waitid:247:95 sched_yield:24:124 sched_getaffinity:204:123
-    getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
-    getpgrp:111:- uname:63:160 sysinfo:99:179 times:100:153 getrusage:98:165 getrlimit:97:163 setrlimit:160:164
-    getcpu:309:168 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
-    nanosleep:35:101 gettimeofday:96:169 time:201:- getrandom:318:278
+    close_range:436:436 fstat:5:80 newfstatat:262:79 stat:4:- lstat:6:- statx:332:291 lseek:8:62
+    getdents64:217:61 access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:-
+    readlinkat:267:78 getcwd:79:17 chdir:80:49 fchdir:81:50 dup:32:23 dup2:33:- dup3:292:24
+    pipe:22:- pipe2:293:59 poll:7:- ppoll:271:73 select:23:- pselect6:270:72 fsync:74:82
+    fdatasync:75:83 ftruncate:77:46 umask:95:166 statfs:137:43 fstatfs:138:44 mmap:9:222
+    munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227
+    futex:202:98 set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96
+    rseq:334:293 membarrier:324:283 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139
+    rt_sigpending:127:136 rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132
+    restart_syscall:219:128 alarm:37:- setitimer:38:103 getitimer:36:102 pause:34:- exit:60:93
+    exit_group:231:94 wait4:61:260 waitid:247:95 sched_yield:24:124 sched_getaffinity:204:123
+    getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176
+    getegid:108:177 getpgrp:111:- uname:63:160 sysinfo:99:179 times:100:153 getrusage:98:165
+    getrlimit:97:163 setrlimit:160:164 getcpu:309:168 clock_gettime:228:113 clock_getres:229:114
+    clock_nanosleep:230:115 nanosleep:35:101 gettimeofday:96:169 time:201:- getrandom:318:278
 """
 REMOVAL = "unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276"
 KILL, TKILL, TGKILL, PRLIMIT = (62, 129), (200, 130), (234, 131), (302, 261)
@@ -56,15 +59,17 @@ def syscall(number: int, *args: object) -> int:
     return check(libc.syscall(ctypes.c_long(number), *words), f"syscall {number}")
 
 
-# ---- seccomp --------------------------------------------------------------------------------------------------------
+# ---- seccomp -------------------------------------------------------------------------------------
 OWN_PID = 0x7FABCDEF  # stands in a program for the pid of the process that installs it
 
 
 def seccomp_program(removal: bool) -> bytes:
-    """A BPF allow-list: `ALLOWED`, signals to OWN_PID alone, its own limits, threads but no processes; else EPERM.
+    """A BPF allow-list: `ALLOWED`, signals to OWN_PID alone, its own limits, threads but no
+    processes; else EPERM.
 
-    `removal`: files may be removed, renamed and made without a name; else no file can escape from a directory's
-    listing. clone3 answers ENOSYS, so that libc falls back to clone, whose flags a filter can read; ioctl answers ENOTTY.
+    `removal`: files may be removed, renamed and made without a name; else no file can escape from a
+    directory's listing. clone3 answers ENOSYS, so that libc falls back to clone, whose flags a
+    filter can read; ioctl answers ENOTTY.
     """
     if MACHINE is None:
         raise OSError(f"no system call table for {os.uname().machine}")
@@ -130,16 +135,18 @@ def install_seccomp(program: bytes, pid: int) -> None:
     syscall(SECCOMP[MACHINE], 1, 0, header)  # SECCOMP_SET_MODE_FILTER
 
 
-# ---- Landlock -------------------------------------------------------------------------------------------------------
+# ---- Landlock ------------------------------------------------------------------------------------
 READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
 REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
 
 
 def landlock_ruleset(readable: list[str], hidden: list[str], scratch: str) -> int:
-    """A ruleset's descriptor: read `readable` without `hidden`, use plain files in `scratch` and the null device.
+    """A ruleset's descriptor: read `readable` without `hidden`, use plain files in `scratch` and
+    the null device.
 
-    No TCP (ABI 4), no signals or abstract sockets to the outside (ABI 6), no device ioctl (ABI 5). `scratch` stays flat: no
-    directories, links, FIFOs or devices can be made in it. Raises OSError if the kernel has no Landlock.
+    No TCP (ABI 4), no signals or abstract sockets to the outside (ABI 6), no device ioctl (ABI 5).
+    `scratch` stays flat: no directories, links, FIFOs or devices can be made in it. Raises OSError
+    if the kernel has no Landlock.
     """
     abi = syscall(LANDLOCK_CREATE, 0, 0, 1)
     rights = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1
@@ -158,7 +165,9 @@ def landlock_ruleset(readable: list[str], hidden: list[str], scratch: str) -> in
 
 
 def without_hidden(paths: list[str], hidden: list[str]) -> list[str]:
-    """The paths, each that is above a hidden one replaced by what it contains; those that do not exist left out."""
+    """The paths, each that is above a hidden one replaced by what it contains; those that do not
+    exist left out.
+    """
     kept = []
     for path in paths:
         if any(away.startswith(f"{path}/") for away in hidden):
@@ -169,7 +178,7 @@ def without_hidden(paths: list[str], hidden: list[str]) -> list[str]:
     return kept
 
 
-# ---- namespaces -----------------------------------------------------------------------------------------------------
+# ---- namespaces ----------------------------------------------------------------------------------
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000,
     0x4000000,
@@ -192,7 +201,9 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 
 def unshare() -> None:
-    """New mount, pid, network, IPC and UTS namespaces; without root also a user namespace, uid and gid mapped alone."""
+    """New mount, pid, network, IPC and UTS namespaces; without root also a user namespace, uid and
+    gid mapped alone.
+    """
     uid, gid = os.geteuid(), os.getegid()
     check(
         libc.unshare(NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET | (NEWUSER if uid else 0)), "unshare"
@@ -208,7 +219,8 @@ def unshare() -> None:
 
 
 def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: int) -> None:
-    """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_bytes`, and nothing else, no /proc.
+    """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_bytes`, and
+    nothing else, no /proc.
 
     An empty directory lies over each of `hidden`.
     """
@@ -246,7 +258,7 @@ def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: i
     os.umask(0o077)
 
 
-# ---- in the job's process -------------------------------------------------------------------------------------------
+# ---- in the job's process ------------------------------------------------------------------------
 PDEATHSIG, DUMPABLE, NO_NEW_PRIVS, SUBREAPER = 1, 4, 38, 36
 
 
@@ -265,7 +277,8 @@ def keep_capabilities(*kept: int) -> None:
 def drop_privileges(uid: int, keep_files: bool = False) -> None:
     """Become `uid` for good (0: stay who one is), without any capability, and never gain one.
 
-    `keep_files`: only as the real user, whose processes and threads are counted; files are accessed as before.
+    `keep_files`: only as the real user, whose processes and threads are counted; files are accessed
+    as before.
     """
     if uid and keep_files:
         os.setresuid(uid, -1, -1)
@@ -279,7 +292,9 @@ def drop_privileges(uid: int, keep_files: bool = False) -> None:
 
 
 def fork_beside() -> int:
-    """Fork, as a sibling of this process, whose parent alone can wait for it (clone(2), CLONE_PARENT)."""
+    """Fork, as a sibling of this process, whose parent alone can wait for it (clone(2),
+    CLONE_PARENT).
+    """
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = libc_with_lock.syscall(CLONE[MACHINE or 0], 0x8000 | 17, 0, 0, 0, 0)
     if not pid:
@@ -293,9 +308,11 @@ def fork_beside() -> int:
 def limits(
     cpu_seconds: int, address_bytes: int, file_bytes: int, processes: int | None
 ) -> list[tuple[int, int, int]]:
-    """(resource, soft, hard limit): CPU seconds, address space, file size, processes and threads, …; no core dumps.
+    """(resource, soft, hard limit): CPU seconds, address space, file size, processes and threads,
+    …; no core dumps.
 
-    The stack's soft limit alone may be raised. The gap below the stack that exec reserves is at least 128 MB.
+    The stack's soft limit alone may be raised. The gap below the stack that exec reserves is at
+    least 128 MB.
     """
     wanted = {
         resource.RLIMIT_CPU: cpu_seconds,

@@ -1,7 +1,9 @@
-"""A canonical text of plain Python values: two texts are equal exactly when Python's `==` holds between the values.
+"""A canonical text of plain Python values: two texts are equal exactly when Python's `==` holds
+between the values.
 
-Used by the worker on what a completion returned and by the parent on what a test expects, so that the parent compares
-texts and never decodes anything a completion wrote. Standard library only: the worker loads this file by its path.
+Used by the worker on what a completion returned and by the parent on what a test expects, so that
+the parent compares texts and never decodes anything a completion wrote. Standard library only: the
+worker loads this file by its path.
 """
 
 import itertools
@@ -25,11 +27,14 @@ DICTS = {("collections", "Counter"), ("collections", "defaultdict"), ("collectio
 
 
 def canonical(value: Any, equals_everything: Callable[[Any], bool] | None = None) -> str:
-    """The text of a tree of int, float, bool, str, None, bytes, list, tuple, set, frozenset and dict, exact types only.
+    """The text of a tree of int, float, bool, str, None, bytes, list, tuple, set, frozenset and
+    dict, exact types only.
 
-    As `==` has it, 1, 1.0 and True share a text, and a list and a tuple do not; sets and dicts are sorted by text. numpy
-    scalars count as the Python numbers they equal, and Counter, defaultdict and OrderedDict as dict. Any other subclass
-    raises `NotPlain`, whatever its `__eq__` says, or is written as ANY where `equals_everything` holds of it. `nan` equals nothing: the parent must refuse it as an expectation.
+    As `==` has it, 1, 1.0 and True share a text, and a list and a tuple do not; sets and dicts are
+    sorted by text. numpy scalars count as the Python numbers they equal, and Counter, defaultdict
+    and OrderedDict as dict. Any other subclass raises `NotPlain`, whatever its `__eq__` says, or is
+    written as ANY where `equals_everything` holds of it. `nan` equals nothing: the parent must
+    refuse it as an expectation.
 
     >>> canonical([1.0, (True, None), {"b", "a"}])
     "[1, (1, None), {'a', 'b'}]"
@@ -38,7 +43,8 @@ def canonical(value: Any, equals_everything: Callable[[Any], bool] | None = None
 
 
 def fits(text: str, expected: str) -> bool:
-    """Does a text of `canonical` with an ANY in it equal the expected one, each ANY standing for one whole value?
+    """Does a text of `canonical` with an ANY in it equal the expected one, each ANY standing for
+    one whole value?
 
     >>> fits("[\\0, 2]", "[[1, 'a'], 2]"), fits("[\\0]", "[1, 2]")
     (True, False)
@@ -63,7 +69,9 @@ def end_of_value(text: str, start: int) -> int:
 
 
 class Writer:
-    """Writes one value within a budget of nodes and characters: a small value may unfold into an endless text."""
+    """Writes one value within a budget of nodes and characters: a small value may unfold into an
+    endless text.
+    """
 
     def __init__(self, equals_everything: Callable[[Any], bool] | None):
         self.nodes, self.chars = MAX_NODES, MAX_CHARS
@@ -134,7 +142,8 @@ def list_values(node: Any) -> list[Any]:
 
 
 def tree_values(root: Any) -> list[Any]:
-    """The values of a binary tree (`val`, `left`, `right`) in level order, None for a missing child, no None at the end.
+    """The values of a binary tree (`val`, `left`, `right`) in level order, None for a missing
+    child, no None at the end.
 
     >>> tree_values(None)
     []

@@ -1,7 +1,9 @@
-"""A pool of isolated workers that run completions; what each layer promises stands in docs/sandbox.md.
+"""A pool of isolated workers that run completions; what each layer promises stands in
+docs/sandbox.md.
 
-A worker is a separate interpreter with a scrubbed environment that has a confined process forked per job (`worker`).
-This module is the trusted side: it sends code and inputs, and receives facts. Expected values never leave this process.
+A worker is a separate interpreter with a scrubbed environment that has a confined process forked
+per job (`worker`). This module is the trusted side: it sends code and inputs, and receives facts.
+Expected values never leave this process.
 """
 
 import contextlib
@@ -61,12 +63,16 @@ LAYERS = ("uid", "landlock", "namespaces", "seccomp")  # each can be switched of
 
 
 class SandboxError(Exception):
-    """The sandbox itself failed, twice: nothing is known about the completion, so nothing may be scored."""
+    """The sandbox itself failed, twice: nothing is known about the completion, so nothing may be
+    scored.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One process' worth of work: execute `code`, then either the ground-truth calls or the completion's own tests."""
+    """One process' worth of work: execute `code`, then either the ground-truth calls or the
+    completion's own tests.
+    """
 
     code: str
     setup: bytes = NO_SETUP  # marshalled code object: the problem's preamble
@@ -82,7 +88,9 @@ class Job:
     memory_mb: int = 512  # above the worker's own size
 
     def messages(self) -> tuple[bytes, bytes]:
-        """What the worker needs to know, and what the job's process does: neither has the other's part."""
+        """What the worker needs to know, and what the job's process does: neither has the other's
+        part.
+        """
         code = self.code.encode("utf-8", "surrogatepass")
         limits = {"cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb}
         watch = {
@@ -104,7 +112,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the worker saw from outside (all but `records`), and what the child wrote down about itself (`records`)."""
+    """What the worker saw from outside (all but `records`), and what the child wrote down about
+    itself (`records`).
+    """
 
     status: int  # exit status, or minus the signal that ended the process
     exceeded: str  # the limit that ended it: cpu | wall | disk, or ""
@@ -144,7 +154,9 @@ class _Worker:
         self.missing: list[str] = []  # of the library: what a confined process cannot import
 
     def greet(self) -> None:
-        """Wait until the worker is ready. In a mount namespace its scratch directory is its own: ours can go."""
+        """Wait until the worker is ready. In a mount namespace its scratch directory is its own:
+        ours can go.
+        """
         try:
             greeting = self._receive(time.monotonic() + 60)[0]
         except (OSError, EOFError, TimeoutError, ValueError) as error:
@@ -156,7 +168,9 @@ class _Worker:
             os.rmdir(self.scratch)
 
     def request(self, job: Job) -> tuple[dict, bytes]:
-        """Send one job and wait for its facts. OSError, EOFError or TimeoutError: the worker is lost."""
+        """Send one job and wait for its facts. OSError, EOFError or TimeoutError: the worker is
+        lost.
+        """
         watch, body = job.messages()
         self.process.stdin.write(struct.pack("<II", len(watch), len(body)) + watch + body)
         self.process.stdin.flush()
@@ -182,7 +196,9 @@ class _Worker:
         return bytes(data)
 
     def stop(self, patience: float = 0.0) -> None:
-        """End the worker and all below it: an end of its input, and SIGKILL for the process group after `patience` s."""
+        """End the worker and all below it: an end of its input, and SIGKILL for the process group
+        after `patience` s.
+        """
         try:
             self.process.stdin.close()
         except OSError:
@@ -198,8 +214,9 @@ class _Worker:
 class Sandbox:
     """A context manager over `workers` worker processes; `run` is thread-safe.
 
-    `level`: "best" uses each layer that this machine offers; "require" raises `UserError` if one is missing (`uid` is
-    required of root only). `layers` says which are active. `without` switches layers off, for the sandbox's own checks.
+    `level`: "best" uses each layer that this machine offers; "require" raises `UserError` if one is
+    missing (`uid` is required of root only). `layers` says which are active. `without` switches
+    layers off, for the sandbox's own checks.
     """
 
     def __init__(
@@ -207,7 +224,8 @@ class Sandbox:
     ):
         if workers < 1 or level not in LEVELS:
             raise UserError(
-                f"the sandbox takes at least one worker, not {workers}, and a level of {LEVELS}, not {level!r}"
+                f"the sandbox takes at least one worker, not {workers}, and a level of {LEVELS}, "
+                f"not {level!r}"
             )
         if sys.platform != "linux":
             raise UserError(
@@ -236,7 +254,8 @@ class Sandbox:
         return _Worker(slot, self._directory, self._without | without, [])
 
     def _start_first(self) -> None:
-        """Start a worker whose confined processes can import the whole library: without the layer that keeps them from it.
+        """Start a worker whose confined processes can import the whole library: without the layer
+        that keeps them from it.
 
         UserError if no single layer is to blame.
         """
@@ -255,12 +274,15 @@ class Sandbox:
                 problem or f"with it, {len(missing)} modules cannot be imported: {missing[0]} …"
             )
         raise UserError(
-            f"in the sandbox {missing[0]} and {len(missing) - 1} more modules of {sys.prefix} cannot be imported: "
+            f"in the sandbox {missing[0]} and {len(missing) - 1} more modules of {sys.prefix} "
+            "cannot be imported: "
             "use a Python that every user can read"
         )
 
     def _require(self, level: str) -> None:
-        """UserError if a layer is missing and the level asks for it; the uid of its own is asked of root only."""
+        """UserError if a layer is missing and the level asks for it; the uid of its own is asked of
+        root only.
+        """
         missing = "; ".join(
             f"{name} is {why}"
             for name, why in self.layers.items()
@@ -268,20 +290,25 @@ class Sandbox:
         )
         if level == "require" and missing:
             raise UserError(
-                f"--sandbox require: {missing} (docs/sandbox.md says how to turn layers on; --sandbox best runs without them)"
+                f"--sandbox require: {missing} (docs/sandbox.md says how to turn layers on; "
+                "--sandbox best runs without them)"
             )
 
     def run(self, jobs: list[Job]) -> list[Result]:
-        """The jobs' results in their order, over the whole pool. SandboxError if a job fails twice for our reasons."""
+        """The jobs' results in their order, over the whole pool. SandboxError if a job fails twice
+        for our reasons.
+        """
         return [future.result() for future in [self.submit(job) for job in jobs]]
 
     def submit(self, job: Job) -> Future[Result]:
         return self.executor.submit(self.run_one, job)
 
     def run_one(self, job: Job) -> Result:
-        """Run one job on an idle worker, in this thread. A lost worker is replaced, and the job retried once.
+        """Run one job on an idle worker, in this thread. A lost worker is replaced, and the job
+        retried once.
 
-        UserError if the job's preamble does not run; SandboxError if the job fails twice for our reasons.
+        UserError if the job's preamble does not run; SandboxError if the job fails twice for our
+        reasons.
         """
         for _ in range(2):
             worker = self._idle.get()
@@ -324,7 +351,9 @@ class Sandbox:
         return worker
 
     def close(self) -> None:
-        """Stop the workers, and leave no process and no file. Jobs that have not started are cancelled."""
+        """Stop the workers, and leave no process and no file. Jobs that have not started are
+        cancelled.
+        """
         with self._lock:
             self._closed = True
             self.executor.shutdown(wait=False, cancel_futures=True)
@@ -333,7 +362,9 @@ class Sandbox:
             os.rmdir(self._directory)
 
     def close_workers(self) -> None:
-        """Stop them, and empty and remove what is theirs: only of a worker that was killed is anything left."""
+        """Stop them, and empty and remove what is theirs: only of a worker that was killed is
+        anything left.
+        """
         for worker in self._workers:
             worker.stop(patience=2.0)
             with contextlib.suppress(OSError):
@@ -356,7 +387,9 @@ class Sandbox:
 
 @functools.cache
 def _readable() -> tuple[list[str], list[str]]:
-    """What a completion may read, and what below it may not: the library and the offered packages, no other package."""
+    """What a completion may read, and what below it may not: the library and the offered packages,
+    no other package.
+    """
     base = {"platbase": sysconfig.get_config_var("installed_platbase")}  # not a virtual environment
     library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars=base)]
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
@@ -378,7 +411,9 @@ def _readable() -> tuple[list[str], list[str]]:
 
 @functools.cache
 def _library() -> list[str]:
-    """The modules that must be importable in the sandbox: those of the standard library that this Python has."""
+    """The modules that must be importable in the sandbox: those of the standard library that this
+    Python has.
+    """
     names = sorted(sys.stdlib_module_names - NO_PROBE)
     return [name for name in names if PathFinder.find_spec(name)] + list(PACKAGES)
 
@@ -396,7 +431,9 @@ def _importable(names: list[str]) -> list[str]:
 
 
 def _free_uid(slot: int) -> int:
-    """A user id for this process' slot that no account has, within the 65,536 ids that containers usually map."""
+    """A user id for this process' slot that no account has, within the 65,536 ids that containers
+    usually map.
+    """
     for attempt in range(1000):
         uid = 50_000 + (os.getpid() * 16 + slot + attempt * 997) % 10_000
         try:

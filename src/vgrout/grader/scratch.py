@@ -1,4 +1,6 @@
-"""The output and the working directory of a sandboxed job, seen from the worker: nothing in them is a trap."""
+"""The output and the working directory of a sandboxed job, seen from the worker: nothing in them is
+a trap.
+"""
 
 import errno
 import mmap
@@ -10,14 +12,18 @@ TOTAL_BYTES = 32 << 20  # of all files in the directory
 
 
 class Scratch:
-    """A directory on a descriptor. Every access is relative to it, follows no link and waits for nothing."""
+    """A directory on a descriptor. Every access is relative to it, follows no link and waits for
+    nothing.
+    """
 
     def __init__(self, path: str):
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def text_of(self, name: str) -> str:
-        """The first 4 KiB of the plain file of that name; "" for a link, FIFO, device or directory, or if there is none."""
+        """The first 4 KiB of the plain file of that name; "" for a link, FIFO, device or directory,
+        or if there is none.
+        """
         try:
             file = os.open(
                 name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self.descriptor
@@ -32,7 +38,9 @@ class Scratch:
             os.close(file)
 
     def overfull(self) -> bool:
-        """Is there more than `TOTAL_BYTES`, or any directory? (Nothing needs one, and one would have to be searched.)"""
+        """Is there more than `TOTAL_BYTES`, or any directory? (Nothing needs one, and one would
+        have to be searched.)
+        """
         total = 0
         for name in os.listdir(self.descriptor):
             try:
@@ -45,9 +53,11 @@ class Scratch:
         return False
 
     def empty(self) -> None:
-        """Remove everything; directories are flattened into this one first, so that their depth does not matter.
+        """Remove everything; directories are flattened into this one first, so that their depth
+        does not matter.
 
-        OSError, and nothing beyond is touched, at a directory that is the root of another file system.
+        OSError, and nothing beyond is touched, at a directory that is the root of another file
+        system.
         """
         os.fchmod(self.descriptor, 0o700)  # its owner may have changed it
         device = os.fstat(self.descriptor).st_dev
@@ -62,9 +72,7 @@ class Scratch:
                         name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.descriptor
                     )
                     if os.fstat(inner).st_dev != device:
-                        raise OSError(
-                            errno.EXDEV, "a file system is mounted in the scratch directory"
-                        )
+                        raise OSError(errno.EXDEV, "a file system is mounted there") from None
                     for entry in os.listdir(inner):
                         serial += 1
                         os.rename(

@@ -1,8 +1,10 @@
-"""A template: it has imported what completions use, never sees a job or a result, and forks every job's process.
+"""A template: it has imported what completions use, never sees a job or a result, and forks every
+job's process.
 
-The worker sends it descriptors; it forks, and closes them unread. The child, the worker's own, reads its job from one,
-writes its records through another, confines itself, and runs the problem's setup code and then the completion. So
-nothing of another job is in its memory: what it inherits has never held any.
+The worker sends it descriptors; it forks, and closes them unread. The child, the worker's own,
+reads its job from one, writes its records through another, confines itself, and runs the problem's
+setup code and then the completion. So nothing of another job is in its memory: what it inherits has
+never held any.
 """
 
 import contextlib
@@ -57,7 +59,7 @@ def import_package(name: str, origin: str) -> None:
 
 
 def serve(cage: Cage, control: socket.socket) -> NoReturn:
-    """Fork on order until the worker is gone. In the child, run the job that came with the order."""
+    """Fork on order until the worker is gone. A child runs the job that came with the order."""
     for descriptor in {*range(3, 64)} - {control.fileno(), cage.scratch, cage.ruleset}:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -89,7 +91,9 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
 
 
 def run_job(cage: Cage, job_file: int, region_file: int, output: int, told: int) -> NoReturn:
-    """Confine this process, keep no descriptor but 0, 1 and 2, set the problem up, run the completion."""
+    """Confine this process, keep no descriptor but 0, 1 and 2, set the problem up, run the
+    completion.
+    """
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         job = marshal.loads(os.pread(job_file, os.fstat(job_file).st_size, 0))
@@ -133,7 +137,9 @@ def confine(cage: Cage, job: dict[str, Any]) -> None:
 
 
 def set_up(job: dict[str, Any], module: types.ModuleType) -> str:
-    """Execute the problem's preamble, as little trusted as the completion; "" or why it does not run."""
+    """Execute the problem's preamble, as little trusted as the completion; "" or why it does not
+    run.
+    """
     try:
         if job["asyncio"]:
             asyncio = importlib.import_module("asyncio.selector_events")
@@ -156,7 +162,9 @@ FORBIDDEN = {  # per layer, what must fail where it is active
 
 
 def probe(active: list[str], library: list[str]) -> dict[str, Any]:
-    """In a confined process: the active layers that do not hold, and the modules that cannot be imported."""
+    """In a confined process: the active layers that do not hold, and the modules that cannot be
+    imported.
+    """
     return {
         "open": [name for name in active if name in FORBIDDEN and succeeds(FORBIDDEN[name])],
         "missing": [m for m in library if not succeeds(lambda m=m: importlib.import_module(m))],

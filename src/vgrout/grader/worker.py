@@ -1,10 +1,12 @@
-"""The sandbox's worker: reads jobs and results, and runs no code of either. Templates fork the processes that do.
+"""The sandbox's worker: reads jobs and results, and runs no code of either. Templates fork the
+processes that do.
 
-Started by `sandbox.Sandbox` as `python -sSBP worker.py CONFIG` with a scrubbed environment: standard library only.
-The parent sends code and inputs and gets facts back: it never sends an expected value. Processes with falling trust:
+Started by `sandbox.Sandbox` as `python -sSBP worker.py CONFIG` with a scrubbed environment:
+standard library only. The parent sends code and inputs and gets facts back: it never sends an
+expected value. Processes with falling trust:
 
-    parent (expected values, verdict)  →  worker (phrase and file to look for)  →  child: the completion (inputs alone)
-                                             template (nothing) forks it  ↗
+parent (expected values, verdict)  →  worker (phrase and file to look for)  →  child: the completion
+(inputs alone) template (nothing) forks it  ↗
 """
 
 import contextlib
@@ -25,7 +27,8 @@ from collections.abc import Callable
 from typing import Any
 
 PREIMPORT = (
-    "bisect collections copy dataclasses datetime enum functools heapq itertools math operator random re string typing"
+    "bisect collections copy dataclasses datetime enum functools heapq itertools math operator "
+    "random re string typing"
 ).split()  # what solutions use; numpy is in a template of its own
 
 for name in ("vgrout", "vgrout.grader"):  # without the real packages' __init__
@@ -44,7 +47,9 @@ SLOWEST = 4  # how much of the wall time may be waiting for a core, as a multipl
 
 
 class Family:
-    """The processes below this one, as the /proc of the outermost pid namespace shows them; later none is mounted."""
+    """The processes below this one, as the /proc of the outermost pid namespace shows them; later
+    none is mounted.
+    """
 
     def __init__(self) -> None:
         self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
@@ -68,7 +73,9 @@ class Family:
         return [p for p in self.words(f"{own}/task/{own}/children") if p not in self.templates]
 
     def waiting(self) -> float:
-        """Seconds for which the job's process was ready to run and waited for a core; 0 where nobody counts them."""
+        """Seconds for which the job's process was ready to run and waited for a core; 0 where
+        nobody counts them.
+        """
         found = [self.words(f"{pid}/schedstat") for pid in self.children()]
         return sum(int(fields[1]) for fields in found if fields) / 1e9
 
@@ -134,7 +141,9 @@ class Worker:
         self.layers[name] = f"unavailable: {why}" if why else "active"
 
     def enter_namespaces(self) -> None:
-        """Move into new namespaces and go on there as process 1; the outer process stays behind and waits."""
+        """Move into new namespaces and go on there as process 1; the outer process stays behind and
+        waits.
+        """
         layers.unshare()
         if pid := os.fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
@@ -166,7 +175,9 @@ class Worker:
         self.program = program
 
     def first_template(self) -> socket.socket:
-        """Fork it while nothing but the configuration is in this process' memory; returns the socket to it."""
+        """Fork it while nothing but the configuration is in this process' memory; returns the
+        socket to it.
+        """
         ours, theirs = socket.socketpair()
         if not os.fork():
             ours.close()
@@ -187,7 +198,9 @@ class Worker:
         return self.templates[numpy]
 
     def run(self, job: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
-        """One job: have its process forked, wait within the limits, kill what is left, collect the facts, clean up."""
+        """One job: have its process forked, wait within the limits, kill what is left, collect the
+        facts, clean up.
+        """
         files = [os.memfd_create(name) for name in ("job", "region", "output")]
         job_file, region_file, output = files
         os.write(job_file, body)
@@ -221,10 +234,12 @@ class Worker:
     def wait(
         self, pid: int, region: mmap.mmap, job: dict[str, Any]
     ) -> tuple[dict[str, Any], bytes]:
-        """Wait for the child, which may use `cpu_seconds` of CPU time for a call, `WALL` times as much wall time, not
-        counting that it waits for a core, and `JOB_CALLS` times as much of both for the whole job.
+        """Wait for the child, which may use `cpu_seconds` of CPU time for a call, `WALL` times as
+        much wall time, not counting that it waits for a core, and `JOB_CALLS` times as much of both
+        for the whole job.
 
-        A call's clocks restart only when the calls before it have left records. Also returns these: they must stay.
+        A call's clocks restart only when the calls before it have left records. Also returns these:
+        they must stay.
         """
         cpu_clock = (~pid << 3) | 2  # the id of that process's CPU clock, clock_getcpuclockid(3)
         started, limit = time.monotonic(), job["cpu_seconds"]
@@ -266,7 +281,9 @@ class Worker:
         }, committed
 
     def probe(self) -> None:
-        """Try in a confined process what the layers promise, and import the library; correct `layers` by it."""
+        """Try in a confined process what the layers promise, and import the library; correct
+        `layers` by it.
+        """
         active = [name for name, state in self.layers.items() if state == "active"]
         wanted = {"active": active, "library": self.config["library"]}
         limits = {"cpu_seconds": 30.0, "memory_mb": 512}
