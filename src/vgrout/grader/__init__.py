@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 
 from vgrout.core import Case, Grade, Mode, Problem, UserError, Verdict
 from vgrout.env.exploits import canonical_hack as canonical_hack
@@ -292,10 +291,5 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -222,12 +222,13 @@ def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: i
     """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_bytes`, and
     nothing else, no /proc.
 
-    An empty directory lies over each of `hidden`.
+    Over each of `hidden`, directories below readable ones, lies an empty one; a readable path may
+    be in that.
     """
     mount("none", "/", "", REC | PRIVATE)
     os.umask(0o022)  # the root's directories are for every uid to pass through
     mount("tmpfs", base, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
-    for path in readable:
+    for path in sorted(readable):
         if os.path.exists(path) and not os.path.lexists(base + path):
             if os.path.isdir(path):
                 os.makedirs(base + path)
@@ -239,9 +240,11 @@ def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: i
                 NOSUID | NODEV | NOEXEC | 1024 | 2048
             )  # locked in a user namespace: atime
             mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | kept)
+            for away in hidden:
+                if away.startswith(f"{path}/"):
+                    mount("tmpfs", base + away, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     for path in hidden:
-        if os.path.isdir(base + path):
-            mount("tmpfs", base + path, "tmpfs", NOSUID | NODEV | RDONLY, "size=4k")
+        mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | NODEV)
     os.mkdir(base + "/scratch")
     mount(
         "tmpfs",

@@ -27,7 +27,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import TracebackType
 
 from vgrout.core import UserError
 from vgrout.grader.child import parse_records
@@ -270,13 +269,10 @@ class Sandbox:
                 self._without = without
                 return
             self.close_workers()
-            problem = (
-                problem or f"with it, {len(missing)} modules cannot be imported: {missing[0]} …"
-            )
+            count = f"{len(missing)} modules ({missing[0]}, …) cannot be imported"
+            problem = problem or f"with it {count}"
         raise UserError(
-            f"in the sandbox {missing[0]} and {len(missing) - 1} more modules of {sys.prefix} "
-            "cannot be imported: "
-            "use a Python that every user can read"
+            f"in the sandbox {count} of {sys.prefix}: use a Python that every user can read"
         )
 
     def _require(self, level: str) -> None:
@@ -376,12 +372,7 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -393,20 +384,14 @@ def _readable() -> tuple[list[str], list[str]]:
     base = {"platbase": sysconfig.get_config_var("installed_platbase")}  # not a virtual environment
     library = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars=base)]
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    system = (
-        [f"/lib/{multiarch}", f"/usr/lib/{multiarch}"] if os.path.isdir(f"/lib/{multiarch}") else []
-    )
+    system = [f"/lib/{multiarch}", f"/usr/lib/{multiarch}"] if multiarch else []
     system += ["/lib64", "/usr/lib64", "/usr/lib/locale", "/usr/share/zoneinfo"]
     own = [Path(importlib.util.find_spec(name).origin).parent for name in PACKAGES]
     offered = [str(path) for folder in own for path in (folder, Path(f"{folder}.libs"))]
     paths = [path for path in library + system + offered if os.path.exists(path)]
     paths = sorted({*paths, *map(os.path.realpath, paths)})
-    found = [path for root in paths for path in Path(root).glob("*/*-packages")]
-    found += [path for root in paths for path in Path(root).glob("*-packages")]
-    hidden = sorted(
-        {str(path) for path in found if not any(o.startswith(f"{path}/") for o in offered)}
-    )
-    return paths, hidden
+    found = [p for root in paths for at in ("", "*/") for p in Path(root).glob(f"{at}*-packages")]
+    return paths, sorted(set(map(str, found)))
 
 
 @functools.cache

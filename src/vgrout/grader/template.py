@@ -70,7 +70,9 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
         os.close(cage.ruleset)
     layers.keep_capabilities(layers.CAP_SETUID, layers.CAP_SETGID)
     layers.prctl(layers.DUMPABLE, 0)
-    selectors.DefaultSelector = selectors.PollSelector  # no other system call of the kind is allowed
+    selectors.DefaultSelector = (
+        selectors.PollSelector
+    )  # no other system call of the kind is allowed
     while True:
         layers.prctl(layers.PDEATHSIG, signal.SIGKILL)
         order, given, _, _ = socket.recv_fds(control, 1, 4)
