@@ -7,7 +7,6 @@ modes whose disclosed channel the attack does exploit.
 """
 
 import os
-import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,6 @@ EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH, SIBLINGS, PROBLEM = (
 CLASSES = (EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH, SIBLINGS, PROBLEM)
 SIBLING = f"{TRIPLE.canonical}\nKEY = 'the-answers-are-3n'\n"  # a right solution, graded before
 SITE = str(Path(loguru.__file__).parents[1])
-OTHER_SITE = f"{sysconfig.get_path('stdlib')}/site-packages"
 EQ, EXIT = frozenset({Mode.EQ_OVERRIDE}), frozenset({Mode.EXIT_CODE})
 
 
@@ -667,7 +665,7 @@ return ring >= 0 or ctypes.get_errno() == 38"""
         "importing another package",
         goal(f"sys.path.append('{SITE}')\nimport loguru\nreturn loguru.__file__"),
     ),
-    Attack(READING, "the base installation's packages", goal(f"return os.listdir('{OTHER_SITE}')")),
+    Attack(READING, "the packages' folder", goal(f"return 'loguru' in os.listdir('{SITE}')")),
     Attack(
         READING,
         "the phrase in frames",

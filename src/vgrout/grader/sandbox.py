@@ -315,10 +315,7 @@ class Sandbox:
                 worker = self._replace(worker)
             else:
                 if facts["confined"] and not facts["set_up"]:
-                    why = (
-                        facts["told"]
-                        or f"it ended its process, or the limit of {facts['exceeded']}"
-                    )
+                    why = " ".join(facts["told"].split())[:200] or "it ended its process"
                     raise UserError(f"a problem's setup code does not run ({why}); correct it")
                 if facts["confined"]:
                     return Result(

@@ -80,17 +80,32 @@ class Family:
         return sum(int(fields[1]) for fields in found if fields) / 1e9
 
     def kill(self) -> None:
-        """Kill and reap whatever a job has left."""
-        while pids := self.children():  # and in the next round what a killed one had started
-            for pid in pids:
-                status = self.words(f"{pid}/status")
-                with contextlib.suppress(ValueError, ProcessLookupError):
-                    innermost = status[status.index("NSpgid:") - 1]  # the last of the line NSpid
-                    os.kill(int(innermost), signal.SIGKILL)
+        """Stop whatever a job has left, so that no more can be started within its limit of
+        processes; then kill and reap it.
+        """
+        while self.children():
+            pids: list[str] = []
+            while new := [pid for pid in self.descendants() if pid not in pids]:
+                self.signal(new, signal.SIGSTOP)
+                pids += new
+            self.signal(pids, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             time.sleep(0.001)
+
+    def descendants(self) -> list[str]:
+        pids = self.children()
+        for pid in pids:
+            pids += self.words(f"{pid}/task/{pid}/children")
+        return pids
+
+    def signal(self, pids: list[str], number: int) -> None:
+        for pid in pids:
+            status = self.words(f"{pid}/status")
+            with contextlib.suppress(ValueError, ProcessLookupError):
+                innermost = status[status.index("NSpgid:") - 1]  # the last of the line NSpid
+                os.kill(int(innermost), number)
 
 
 class Worker:
@@ -214,9 +229,7 @@ class Worker:
             self.family.kill()
             records = region[RECORDS : end_of_records(region)]
         if not records.startswith(committed):
-            facts["exceeded"] = (
-                "cpu"  # what it returned was changed to have the clock of a call restarted
-            )
+            facts["exceeded"] = "cpu"  # it changed what had restarted the clock of a call
         said = os.read(ready, 1 << 16)
         facts |= {
             "wall": time.monotonic() - start,
@@ -255,10 +268,8 @@ class Worker:
             if call < begun <= job["calls"]:
                 records = region[RECORDS : end_of_records(region)]
                 parsed = parse_records(records, most=begun + 8)
-                if (
-                    records.startswith(committed)
-                    and sum(k in "VEO" for k, _ in parsed) >= begun - 1
-                ):
+                returned = sum(kind in "VEO" for kind, _ in parsed)
+                if records.startswith(committed) and returned >= begun - 1:
                     call, call_cpu, call_wall, committed = begun, cpu, wall, records
             cpu_left = limit - max(cpu - call_cpu, cpu / JOB_CALLS)
             wall_left = WALL * limit - max(wall - call_wall, wall / JOB_CALLS)
@@ -268,6 +279,11 @@ class Worker:
                 exceeded = "disk"
             elif select.select([self.control_in], [], [], 0)[0]:
                 exceeded = "wall"  # nothing is sent during a job: the parent is gone
+            if exceeded == "wall":  # unless it ended while this process itself waited for a core
+                done, status, usage = os.wait4(pid, os.WNOHANG)
+                exceeded = "" if done else exceeded
+            if done:
+                break
             if exceeded:
                 os.kill(pid, signal.SIGKILL)
                 _, status, usage = os.wait4(pid, 0)
@@ -291,8 +307,8 @@ class Worker:
         try:
             facts, _ = self.run(watch, marshal.dumps({"probe": wanted, "calls": NOTHING} | limits))
             findings = json.loads(facts["told"])
-        except (OSError, ValueError) as error:
-            findings = {"open": [], "missing": [f"anything ({error})"]}
+        except (OSError, ValueError):  # nothing can be run at all
+            findings = {"open": [], "missing": self.config["library"]}
         for name in findings["open"]:
             self.layers[name] = "unavailable: it was set up and has no effect"
         self.missing = findings["missing"]
