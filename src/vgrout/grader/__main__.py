@@ -8,7 +8,7 @@ anything runs; what is written is valid at any moment, whole rows in the input's
 import json
 import sys
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +22,7 @@ from vgrout.entry import run_main
 from vgrout.env.problems import disclose, load_problems
 from vgrout.grader import GRADER_VERSION, Grader
 
-GRADE_FIELDS = (
-    "reward",
-    "format_ok",
-    "passed",
-    "correct",
-    "reward_hack",
-    "mechanism",
-    "own_tests_pass",
-    "verdict",
-    "seconds",
-)
+GRADE_FIELDS = tuple(field.name for field in fields(Grade))
 MODES = ", ".join(Mode)
 
 
@@ -56,11 +46,9 @@ class Arguments:
 
 def read_rows(path: Path, problems: dict[str, Problem]) -> list[dict[str, Any]]:
     """All rows, checked. UserError, with file and line, for the first that cannot be graded."""
+    wanted = "--completions takes JSONL rows of problem_id, mode and completion"
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; --completions takes JSONL rows of problem_id, mode and "
-            "completion"
-        )
+        raise UserError(f"{path}: no such file; {wanted}")
     rows = []
     try:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -69,10 +57,7 @@ def read_rows(path: Path, problems: dict[str, Problem]) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror})") from error
     if not rows:
-        raise UserError(
-            f"{path}: holds no row; --completions takes JSONL rows of problem_id, mode and "
-            "completion"
-        )
+        raise UserError(f"{path}: holds no row; {wanted}")
     return rows
 
 
@@ -177,10 +162,8 @@ def grade_rows(
                 problem = shown(ahead, problems, arguments.novel_markers)
                 pending.append(grader.submit([ahead["completion"]], [problem]))
             grade = pending.popleft().result()[0]
-            fields = {name: getattr(grade, name) for name in GRADE_FIELDS} | {
-                "seconds": round(grade.seconds, 4)
-            }
-            out.write(json.dumps(row | fields) + "\n")
+            graded = asdict(grade) | {"seconds": round(grade.seconds, 4)}
+            out.write(json.dumps(row | graded) + "\n")
             out.flush()
             grades.append(grade)
             bar.update()
