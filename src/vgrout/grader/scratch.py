@@ -9,6 +9,7 @@ import stat
 
 FILE_BYTES = 16 << 20  # the largest file of one job
 TOTAL_BYTES = 32 << 20  # of all files in the directory
+FILES = 1000
 
 
 class Scratch:
@@ -38,11 +39,13 @@ class Scratch:
             os.close(file)
 
     def overfull(self) -> bool:
-        """Is there more than `TOTAL_BYTES`, or any directory? (Nothing needs one, and one would
+        """Is there more than `TOTAL_BYTES` or `FILES`, or any directory? (Nothing needs one, and one would
         have to be searched.)
         """
-        total = 0
-        for name in os.listdir(self.descriptor):
+        names, total = os.listdir(self.descriptor), 0
+        if len(names) > FILES:
+            return True
+        for name in names:
             try:
                 status = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
             except FileNotFoundError:
