@@ -39,8 +39,8 @@ class Scratch:
             os.close(file)
 
     def overfull(self) -> bool:
-        """Is there more than `TOTAL_BYTES` or `FILES`, or any directory? (Nothing needs one, and one would
-        have to be searched.)
+        """Is there more than `TOTAL_BYTES` or `FILES`, or any directory? (Nothing needs one, and
+        one would have to be searched.)
         """
         names, total = os.listdir(self.descriptor), 0
         if len(names) > FILES:

@@ -5,8 +5,8 @@ Started by `sandbox.Sandbox` as `python -sSBP worker.py CONFIG` with a scrubbed 
 standard library only. The parent sends code and inputs and gets facts back: it never sends an
 expected value. Processes with falling trust:
 
-parent (expected values, verdict)  →  worker (phrase and file to look for)  →  child: the completion
-(inputs alone) template (nothing) forks it  ↗
+    parent (expected values, verdict) → worker (phrase, file to look for) → child: the completion
+                                                    template (nothing) forks it ↗
 """
 
 import contextlib
@@ -230,6 +230,8 @@ class Worker:
             records = region[RECORDS : end_of_records(region)]
         if not records.startswith(committed):
             facts["exceeded"] = "cpu"  # it changed what had restarted the clock of a call
+        elif not self.bounded and self.scratch.overfull():
+            facts["exceeded"] = "disk"
         said = os.read(ready, 1 << 16)
         facts |= {
             "wall": time.monotonic() - start,
