@@ -54,6 +54,7 @@ class Family:
     def __init__(self) -> None:
         self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self.templates: set[str] = set()
+        self.own = ""  # this process' id there, once it is in its namespaces
 
     def words(self, name: str) -> list[str]:
         try:
@@ -69,8 +70,10 @@ class Family:
 
     def children(self) -> list[str]:
         """This process' children but for the templates: of a running job, or orphans of one."""
-        own = os.readlink("self", dir_fd=self.proc)
-        return [p for p in self.words(f"{own}/task/{own}/children") if p not in self.templates]
+        if not self.own:
+            self.own = os.readlink("self", dir_fd=self.proc)
+        pids = self.words(f"{self.own}/task/{self.own}/children")
+        return [pid for pid in pids if pid not in self.templates]
 
     def waiting(self) -> float:
         """Seconds for which the job's process was ready to run and waited for a core; 0 where
