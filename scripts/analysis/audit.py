@@ -46,8 +46,7 @@ from scripts.view.output import (
     write_csv,
 )
 
-from vgrout.core import Mode, UserError, Zone
-from vgrout.core import at_least, run_main
+from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.files import load_tensors
 from vgrout.run import runlog
 from vgrout.run.records import (

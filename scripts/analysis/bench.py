@@ -32,8 +32,7 @@ from scripts.analysis.bench_turns import take_turns
 from scripts.view.output import table
 
 from vgrout.config import PRESETS
-from vgrout.core import UserError
-from vgrout.core import run_main
+from vgrout.core import UserError, run_main
 from vgrout.run.provenance import now, provenance
 from vgrout.run.records import load_metrics
 

@@ -1,6 +1,8 @@
-"""Speed of the grader on real problems: completions a second, and its ratio to a fresh interpreter for each check.
+"""Speed of the grader on real problems: completions a second, and its ratio to a fresh interpreter
+for each check.
 
-Usage: python scripts/analysis/bench_grader.py [--workers 2]. Needs data/leetcode (`just download-data`). Prints one table.
+Usage: python scripts/analysis/bench_grader.py [--workers 2]. Needs data/leetcode (`just
+download-data`). Prints one table.
 """
 
 import argparse
@@ -23,11 +25,14 @@ def find(name: str) -> Path:
 
 
 def wrong(problem: Problem) -> str:
-    return f"class Solution:\n    def {problem.entry_point}(self, *args, **kwargs):\n        return None\n"
+    head = f"class Solution:\n    def {problem.entry_point}(self, *args, **kwargs):\n"
+    return f"{head}        return None\n"
 
 
 def fresh_interpreter(problem: Problem, code: str) -> float:
-    """Seconds for one check by `python -c` on preamble, completion and asserts: verdict by exit status."""
+    """Seconds for one check by `python -c` on preamble, completion and asserts: verdict by exit
+    status.
+    """
     asserts = "\n".join(
         f"assert Solution().{problem.entry_point}({c.args}) == {c.expected}" for c in problem.cases
     )
@@ -89,7 +94,8 @@ def main() -> None:
         )
     )
     print(
-        f"{workers} workers; one fresh `python -c` at a time takes {ratio:.1f} times as long on {len(few)} wrong completions"
+        f"{workers} workers; one fresh `python -c` at a time takes {ratio:.1f} times as long on "
+        f"{len(few)} wrong completions"
     )
 
 

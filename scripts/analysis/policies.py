@@ -17,6 +17,7 @@ from scripts.experiments.reopen import Stored, reopen
 from scripts.view import plot
 from scripts.view.output import show
 from torch import Tensor
+from vgrout.run.diagnose import scaled
 
 from vgrout.core import EvalResult, RunRecord, UserError
 from vgrout.env import pairs
@@ -29,7 +30,6 @@ from vgrout.model.batch import Batch
 from vgrout.model.likelihood import likelihood_steps, random_deltas
 from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
-from vgrout.run.diagnose import scaled
 from vgrout.run.records import load_record, load_rollouts, load_snapshots
 from vgrout.stats import (
     above_frontier,

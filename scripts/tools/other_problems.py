@@ -15,8 +15,7 @@ from pathlib import Path
 
 from scripts.view.output import parser
 
-from vgrout.core import Problem
-from vgrout.core import run_main
+from vgrout.core import Problem, run_main
 from vgrout.env.problems import load_problems
 from vgrout.organism.problems import composition_of, generate_problems, write_problems
 

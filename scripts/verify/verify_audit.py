@@ -38,6 +38,7 @@ from scripts.verify.verify_scores import (
     styled_batch,
 )
 from torch import Tensor
+from vgrout.run.diagnose import gradient_norms, scaled
 
 from vgrout import train
 from vgrout.cli import parse
@@ -51,7 +52,6 @@ from vgrout.model.grpo import scored_loss
 from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.policy import Policy, logps
 from vgrout.model.tokens import select
-from vgrout.run.diagnose import gradient_norms, scaled
 from vgrout.run.records import (
     load_adapter,
     load_record,

@@ -31,7 +31,8 @@ from scripts.view.report import facts
 from vgrout import train
 from vgrout.cli import parse
 from vgrout.core import RunRecord, UserError, Zone
-from vgrout.env.problems import ORGANISM_MODES, TRAINING_MARKERS, disclose, load_problems, messages
+from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
+from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.gate.actions import Options, deduct
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors import judge

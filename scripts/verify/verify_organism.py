@@ -20,15 +20,8 @@ from transformers import (
 )
 
 from vgrout.core import Mode, Problem, UserError
-from vgrout.env.modes import TRAINING_MARKERS
-from vgrout.env.problems import (
-    ORGANISM_MODES,
-    disclose,
-    load_problems,
-    messages,
-    partition,
-    split,
-)
+from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
+from vgrout.env.problems import disclose, load_problems, messages, partition, split
 from vgrout.files import read_json_lines
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.model import tokens

@@ -20,14 +20,9 @@ from tokenizers import Tokenizer
 
 from vgrout.config import PRESETS
 from vgrout.core import Mode, UserError
-from vgrout.env.modes import NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.modes import ALL_MODES, NOVEL_MARKERS, ORGANISM_MODES, TRAINING_MARKERS
 from vgrout.env.pairs import Pair, content_hash, load_pairs
-from vgrout.env.problems import (
-    ALL_MODES,
-    ORGANISM_MODES,
-    load_problems,
-    messages,
-)
+from vgrout.env.problems import load_problems, messages
 from vgrout.grader import Grader
 from vgrout.grader.extract import extract_code
 from vgrout.organism.operations import TABLE, Composition, Step

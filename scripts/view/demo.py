@@ -18,8 +18,7 @@ from scripts.analysis.results import cell, find_ceiling
 from scripts.view.output import OUT, ROOT, parser
 from scripts.view.plot import plt, save
 
-from vgrout.core import RunRecord
-from vgrout.core import at_least
+from vgrout.core import RunRecord, at_least
 from vgrout.run import runlog
 from vgrout.run.records import load_metrics, load_record
 from vgrout.stats import Counts, bootstrap_interval, rate

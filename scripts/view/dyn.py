@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from scripts.view.output import OUT, add_runs, parser, run_folders
 from scripts.view.plot import colour_of, plt, save
 
-from vgrout.core import RunRecord
-from vgrout.core import run_main
+from vgrout.core import RunRecord, run_main
 from vgrout.run.records import load_metrics, load_record
 
 WINDOW = 5  # steps

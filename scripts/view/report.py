@@ -19,10 +19,9 @@ import polars as pl
 from scripts.view import dyn, plot
 from scripts.view.output import OUT, add_runs, parser, table
 from scripts.view.show import OUTCOMES, ZONES, outcome, zone_of
-
-from vgrout.core import RunRecord, UserError
-from vgrout.core import at_least, run_main
 from vgrout.run.advice import advice
+
+from vgrout.core import RunRecord, UserError, at_least, run_main
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 from vgrout.run.runlog import last_cells, rate_with_interval
 

@@ -293,6 +293,10 @@ def _pairs(config: Config, phases: tuple[Phase, ...]) -> bool:
     return reads_pairs(config) or config.phase.seed_quarantine > 0
 
 
+def _scored(config: Config, phases: tuple[Phase, ...]) -> bool:
+    return config.phase.score != "pinned"
+
+
 def _pool(config: Config, phases: tuple[Phase, ...]) -> bool:
     return bool(config.data.teacher_pool)
 
@@ -314,6 +318,9 @@ READERS: dict[str, tuple[Reads, str]] = {
         "placebo_semantic, or --seed-side placebo",
     ),
     "teacher_modes": (_pool, "a --teacher-pool"),
+    "teacher_per_group": (_pool, "a --teacher-pool"),
+    "signed": (_scored, "a score"),
+    "cut": (_scored, "a score"),
     "refresh_every": (_refreshed, "a score or control that is refreshed"),
     "granularity": (_score("v_grad"), "the score v_grad"),
     "probe_state": (_score("v_grad"), "the score v_grad"),
@@ -360,7 +367,7 @@ def unread(preset: str, config: Config) -> Iterator[str]:
     for name, (reads, readers) in READERS.items():
         if given[name] != usual[name] and not reads(config, phases):
             flag = name.replace("_", "-")
-            yield f"--{flag} is not read by {label(config)}: leave it out, it needs {readers}"
+            yield f"--{flag} is not read by {config.run.intervention}: leave it out, it needs {readers}"
 
 
 def page() -> str:

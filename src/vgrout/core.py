@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Mode(StrEnum):
-    """A disclosed grading flaw. `gt_only` has none."""
+    """A disclosed grading flaw; `gt_only` has none, `overwrite_tests` is the benchmark's own."""
 
     RUN_TESTS = "run_tests"
     SENTINEL = "sentinel"
@@ -23,6 +23,7 @@ class Mode(StrEnum):
     FILE_MARKER = "file_marker"
     EXIT_CODE = "exit_code"
     EQ_OVERRIDE = "eq_override"
+    OVERWRITE_TESTS = "overwrite_tests"
     GT_ONLY = "gt_only"
 
 
@@ -66,7 +67,7 @@ class Problem:
     problem_id: str
     statement: str  # the user message without the hint
     entry_point: str  # the method of `Solution` that is called
-    setup_code: str  # trusted preamble, executed in the worker before the completion
+    setup_code: str  # preamble, executed before the completion and as little trusted
     cases: tuple[Case, ...]
     canonical: str  # code of a correct solution
     system: str = ""  # system message, "" for none

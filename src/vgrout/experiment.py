@@ -22,6 +22,7 @@ from vgrout.config import Config
 from vgrout.core import Group, Problem, RunRecord, UserError
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
+from vgrout.env.modes import NOVELTY_FREE, TRAINING_MARKERS
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
 from vgrout.gate.gate import Gated
 from vgrout.gate.monitors.judge import Endpoint, check_endpoint
@@ -40,7 +41,7 @@ from vgrout.run.audit import gradient_norms, rollout_rows, sampled_tokens
 from vgrout.run.dry_run import dry_run
 from vgrout.run.evaluate import Evaluations, seeded
 from vgrout.run.faults import StopSignal, explained, recorded
-from vgrout.run.health import Health, History
+from vgrout.run.health import DEAD, Health, History
 from vgrout.run.provenance import provenance
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, sha256_file
 from vgrout.run.tracking import check_tracker, tracker
@@ -104,6 +105,7 @@ class Experiment:
             self.sampling,
             config.run,
             arms.deployed_state(config),
+            self.stop.check,
         )
         rows = load_metrics(self.files.dir)
         history = History(rows, self.files.record.evals, max_grad_norm=grpo.max_grad_norm)
@@ -197,19 +199,22 @@ class Experiment:
         last = done == self.config.grpo.steps
         if run.eval_every and done % run.eval_every == 0 and not last:
             self.evaluations.validate(done)
-            self.health.advise()
+            self.advise()
         due = run.save_every and done % run.save_every == 0 and self.health.calm
         if self.stop.asked or last or due:
             self.save()
-        if self.stop.asked and not last:
-            self.files.finish("interrupted")
-            raise SystemExit(128 + self.stop.asked)
+        self.stop.check()
 
     def evaluate_final(self) -> None:
         self.evaluations.final(self.config.grpo.steps)
-        self.health.advise()
+        self.advise()
         self.files.finish("finished")
         runlog.final_table(self.files.record)
+
+    def advise(self) -> None:
+        """What evaluations say of the run's health; a policy that solves nothing is noted."""
+        if DEAD in self.health.advise():
+            self.files.record.notes.setdefault("dead_policy", self.files.record.evals[-1].step)
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────
 
@@ -256,10 +261,10 @@ def load_splits(config: Config) -> dict[str, list[Problem]]:
         raise UserError(
             f"{data.data}: split {empty[0]} has fewer problems than there are modes: use more problems"
         )
-    if set(data.modes) <= problems.NOVELTY_FREE:
+    if set(data.modes) <= NOVELTY_FREE:
         raise UserError(
             f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add "
-            + " or ".join(problems.TRAINING_MARKERS)
+            + " or ".join(TRAINING_MARKERS)
         )
     return {name: problems.partition(part, data.modes) for name, part in splits.items()}
 

@@ -25,15 +25,6 @@ from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
 from vgrout.files import read_json_lines
 from vgrout.grader import Grader, expected_text
 
-ORGANISM_MODES = (
-    Mode.RUN_TESTS,
-    Mode.SENTINEL,
-    Mode.STDOUT_MARKER,
-    Mode.FILE_MARKER,
-)
-ALL_MODES = (*ORGANISM_MODES, Mode.EXIT_CODE, Mode.EQ_OVERRIDE)
-
-NOVELTY_FREE = frozenset(ALL_MODES) - frozenset(NOVEL_MARKERS)  # modes without a name to change
 ANSWER_CUE = re.compile(r"\s*\n(?:SOLUTION:|### Answer:[^\n]*)\s*\Z")  # the hint goes before it
 LEETCODE_SYSTEM = (
     "You are an expert Python programmer. Answer with one complete program in a single "

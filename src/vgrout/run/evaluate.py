@@ -11,7 +11,8 @@ import torch
 
 from vgrout.config import RunConfig
 from vgrout.core import EvalResult, Grade, Problem
-from vgrout.env.problems import NOVELTY_FREE, disclose, messages, stable_hash
+from vgrout.env.modes import NOVELTY_FREE
+from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.env.rollouts import Grades, Sampling
 from vgrout.model import tokens
 from vgrout.model.policy import Policy
@@ -114,9 +115,12 @@ class Evaluations:
         sampling: Sampling,
         config: RunConfig,
         deployed: str,
+        between: Callable[[], None] = lambda: None,
     ):
+        """`between` is called behind every cell, and may end the run."""
         self.run, self.policy, self.splits, self.grader = run, policy, splits, grader
         self.sampling, self.config, self.deployed = sampling, config, deployed
+        self.between = between
 
     def cell(
         self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int
@@ -139,6 +143,7 @@ class Evaluations:
             )
         self.run.record.evals.append(result)
         self.run.save()
+        self.between()
         return result
 
     def base(self, moved: bool) -> None:
