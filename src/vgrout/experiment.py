@@ -135,7 +135,13 @@ class Experiment:
             seed_quarantine(self.policy, self.config)
         for step in range(self.start, self.config.grpo.steps):
             self.began = time.perf_counter()
+            if self.snapshot_due(step):  # the adapter that samples the step
+                self.files.snapshot(step, *adapter_file(self.policy))
             yield step
+
+    def snapshot_due(self, step: int) -> bool:
+        every = self.config.run.snapshot_every
+        return bool(every) and step % every == 0
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Wall seconds of what is inside, for the step's row and the record."""
@@ -156,15 +162,11 @@ class Experiment:
     def generator(self, what: str, step: int) -> torch.Generator:
         return seeded(self.policy, what, self.config.run.seed, step)
 
-    def snapshot(
+    def label_norms(
         self, step: int, composed: Composed | None, trained: Trained | None
     ) -> dict[str, float]:
-        """At the snapshots' cadence: the adapter that sampled the step, and gradients by label."""
-        every = self.config.run.snapshot_every
-        if not every or step % every:
-            return {}
-        self.files.snapshot(step, *adapter_file(self.policy))
-        if trained is None:
+        """At the snapshots' cadence: gradient norms by block and ground-truth label."""
+        if trained is None or not self.snapshot_due(step):
             return {}
         retain_forward = self.config.phase.retain_forward
         rows = composed.rollouts
