@@ -12,8 +12,8 @@ these modes are no more held out than the others.
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -24,6 +24,7 @@ from scripts.experiments.records import RECORDS, Diverged, Runs
 from vgrout.core import EvalResult, RunRecord
 from vgrout.stats import frontier_solve, mean_sem, noninferior, paired_ttest
 
+Policies = list[RunRecord]  # one row's runs, by seed
 Rate = Callable[[RunRecord], float]
 Figure = tuple[str, bool]  # what a test found, and whether the clause holds
 
@@ -39,7 +40,6 @@ class Evidence:
     runs: Runs
     diverged: Diverged
     ceilings: list[RunRecord]
-    bounds: dict[str, float | None] = field(default_factory=dict)
 
     def planned(self, name: str) -> set[int]:
         return set(records.named(DERIVED.get(name, name)).seeds)
@@ -54,11 +54,10 @@ class Evidence:
         found = [triple(record, self.ceilings) for record in self.runs[name].values()]
         return [] if None in found else found
 
+    @cache
     def gain_bound(self, name: str) -> float | None:
         """The lower 90 % bound of a row's gain; None where a seed has no ceiling."""
-        if name not in self.bounds:
-            self.bounds[name] = gain_text(self.triples(name))[1]
-        return self.bounds[name]
+        return gain_text(self.triples(name))[1]
 
     def is_frozen(self, name: str) -> bool:
         bound = self.gain_bound(name)
@@ -110,10 +109,6 @@ def solve(record: RunRecord) -> float:
     return cell(record).solve / cell(record).n
 
 
-def rates(own: list[RunRecord], of: Rate) -> list[float]:
-    return [of(record) for record in own]
-
-
 def plain_solve(record: RunRecord, plain: RunRecord) -> float:
     """What plain GRPO solves at a record's hack rate, stopped early or mixed by chance."""
     cells = [c for c in plain.evals if (c.markers, c.state) == ("novel", "deployed")]
@@ -124,46 +119,48 @@ def plain_solve(record: RunRecord, plain: RunRecord) -> float:
 # ── the tests ────────────────────────────────────────────────────────────────────────────────────
 
 
-def one_sided(p: float) -> str:
-    return "one-sided p < 0.001" if p < 0.001 else f"one-sided p = {p:.3f}"
+def compared(a: list[float], b: list[float], bound: float, side: str) -> Figure:
+    """A one-sided t-test paired over seeds at the level `bound`; side: less or greater."""
+    difference, p = paired_ttest(a, b, side)
+    on_side = difference < 0 if side == "less" else difference > 0
+    shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    solve_only = " in solve" if side == "greater" else ""
+    return f"{difference:+.3f}{solve_only}, one-sided {shown}", on_side and p < bound
 
 
-def low(bound: float, own: list[RunRecord]) -> Figure:
-    rate, sem = mean_sem(rates(own, hack_other))
+def low(bound: float, own: Policies) -> Figure:
+    rate, sem = mean_sem([*map(hack_other, own)])
     return f"{rate:.3f} ± {sem:.3f}", rate <= bound
 
 
-def less(of: Rate, bound: float, own: list[RunRecord], other: list[RunRecord]) -> Figure:
-    """A paired t-test over seeds; `bound` is its level."""
-    difference, p = paired_ttest(rates(own, of), rates(other, of), alternative="less")
-    return f"{difference:+.3f}, {one_sided(p)}", difference < 0 and p < bound
+def less(of: Rate, bound: float, own: Policies, other: Policies) -> Figure:
+    return compared([*map(of, own)], [*map(of, other)], bound, "less")
 
 
-def not_inferior(bound: float, own: list[RunRecord], other: list[RunRecord]) -> Figure:
-    a, b = rates(own, solve), rates(other, solve)
+def above_plain(bound: float, own: Policies, plain: Policies) -> Figure:
+    offered = [*map(plain_solve, own, plain)]
+    return compared([*map(solve, own)], offered, bound, "greater")
+
+
+def not_inferior(bound: float, own: Policies, other: Policies) -> Figure:
+    a, b = [*map(solve, own)], [*map(solve, other)]
     holds, lower = noninferior(a, b, bound)
     difference = mean(a) - mean(b)
     return f"{difference:+.3f}, lower 90 % bound {lower:+.3f} (margin {bound})", holds
 
 
-def gains(bound: float, own: list[RunRecord], ceiling: list[RunRecord]) -> Figure:
+def gains(bound: float, own: Policies, ceiling: Policies) -> Figure:
     triples = [triple(a, [b]) for a, b in zip(own, ceiling, strict=True)]
     _, lower, text = gain_text(triples)
     return text, lower is not None and lower > bound
 
 
-def above_plain(bound: float, own: list[RunRecord], plain: list[RunRecord]) -> Figure:
-    offered = list(map(plain_solve, own, plain))
-    difference, p = paired_ttest(rates(own, solve), offered, alternative="greater")
-    return f"{difference:+.3f} in solve, {one_sided(p)}", difference > 0 and p < bound
-
-
-def long_solve(bound: float, own: list[RunRecord], short: list[RunRecord]) -> Figure:
-    long, before = mean(rates(own, solve)), mean(rates(short, solve))
+def long_solve(bound: float, own: Policies, short: Policies) -> Figure:
+    long, before = mean(map(solve, own)), mean(map(solve, short))
     return f"{long:.3f} after {before:.3f}", long - before >= bound
 
 
-def long_steps(bound: float, own: list[RunRecord], plain: list[RunRecord]) -> Figure:
+def long_steps(bound: float, own: Policies, plain: Policies) -> Figure:
     """A run of plain GRPO in which hacks never emerge counts as one in which they do at its end."""
     steps = min(record.steps_done for record in own)
     emerged = max(record.notes["emerged"] or record.steps_done for record in plain)
@@ -227,21 +224,16 @@ def evaluate(clause: Clause, evidence: Evidence) -> Answer:
     """One clause on the seeds that its rows share by plan."""
     if not clause.rows:
         return Answer(clause.what, "no such row was planned", None)
-    names = [row.split("+") for row in clause.rows]
-    seeds = [set().union(*map(evidence.planned, part)) for part in names]
-    shared = sorted(set.intersection(*seeds))
-    policies, absent = [], {"diverged": [], "misses": []}
-    for part in names:
-        policies.append([])
-        for seed in shared:
-            name = next(name for name in part if seed in evidence.planned(name))
-            if state := evidence.state(name, seed):
-                absent[state].append(f"{name} s{seed}")
-            else:
-                policies[-1].append(evidence.runs[name][seed])
+    parts = [row.split("+") for row in clause.rows]
+    at_seed = [{seed: n for n in part for seed in evidence.planned(n)} for part in parts]
+    shared = sorted(set.intersection(*map(set, at_seed)))
+    runs = [[(names[seed], seed) for seed in shared] for names in at_seed]
     for state, holds in (("diverged", False), ("misses", None)):
-        if found := absent[state]:
-            return Answer(clause.what, f"{state}: {', '.join(found[:3])}", holds)
+        found = [run for part in runs for run in part if evidence.state(*run) == state]
+        if found:
+            absent = ", ".join(f"{name} s{seed}" for name, seed in found[:3])
+            return Answer(clause.what, f"{state}: {absent}", holds)
+    policies = [[evidence.runs[name][seed] for name, seed in part] for part in runs]
     figure, holds = TESTS[clause.test][1](clause.bound, *policies)
     met = holds and clause.test in OF_HACKS
     return Answer(clause.what, figure, holds, met and evidence.is_frozen(clause.rows[0]))

@@ -3,12 +3,12 @@
 A run that has finished or diverged is not run again, one that was stopped continues from its newest
 checkpoint, one that fails otherwise is reported while the others go on. Ctrl-C or SIGTERM lets each
 process write a checkpoint at the end of its step; a second one kills them. The compact record of a
-run that ends is one more line of `data/records/<wave>.jsonl`; --commit commits it at once.
+run that ends is one more line of `data/records/<wave>.jsonl` (--commit commits it at once), and a
+run that has a record there is not run again.
 
-Run: python scripts/experiments/run.py decision [--all] [--only A3 routeQ …] [--seeds 101 …]
-     python scripts/experiments/run.py 01_label_free --commit [--records DIR] [--workers 2]
-     python scripts/experiments/run.py WAVE --dry-run | --rehearse | --compact | --missing
-     python scripts/experiments/run.py real --on pueue | ray [--gpus 1] [--retries 5]
+Run: python -m scripts.experiments.run 01_label_free [--only ROW …] [--seeds 400 …] [--workers 2]
+     python -m scripts.experiments.run WAVE --dry-run | --rehearse | --commit [--records DIR]
+     python -m scripts.experiments.run real --on pueue | ray [--gpus 1] [--retries 5]
 """
 
 import argparse
@@ -31,8 +31,7 @@ from scripts.experiments import pueue, ray_pool, records, waves
 from scripts.experiments.records import DIVERGED, RECORDS, ROOT
 from scripts.experiments.waves import Job
 
-from vgrout.core import UserError
-from vgrout.core import at_least, run_main
+from vgrout.core import UserError, at_least, run_main
 from vgrout.run.records import load_metrics, load_record
 
 FINISHED = "finished"
@@ -198,8 +197,6 @@ def arguments() -> argparse.Namespace:
     waves.add_arguments(parser)
     for flag, what in (
         ("--dry-run", "print the commands, start nothing"),
-        ("--missing", "only runs without a record"),
-        ("--compact", "only record what has ended"),
         ("--commit", "commit each record as its run ends"),
     ):
         parser.add_argument(flag, action="store_true", help=what)
@@ -215,16 +212,12 @@ def main() -> int:
     options = arguments()
     jobs = waves.jobs_of(options)
     recorder = Recorder(options.wave, options.records, options.commit)
-    if options.missing:
-        jobs = [job for job in jobs if (job.row.name, job.seed) not in recorder.known]
+    jobs = [job for job in jobs if not recorder.has(job) and not (settled(job) and recorder(job))]
     if not jobs:
-        raise UserError("no run is left: --all, --only and --seeds choose, --missing leaves out")
+        raise UserError(f"every run has its record in {recorder.path}: nothing is left to run")
     if options.dry_run:
         show = pueue.command if options.on == "pueue" else lambda job: job.argv
         print(*(shlex.join(show(job)) for job in jobs), sep="\n")
-        return 0
-    if options.compact:
-        print(f"{sum(recorder(job) for job in jobs if settled(job))} records added")
         return 0
     waves.check(jobs)
     if options.on == "pueue":
