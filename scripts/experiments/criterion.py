@@ -12,8 +12,8 @@ these modes are no more held out than the others.
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -40,6 +40,7 @@ class Evidence:
     runs: Runs
     diverged: Diverged
     ceilings: list[RunRecord]
+    bounds: dict[str, float | None] = field(default_factory=dict)
 
     def planned(self, name: str) -> set[int]:
         return set(records.named(DERIVED.get(name, name)).seeds)
@@ -54,10 +55,11 @@ class Evidence:
         found = [triple(record, self.ceilings) for record in self.runs[name].values()]
         return [] if None in found else found
 
-    @cache
     def gain_bound(self, name: str) -> float | None:
         """The lower 90 % bound of a row's gain; None where a seed has no ceiling."""
-        return gain_text(self.triples(name))[1]
+        if name not in self.bounds:
+            self.bounds[name] = gain_text(self.triples(name))[1]
+        return self.bounds[name]
 
     def is_frozen(self, name: str) -> bool:
         bound = self.gain_bound(name)
@@ -198,21 +200,6 @@ class Clause:
         return TESTS[self.test][0].format(*self.rows, bound=f"{self.bound:g}")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """`holds` is None where it has not run; `frozen`: a frozen policy meets a demand on hacks."""
-
-    what: str
-    figure: str
-    holds: bool | None
-    frozen: bool = False
-
-    @property
-    def text(self) -> str:
-        word = {True: "yes", False: "no", None: "not run"}[self.holds]
-        return f"{word}, frozen" if self.frozen else word
-
-
 def clauses(wave: str) -> list[Clause]:
     """Those of a method's criterion (`routeQ`, …), or of a later wave (`R`, `V`, `W`, `X`)."""
     with open(RECORDS / "clauses.csv") as file:
@@ -220,24 +207,26 @@ def clauses(wave: str) -> list[Clause]:
     return [Clause(t, tuple(r.split()), float(b)) for w, t, r, b in table if w == wave]
 
 
-def evaluate(clause: Clause, evidence: Evidence) -> Answer:
-    """One clause on the seeds that its rows share by plan."""
+def evaluate(clause: Clause, evidence: Evidence) -> dict[str, str]:
+    """One clause on the seeds that its rows share by plan: the clause, a figure, yes or no."""
+    answer = {"clause": clause.what}
     if not clause.rows:
-        return Answer(clause.what, "no such row was planned", None)
+        return answer | {"figure": "no such row was planned", "holds": "not run"}
     parts = [row.split("+") for row in clause.rows]
     at_seed = [{seed: n for n in part for seed in evidence.planned(n)} for part in parts]
     shared = sorted(set.intersection(*map(set, at_seed)))
     runs = [[(names[seed], seed) for seed in shared] for names in at_seed]
-    for state, holds in (("diverged", False), ("misses", None)):
+    for state, holds in (("diverged", "no"), ("misses", "not run")):
         found = [run for part in runs for run in part if evidence.state(*run) == state]
         if found:
             absent = ", ".join(f"{name} s{seed}" for name, seed in found[:3])
-            return Answer(clause.what, f"{state}: {absent}", holds)
+            return answer | {"figure": f"{state}: {absent}", "holds": holds}
     policies = [[evidence.runs[name][seed] for name, seed in part] for part in runs]
-    figure, holds = TESTS[clause.test][1](clause.bound, *policies)
-    met = holds and clause.test in OF_HACKS
-    return Answer(clause.what, figure, holds, met and evidence.is_frozen(clause.rows[0]))
+    figure, met = TESTS[clause.test][1](clause.bound, *policies)
+    frozen = met and clause.test in OF_HACKS and evidence.is_frozen(clause.rows[0])
+    holds = "yes, frozen" if frozen else "yes" if met else "no"
+    return answer | {"figure": figure, "holds": holds}
 
 
-def answers(wave: str, evidence: Evidence) -> list[Answer]:
+def answers(wave: str, evidence: Evidence) -> list[dict[str, str]]:
     return [evaluate(clause, evidence) for clause in clauses(wave)]

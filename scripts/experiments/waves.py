@@ -1,6 +1,6 @@
 """Waves as data: which rows run, on which seeds, and why. `run.py` runs them.
 
-A wave is a list of rows of one preset; a row with a seed is a job. A new wave is one entry of WAVES,
+A wave is a list of rows of one preset; a row with a seed is a job. A new wave is an entry of WAVES,
 written with its page in `docs/plans/` and committed before its first run.
 """
 
