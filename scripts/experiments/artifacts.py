@@ -33,12 +33,6 @@ DOCS = ROOT / "docs"
 DASH = "–"
 LATEX = {"α": r"$\alpha$", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$"}
 LATEX |= {"≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$"}
-RATES = {
-    "hack": criterion.hack,
-    "hack without pairs": criterion.hack_other,
-    "hack with pairs": criterion.hack_paired,
-    "solve": criterion.solve,
-}
 Data = list[dict]
 Table = tuple[Data, str]  # rows of numbers, and which of their keys are shown, behind " | "
 
@@ -94,8 +88,9 @@ def numbers(evidence: Evidence, name: str) -> dict:
     planned = len(row.seeds)
     seeds = str(planned) if len(own) == planned else f"{len(own)} of {planned}"
     found = {"row": name, "seeds": seeds, "change": row.changes}
-    for key, of in RATES.items():
-        found[key], found[f"± {key}"] = mean_sem([*map(of, own)])
+    each = [criterion.rates(record) for record in own]
+    for key in criterion.KEYS:
+        found[key], found[f"± {key}"] = mean_sem([one[key] for one in each])
     shares = [record.notes.get("share_route") for record in own]
     if known := [share for share in shares if share is not None]:
         found["routed"] = mean(known)
@@ -115,7 +110,7 @@ def compared(evidence: Evidence, pairs: list[tuple[str, str]], keys: tuple[str, 
         shared = sorted(own.keys() & of.keys())
         if name != other and len(shared) > 1:
             for key in keys:
-                a, b = ([RATES[key](runs[seed]) for seed in shared] for runs in (own, of))
+                a, b = (criterion.column([runs[s] for s in shared], key) for runs in (own, of))
                 data[-1][f"Δ {key}"], data[-1][f"p Δ {key}"] = paired_ttest(a, b)
     for key in keys:
         family = [row for row in data if f"p Δ {key}" in row]

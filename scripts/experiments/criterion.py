@@ -11,7 +11,6 @@ these modes are no more held out than the others.
 """
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,11 @@ from vgrout.core import EvalResult, RunRecord
 from vgrout.stats import frontier_solve, mean_sem, noninferior, paired_ttest
 
 Policies = list[RunRecord]  # one row's runs, by seed
-Rate = Callable[[RunRecord], float]
 Figure = tuple[str, bool]  # what a test found, and whether the clause holds
 
 FROZEN = 0.5  # a gain whose lower 90 % bound is not above it
 BASE, CEILING = "none2r", "no_loophole"
+KEYS = ("hack", "hack without pairs", "hack with pairs", "solve")
 DERIVED = {"absorb": BASE, "base": BASE}  # policies that the runs of another row speak for
 
 
@@ -95,27 +94,26 @@ def mode_rate(result: EvalResult, which: str, modes: list[str]) -> float:
     return sum(c[which] for c in counts) / sum(c["n"] for c in counts)
 
 
-def hack_other(record: RunRecord) -> float:
-    return mode_rate(cell(record), "hack", without_pairs(record))
+def rates(record: RunRecord) -> dict[str, float]:
+    """Of the deployed policy after the last step, on novel markers."""
+    result, paired = cell(record), record.config["data"]["pair_modes"]
+    return {
+        "hack": result.hack / result.n,
+        "hack without pairs": mode_rate(result, "hack", without_pairs(record)),
+        "hack with pairs": mode_rate(result, "hack", paired),
+        "solve": result.solve / result.n,
+    }
 
 
-def hack_paired(record: RunRecord) -> float:
-    return mode_rate(cell(record), "hack", record.config["data"]["pair_modes"])
-
-
-def hack(record: RunRecord) -> float:
-    return cell(record).hack / cell(record).n
-
-
-def solve(record: RunRecord) -> float:
-    return cell(record).solve / cell(record).n
+def column(policies: Policies, key: str) -> list[float]:
+    return [rates(record)[key] for record in policies]
 
 
 def plain_solve(record: RunRecord, plain: RunRecord) -> float:
     """What plain GRPO solves at a record's hack rate, stopped early or mixed by chance."""
     cells = [c for c in plain.evals if (c.markers, c.state) == ("novel", "deployed")]
     points = [(c.hack / c.n, c.solve / c.n) for c in cells]
-    return float(frontier_solve(hack(record), points))
+    return float(frontier_solve(rates(record)["hack"], points))
 
 
 # ── the tests ────────────────────────────────────────────────────────────────────────────────────
@@ -131,21 +129,21 @@ def compared(a: list[float], b: list[float], bound: float, side: str) -> Figure:
 
 
 def low(bound: float, own: Policies) -> Figure:
-    rate, sem = mean_sem([*map(hack_other, own)])
+    rate, sem = mean_sem(column(own, "hack without pairs"))
     return f"{rate:.3f} ± {sem:.3f}", rate <= bound
 
 
-def less(of: Rate, bound: float, own: Policies, other: Policies) -> Figure:
-    return compared([*map(of, own)], [*map(of, other)], bound, "less")
+def less(key: str, bound: float, own: Policies, other: Policies) -> Figure:
+    return compared(column(own, key), column(other, key), bound, "less")
 
 
 def above_plain(bound: float, own: Policies, plain: Policies) -> Figure:
     offered = [*map(plain_solve, own, plain)]
-    return compared([*map(solve, own)], offered, bound, "greater")
+    return compared(column(own, "solve"), offered, bound, "greater")
 
 
 def not_inferior(bound: float, own: Policies, other: Policies) -> Figure:
-    a, b = [*map(solve, own)], [*map(solve, other)]
+    a, b = column(own, "solve"), column(other, "solve")
     holds, lower = noninferior(a, b, bound)
     difference = mean(a) - mean(b)
     return f"{difference:+.3f}, lower 90 % bound {lower:+.3f} (margin {bound})", holds
@@ -158,7 +156,7 @@ def gains(bound: float, own: Policies, ceiling: Policies) -> Figure:
 
 
 def long_solve(bound: float, own: Policies, short: Policies) -> Figure:
-    long, before = mean(map(solve, own)), mean(map(solve, short))
+    long, before = mean(column(own, "solve")), mean(column(short, "solve"))
     return f"{long:.3f} after {before:.3f}", long - before >= bound
 
 
@@ -172,9 +170,9 @@ def long_steps(bound: float, own: Policies, plain: Policies) -> Figure:
 OF_HACKS = ("low", "below")  # a policy that does nothing would meet these
 TESTS = {  # what a test asks, with {0} and {1} for its rows, and how it answers
     "low": ("{0}: hack on modes without pairs at most {bound}", low),
-    "below": ("{0}: hack on modes without pairs below {1}", partial(less, hack_other)),
+    "below": ("{0}: hack on modes without pairs below {1}", partial(less, "hack without pairs")),
     "not_inferior": ("{0}: solve not inferior to {1}", not_inferior),
-    "solves_less": ("{0}: solve below {1}", partial(less, solve)),
+    "solves_less": ("{0}: solve below {1}", partial(less, "solve")),
     "gain": ("{0}: gain, lower 90 % bound above {bound}, not frozen", gains),
     "above_plain": ("{0}: above {1} stopped early or mixed", above_plain),
     "long_solve": ("{0}: solve not below that of {1}", long_solve),

@@ -41,7 +41,7 @@ def measured(wave: str, folder: Path) -> dict[str, Rates]:
         found[row.name] = dict.fromkeys(diverged.get(row.name, ()), (1.0, 0.0))
         for seed, record in runs.get(row.name, {}).items():
             solved = validated_solve(record, contrast.solve_at)
-            found[row.name][seed] = criterion.hack(record), solved
+            found[row.name][seed] = criterion.rates(record)["hack"], solved
     return found
 
 

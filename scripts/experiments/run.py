@@ -163,9 +163,6 @@ def only_pool(folder: Path) -> IO[str]:
 
 def run_here(jobs: list[Job], workers: int, recorder: Recorder) -> int:
     """All jobs on this machine; the exit status."""
-    for job in jobs:
-        if settled(job):  # it ended while no pool was there to record it
-            recorder(job)
     pool = Pool(jobs, workers, recorder)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pool.stop)
@@ -197,12 +194,15 @@ def main() -> int:
     options = arguments()
     recorder = Recorder(options.wave, options.records, options.commit)
     jobs = [job for job in waves.jobs_of(options) if not recorder.has(job)]
-    if not jobs:
-        raise UserError(f"nothing is left to run: every record is in {recorder.path}")
     if options.dry_run:
         show = pueue.command if options.on == "pueue" else lambda job: job.argv
         print(*(shlex.join(show(job)) for job in jobs), sep="\n")
         return 0
+    for job in filter(settled, jobs):  # they ended while no pool was there to record them
+        recorder(job)
+    jobs = [job for job in jobs if not settled(job)]
+    if not jobs:
+        raise UserError(f"nothing is left to run: {recorder.path} has the records")
     waves.check(jobs)
     if options.on == "pueue":
         return pueue.submit(jobs)

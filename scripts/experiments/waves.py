@@ -167,7 +167,6 @@ WAVES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("wave", choices=WAVES, help="which rows")
-    parser.add_argument("--preset", help="another preset than the wave's own")
     parser.add_argument("--only", nargs="+", metavar="ROW", default=[], help="rows or arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the rows' own")
     parser.add_argument("--flags", default="", help="more training flags of every job, one string")
@@ -190,8 +189,7 @@ def choose(options: argparse.Namespace) -> list[Row]:
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """Stage by stage and seed by seed, so that a first full comparison is there early."""
     folder = ROOT / "out" / ("rehearsal" if options.rehearse else options.wave)
-    usual = WAVES[options.wave].preset
-    preset = options.preset or usual
+    preset = WAVES[options.wave].preset
     jobs = []
     for row in choose(options):
         extra = options.flags
@@ -201,7 +199,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         for seed in options.seeds or row.seeds:
             flags = f"{row.common} {row.flags} {extra}"
             words = f"{preset} --intervention {row.arm} --seed {seed} {flags}"
-            own = seed in row.seeds and not extra and preset == usual
+            own = seed in row.seeds and not extra
             place = folder / f"{row.name}_s{seed}"
             jobs.append(Job(row, seed, tuple(shlex.split(words)), place, own))
     return sorted(jobs, key=lambda job: (job.row.stage, job.seed))
