@@ -29,7 +29,7 @@ from scripts.view.output import (
 )
 from scripts.view.output import table as as_text
 
-from vgrout.arms import defaults
+from vgrout.config import defaults
 from vgrout.core import EvalResult, RunRecord, UserError, run_main
 from vgrout.files import dumps, write_atomic
 from vgrout.run.records import flatten, load_metrics, load_record
