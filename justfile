@@ -115,27 +115,35 @@ other-environment *ARGS:
 
 # ── experiments ──
 
-# The decision on the organism, resumable: --all, --only A3, --arms, --seeds, --missing, --dry-run, --rehearse.
-decision *ARGS:
-    python -m scripts.experiments.decision "$@"
+# The archived decision: what it holds; with a row's name, how its records are repeated (commit and argv).
+decision *ROWS:
+    python -m scripts.experiments.records "$@"
+
+# Run a wave, resumable: `just wave 01_label_free --commit` (--only, --seeds, --flags, --dry-run, --rehearse, --workers).
+wave *ARGS:
+    python -m scripts.experiments.run "$@"
+
+# A plan's table and tests from its records: `just plan 01_label_free`.
+plan *ARGS:
+    python -m scripts.experiments.plan "$@"
 
 # Tables and figures of the decision from its records.
-artifacts *ARGS:
-    python -m scripts.experiments.artifacts "$@"
+artifacts:
+    python -m scripts.experiments.artifacts
 
 # Queue the runs for one large GPU on pueue, labelled why: and resolve: (--dry-run prints them; then `pueue follow`).
 queue-decision *ARGS:
-    python -m scripts.experiments.queue_decision "$@"
+    python -m scripts.experiments.run real --on pueue "$@"
 
 # The same list on a Ray cluster, a GPU a run (needs: uv sync --extra ray).
 pool *ARGS:
-    python -m scripts.experiments.pool_ray "$@"
+    python -m scripts.experiments.run real --on ray "$@"
 
 # Measure the ceiling for solve (no_loophole) and its compact record.
 ceiling SEED="41":
     rm -rf {{ runs }}/ceiling_s{{ SEED }}
     OMP_NUM_THREADS=1 {{ organism }} no_loophole --seed {{ SEED }} --out-dir {{ runs }}/ceiling_s{{ SEED }}
-    python -m scripts.analysis.results {{ runs }}/ceiling_s{{ SEED }} --compact data/records/no_loophole_s{{ SEED }}.json
+    python -m scripts.analysis.results {{ runs }}/ceiling_s{{ SEED }} --compact data/records/development.jsonl
 
 # Speed and memory against TRL, arm by arm, and by size (≤ 15 minutes); writes out/bench.json.
 bench *ARGS:

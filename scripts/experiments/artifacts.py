@@ -5,41 +5,34 @@ Each table is written as LaTeX into `docs/writeup/generated/` and into every blo
 row of which some seeds have run says how many, `coverage` what has not. Means are over seeds, ±
 their standard error; p is of the two-sided t-test paired by seed, by Holm's method over the column.
 
-Run: python scripts/experiments/artifacts.py
-     python scripts/experiments/artifacts.py --traces RUN_DIR    (A6: choose the traces of a run)
+Run: python -m scripts.experiments.artifacts
 """
 
-import argparse
 import hashlib
 import json
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scripts.analysis.results import cell
-from scripts.experiments import criterion, records, traces
+from scripts.experiments import criterion, records
 from scripts.experiments.criterion import BASE, DERIVED, Evidence
-from scripts.experiments.records import RECORDS, ROOT
+from scripts.experiments.records import ROOT
 from tabulate import tabulate
 
-from vgrout.core import RunRecord, run_main
+from vgrout.core import run_main
 from vgrout.stats import gain, holm, mean_sem, paired_ttest, rate
 
 DOCS = ROOT / "docs"
 DASH = "–"
 LATEX = {"α": r"$\alpha$", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$"}
 LATEX |= {"≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$"}
-RATES = {
-    "hack": criterion.hack,
-    "hack without pairs": criterion.hack_other,
-    "hack with pairs": criterion.hack_paired,
-    "solve": criterion.solve,
-}
 Data = list[dict]
 Table = tuple[Data, str]  # rows of numbers, and which of their keys are shown, behind " | "
 
@@ -83,36 +76,27 @@ def latex(table: Table) -> str:
 
 def serving(artifact: str) -> list[str]:
     """Names of its rows, with what the runs of plain GRPO say of the base and of `absorb`."""
-    names = [row.name for row in records.rows() if artifact in row.words]
+    names = [row.name for row in records.rows() if artifact in row.serves.split()]
     if BASE in names:
         names.insert(names.index(BASE) + 1, "absorb")
     return names
 
 
-def rates(own: list[RunRecord]) -> dict:
-    """Mean and standard error over seeds of each rate, and the share of rows routed in training."""
-    found: dict = {}
-    for key, of in RATES.items():
-        found[key], found[f"± {key}"] = mean_sem(criterion.rates(own, of))
-    shares = [record.notes.get("share_route") for record in own]
-    shares = [share for share in shares if share is not None]
-    return found | ({"routed": sum(shares) / len(shares)} if shares else {})
-
-
 def numbers(evidence: Evidence, name: str) -> dict:
-    """One row of a table: its rates and its gain."""
-    row, own = records.named(DERIVED.get(name, name)), evidence.runs[name]
+    """One row of a table: mean and standard error over seeds of each rate, routed share, gain."""
+    row, own = records.named(DERIVED.get(name, name)), [*evidence.runs[name].values()]
     planned = len(row.seeds)
-    out = {
-        "row": name,
-        "seeds": str(planned) if len(own) == planned else f"{len(own)} of {planned}",
-    }
-    out["change"] = row.changes
-    out |= rates([*own.values()])
+    seeds = str(planned) if len(own) == planned else f"{len(own)} of {planned}"
+    found = {"row": name, "seeds": seeds, "change": row.changes}
+    each = [criterion.rates(record) for record in own]
+    for key in criterion.KEYS:
+        found[key], found[f"± {key}"] = mean_sem([one[key] for one in each])
+    shares = [record.notes.get("share_route") for record in own]
+    if known := [share for share in shares if share is not None]:
+        found["routed"] = mean(known)
     if triples := evidence.triples(name):
-        values = [gain(*(rate(part, "solve") for part in counts)) for counts in triples]
-        out["gain"], _ = mean_sem(values)
-    return out
+        found["gain"] = mean(gain(*(rate(part, "solve") for part in counts)) for counts in triples)
+    return found
 
 
 def compared(evidence: Evidence, pairs: list[tuple[str, str]], keys: tuple[str, ...]) -> Data:
@@ -126,7 +110,7 @@ def compared(evidence: Evidence, pairs: list[tuple[str, str]], keys: tuple[str, 
         shared = sorted(own.keys() & of.keys())
         if name != other and len(shared) > 1:
             for key in keys:
-                a, b = ([RATES[key](runs[seed]) for seed in shared] for runs in (own, of))
+                a, b = (criterion.column([runs[s] for s in shared], key) for runs in (own, of))
                 data[-1][f"Δ {key}"], data[-1][f"p Δ {key}"] = paired_ttest(a, b)
     for key in keys:
         family = [row for row in data if f"p Δ {key}" in row]
@@ -194,24 +178,24 @@ def judged(waves: tuple[str, ...], evidence: Evidence) -> Table:
     data = []
     for wave in waves:
         found = criterion.answers(wave, evidence)
-        data += [{"clause": a.what, "figure": a.figure, "holds": a.text} for a in found]
+        data += found
         if wave in evidence.runs:
-            holds = [answer.holds for answer in found]
-            success = "no" if False in holds else "not run" if None in holds else "yes"
+            worst = {answer["holds"].split(",")[0] for answer in found}
+            success = next(word for word in ("no", "not run", "yes") if word in worst)
             data.append({"clause": f"{wave}: every clause", "figure": "", "holds": success})
     return data, "clause | figure | holds"
 
 
 def coverage(evidence: Evidence) -> Table:
-    """What ran and what did not; an archived row's arm has no name of its own any more."""
+    """What ran and what did not."""
     data = []
     for row in records.rows():
         states = {seed: evidence.state(row.name, seed) for seed in row.seeds}
         entry = {"row": row.name, "arm": row.arm, "flags": row.flags, "for": row.serves}
         entry["seeds"] = len(evidence.runs[row.name])
         entry["absent"] = ", ".join(f"{state} {seed}" for seed, state in states.items() if state)
-        data.append(entry | {"archived": "yes" if row.archived else ""})
-    return data, "row | arm | flags | for | seeds | absent | archived"
+        data.append(entry)
+    return data, "row | arm | flags | for | seeds | absent"
 
 
 TABLES: dict[str, Callable[[Evidence], Table]] = {
@@ -298,8 +282,6 @@ def texts(evidence: Evidence) -> dict[str, str]:
         table = make_table(evidence)
         found[f"writeup/generated/{name}.tex"] = latex(table)
         blocks[name] = render(table, "github")
-    chosen = json.loads((RECORDS / "traces.json").read_text())
-    found["writeup/generated/traces.tex"] = traces.latex(chosen)
     for page in sorted(DOCS.rglob("*.md")):
         old = page.read_text()
         if BLOCK.search(old):
@@ -308,26 +290,14 @@ def texts(evidence: Evidence) -> dict[str, str]:
     return found
 
 
-def make(folder: Path, out: Path) -> str:
-    """Write every artifact of a folder of records below `out`, laid out like docs/; what ran."""
-    evidence = criterion.load(folder)
-    for name, content in texts(evidence).items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(content)
-    (out / "figs").mkdir(exist_ok=True)
-    for name, artifact in FIGURES.items():
-        draw(curves(evidence, artifact), out / "figs" / f"{name}.png")
-    done = sum(len(evidence.runs[row.name]) for row in records.rows())
-    return f"tables and figures of {done} finished runs, below {out}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", type=Path, metavar="RUN_DIR", help="choose A6's traces anew")
-    options = parser.parse_args()
-    if options.traces:
-        traces.choose(options.traces, RECORDS / "traces.json")
-    print(make(RECORDS, DOCS))
+    evidence = criterion.load()
+    for name, content in texts(evidence).items():
+        (DOCS / name).write_text(content)
+    for name, artifact in FIGURES.items():
+        draw(curves(evidence, artifact), DOCS / "figs" / f"{name}.png")
+    done = sum(len(evidence.runs[row.name]) for row in records.rows())
+    print(f"tables and figures of {done} finished runs, below {DOCS}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ these modes are no more held out than the others.
 """
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,12 @@ from scripts.experiments.records import RECORDS, Diverged, Runs
 from vgrout.core import EvalResult, RunRecord
 from vgrout.stats import frontier_solve, mean_sem, noninferior, paired_ttest
 
-Rate = Callable[[RunRecord], float]
+Policies = list[RunRecord]  # one row's runs, by seed
 Figure = tuple[str, bool]  # what a test found, and whether the clause holds
 
 FROZEN = 0.5  # a gain whose lower 90 % bound is not above it
 BASE, CEILING = "none2r", "no_loophole"
+KEYS = ("hack", "hack without pairs", "hack with pairs", "solve")
 DERIVED = {"absorb": BASE, "base": BASE}  # policies that the runs of another row speak for
 
 
@@ -94,76 +94,73 @@ def mode_rate(result: EvalResult, which: str, modes: list[str]) -> float:
     return sum(c[which] for c in counts) / sum(c["n"] for c in counts)
 
 
-def hack_other(record: RunRecord) -> float:
-    return mode_rate(cell(record), "hack", without_pairs(record))
+def rates(record: RunRecord) -> dict[str, float]:
+    """Of the deployed policy after the last step, on novel markers."""
+    result, paired = cell(record), record.config["data"]["pair_modes"]
+    return {
+        "hack": result.hack / result.n,
+        "hack without pairs": mode_rate(result, "hack", without_pairs(record)),
+        "hack with pairs": mode_rate(result, "hack", paired),
+        "solve": result.solve / result.n,
+    }
 
 
-def hack_paired(record: RunRecord) -> float:
-    return mode_rate(cell(record), "hack", record.config["data"]["pair_modes"])
-
-
-def hack(record: RunRecord) -> float:
-    return cell(record).hack / cell(record).n
-
-
-def solve(record: RunRecord) -> float:
-    return cell(record).solve / cell(record).n
-
-
-def rates(own: list[RunRecord], of: Rate) -> list[float]:
-    return [of(record) for record in own]
+def column(policies: Policies, key: str) -> list[float]:
+    return [rates(record)[key] for record in policies]
 
 
 def plain_solve(record: RunRecord, plain: RunRecord) -> float:
     """What plain GRPO solves at a record's hack rate, stopped early or mixed by chance."""
     cells = [c for c in plain.evals if (c.markers, c.state) == ("novel", "deployed")]
     points = [(c.hack / c.n, c.solve / c.n) for c in cells]
-    return float(frontier_solve(hack(record), points))
+    return float(frontier_solve(rates(record)["hack"], points))
 
 
 # ── the tests ────────────────────────────────────────────────────────────────────────────────────
 
 
-def one_sided(p: float) -> str:
-    return "one-sided p < 0.001" if p < 0.001 else f"one-sided p = {p:.3f}"
+def compared(a: list[float], b: list[float], bound: float, side: str) -> Figure:
+    """A one-sided t-test paired over seeds at the level `bound`; side: less or greater."""
+    difference, p = paired_ttest(a, b, side)
+    on_side = difference < 0 if side == "less" else difference > 0
+    shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    solve_only = " in solve" if side == "greater" else ""
+    return f"{difference:+.3f}{solve_only}, one-sided {shown}", on_side and p < bound
 
 
-def low(bound: float, own: list[RunRecord]) -> Figure:
-    rate, sem = mean_sem(rates(own, hack_other))
+def low(bound: float, own: Policies) -> Figure:
+    rate, sem = mean_sem(column(own, "hack without pairs"))
     return f"{rate:.3f} ± {sem:.3f}", rate <= bound
 
 
-def less(of: Rate, bound: float, own: list[RunRecord], other: list[RunRecord]) -> Figure:
-    """A paired t-test over seeds; `bound` is its level."""
-    difference, p = paired_ttest(rates(own, of), rates(other, of), alternative="less")
-    return f"{difference:+.3f}, {one_sided(p)}", difference < 0 and p < bound
+def less(key: str, bound: float, own: Policies, other: Policies) -> Figure:
+    return compared(column(own, key), column(other, key), bound, "less")
 
 
-def not_inferior(bound: float, own: list[RunRecord], other: list[RunRecord]) -> Figure:
-    a, b = rates(own, solve), rates(other, solve)
+def above_plain(bound: float, own: Policies, plain: Policies) -> Figure:
+    offered = [*map(plain_solve, own, plain)]
+    return compared(column(own, "solve"), offered, bound, "greater")
+
+
+def not_inferior(bound: float, own: Policies, other: Policies) -> Figure:
+    a, b = column(own, "solve"), column(other, "solve")
     holds, lower = noninferior(a, b, bound)
     difference = mean(a) - mean(b)
     return f"{difference:+.3f}, lower 90 % bound {lower:+.3f} (margin {bound})", holds
 
 
-def gains(bound: float, own: list[RunRecord], ceiling: list[RunRecord]) -> Figure:
+def gains(bound: float, own: Policies, ceiling: Policies) -> Figure:
     triples = [triple(a, [b]) for a, b in zip(own, ceiling, strict=True)]
     _, lower, text = gain_text(triples)
     return text, lower is not None and lower > bound
 
 
-def above_plain(bound: float, own: list[RunRecord], plain: list[RunRecord]) -> Figure:
-    offered = list(map(plain_solve, own, plain))
-    difference, p = paired_ttest(rates(own, solve), offered, alternative="greater")
-    return f"{difference:+.3f} in solve, {one_sided(p)}", difference > 0 and p < bound
-
-
-def long_solve(bound: float, own: list[RunRecord], short: list[RunRecord]) -> Figure:
-    long, before = mean(rates(own, solve)), mean(rates(short, solve))
+def long_solve(bound: float, own: Policies, short: Policies) -> Figure:
+    long, before = mean(column(own, "solve")), mean(column(short, "solve"))
     return f"{long:.3f} after {before:.3f}", long - before >= bound
 
 
-def long_steps(bound: float, own: list[RunRecord], plain: list[RunRecord]) -> Figure:
+def long_steps(bound: float, own: Policies, plain: Policies) -> Figure:
     """A run of plain GRPO in which hacks never emerge counts as one in which they do at its end."""
     steps = min(record.steps_done for record in own)
     emerged = max(record.notes["emerged"] or record.steps_done for record in plain)
@@ -173,9 +170,9 @@ def long_steps(bound: float, own: list[RunRecord], plain: list[RunRecord]) -> Fi
 OF_HACKS = ("low", "below")  # a policy that does nothing would meet these
 TESTS = {  # what a test asks, with {0} and {1} for its rows, and how it answers
     "low": ("{0}: hack on modes without pairs at most {bound}", low),
-    "below": ("{0}: hack on modes without pairs below {1}", partial(less, hack_other)),
+    "below": ("{0}: hack on modes without pairs below {1}", partial(less, "hack without pairs")),
     "not_inferior": ("{0}: solve not inferior to {1}", not_inferior),
-    "solves_less": ("{0}: solve below {1}", partial(less, solve)),
+    "solves_less": ("{0}: solve below {1}", partial(less, "solve")),
     "gain": ("{0}: gain, lower 90 % bound above {bound}, not frozen", gains),
     "above_plain": ("{0}: above {1} stopped early or mixed", above_plain),
     "long_solve": ("{0}: solve not below that of {1}", long_solve),
@@ -201,21 +198,6 @@ class Clause:
         return TESTS[self.test][0].format(*self.rows, bound=f"{self.bound:g}")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """`holds` is None where it has not run; `frozen`: a frozen policy meets a demand on hacks."""
-
-    what: str
-    figure: str
-    holds: bool | None
-    frozen: bool = False
-
-    @property
-    def text(self) -> str:
-        word = {True: "yes", False: "no", None: "not run"}[self.holds]
-        return f"{word}, frozen" if self.frozen else word
-
-
 def clauses(wave: str) -> list[Clause]:
     """Those of a method's criterion (`routeQ`, …), or of a later wave (`R`, `V`, `W`, `X`)."""
     with open(RECORDS / "clauses.csv") as file:
@@ -223,29 +205,26 @@ def clauses(wave: str) -> list[Clause]:
     return [Clause(t, tuple(r.split()), float(b)) for w, t, r, b in table if w == wave]
 
 
-def evaluate(clause: Clause, evidence: Evidence) -> Answer:
-    """One clause on the seeds that its rows share by plan."""
+def evaluate(clause: Clause, evidence: Evidence) -> dict[str, str]:
+    """One clause on the seeds that its rows share by plan: the clause, a figure, yes or no."""
+    answer = {"clause": clause.what}
     if not clause.rows:
-        return Answer(clause.what, "no such row was planned", None)
-    names = [row.split("+") for row in clause.rows]
-    seeds = [set().union(*map(evidence.planned, part)) for part in names]
-    shared = sorted(set.intersection(*seeds))
-    policies, absent = [], {"diverged": [], "misses": []}
-    for part in names:
-        policies.append([])
-        for seed in shared:
-            name = next(name for name in part if seed in evidence.planned(name))
-            if state := evidence.state(name, seed):
-                absent[state].append(f"{name} s{seed}")
-            else:
-                policies[-1].append(evidence.runs[name][seed])
-    for state, holds in (("diverged", False), ("misses", None)):
-        if found := absent[state]:
-            return Answer(clause.what, f"{state}: {', '.join(found[:3])}", holds)
-    figure, holds = TESTS[clause.test][1](clause.bound, *policies)
-    met = holds and clause.test in OF_HACKS
-    return Answer(clause.what, figure, holds, met and evidence.is_frozen(clause.rows[0]))
+        return answer | {"figure": "no such row was planned", "holds": "not run"}
+    parts = [row.split("+") for row in clause.rows]
+    at_seed = [{seed: n for n in part for seed in evidence.planned(n)} for part in parts]
+    shared = sorted(set.intersection(*map(set, at_seed)))
+    runs = [[(names[seed], seed) for seed in shared] for names in at_seed]
+    for state, holds in (("diverged", "no"), ("misses", "not run")):
+        found = [run for part in runs for run in part if evidence.state(*run) == state]
+        if found:
+            absent = ", ".join(f"{name} s{seed}" for name, seed in found[:3])
+            return answer | {"figure": f"{state}: {absent}", "holds": holds}
+    policies = [[evidence.runs[name][seed] for name, seed in part] for part in runs]
+    figure, met = TESTS[clause.test][1](clause.bound, *policies)
+    frozen = met and clause.test in OF_HACKS and evidence.is_frozen(clause.rows[0])
+    holds = "yes, frozen" if frozen else "yes" if met else "no"
+    return answer | {"figure": figure, "holds": holds}
 
 
-def answers(wave: str, evidence: Evidence) -> list[Answer]:
+def answers(wave: str, evidence: Evidence) -> list[dict[str, str]]:
     return [evaluate(clause, evidence) for clause in clauses(wave)]

@@ -4,57 +4,32 @@ The primary test is the exact two-sided sign-flip test of the mean paired differ
 hacks; solving is the mean of validations at fixed steps, held against the ceiling with a lower
 bound. A run that diverged enters with hack 1 and solve 0. What has not run is listed.
 
-Run: python scripts/experiments/plan.py 01_label_free [--records DIR]
+Run: python -m scripts.experiments.plan 01_label_free [--records DIR]
 """
 
 import argparse
 from pathlib import Path
+from statistics import mean
 
-import numpy as np
-from scipy import stats
 from scripts.experiments import criterion, records
 from scripts.experiments.records import RECORDS
 from scripts.experiments.waves import WAVES
 from tabulate import tabulate
 
 from vgrout.core import RunRecord, UserError, run_main
-from vgrout.stats import noninferior
+from vgrout.stats import mean_sem, noninferior, sign_flip
 
-LEVEL = 0.95
-EXACT_SEEDS = 20  # 2^20 sign patterns
 Rates = dict[int, tuple[float, float]]  # seed → hack, solve
-
-
-def sign_flip(differences: list[float]) -> float:
-    """The exact two-sided p of a mean of paired differences: the share of all sign patterns whose
-    mean is as far from 0 (Fisher 1935). Its least value with n seeds is 2^(1−n)."""
-    n = len(differences)
-    if not 1 <= n <= EXACT_SEEDS:
-        raise ValueError(f"an exact test of {n} pairs: it takes 1 to {EXACT_SEEDS}")
-    signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    sums = np.abs(signs @ np.asarray(differences))
-    return float(np.mean(sums >= abs(sum(differences)) - 1e-12))
-
-
-def interval(values: list[float]) -> str:
-    """Mean and its 95 % t-interval over seeds."""
-    middle = float(np.mean(values))
-    if len(values) < 2:
-        return f"{middle:.3f}"
-    half = stats.sem(values) * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
-    return f"{middle:.3f} [{middle - half:.3f}, {middle + half:.3f}]"
 
 
 def validated_solve(record: RunRecord, steps: tuple[int, ...]) -> float:
     """Mean solve rate of the deployed policy's validations, novel markers, after these steps."""
-    cells = {
-        c.step: c.solve / c.n
-        for c in record.evals
-        if (c.split, c.markers, c.state) == ("val", "novel", "deployed")
-    }
-    if absent := set(steps) - cells.keys():
+    wanted = ("val", "novel", "deployed")
+    cells = [c for c in record.evals if (c.split, c.markers, c.state) == wanted]
+    solved = {c.step: c.solve / c.n for c in cells}
+    if absent := set(steps) - solved.keys():
         raise UserError(f"{record.arm} s{record.seed} has no validation after step {min(absent)}")
-    return float(np.mean([cells[step] for step in steps]))
+    return mean(solved[step] for step in steps)
 
 
 def measured(wave: str, folder: Path) -> dict[str, Rates]:
@@ -63,44 +38,54 @@ def measured(wave: str, folder: Path) -> dict[str, Rates]:
     runs, diverged = records.load(records.files(wave, folder))
     found: dict[str, Rates] = {}
     for row in WAVES[wave].rows:
-        found[row.name] = {seed: (1.0, 0.0) for seed in diverged.get(row.name, ())}
+        found[row.name] = dict.fromkeys(diverged.get(row.name, ()), (1.0, 0.0))
         for seed, record in runs.get(row.name, {}).items():
             solved = validated_solve(record, contrast.solve_at)
-            found[row.name][seed] = criterion.hack(record), solved
+            found[row.name][seed] = criterion.rates(record)["hack"], solved
     return found
 
 
-def paired(found: dict[str, Rates], a: str, b: str, which: int) -> tuple[list, list]:
+def paired(a: Rates, b: Rates, which: int) -> tuple[list[float], list[float]]:
     """Rates of two rows on the seeds that both have: hack (0) or solve (1)."""
-    shared = sorted(found[a].keys() & found[b].keys())
-    return tuple([found[row][seed][which] for seed in shared] for row in (a, b))
+    shared = sorted(a.keys() & b.keys())
+    return [a[seed][which] for seed in shared], [b[seed][which] for seed in shared]
+
+
+def spread(values: list[float]) -> str:
+    return "{:.3f} ± {:.3f}".format(*mean_sem(values))
+
+
+def table(found: dict[str, Rates]) -> str:
+    """A line for each row that has runs: mean ± standard error over its seeds."""
+    lines = []
+    for name, rates in found.items():
+        if rates:
+            hacks, solved = (list(part) for part in zip(*rates.values(), strict=True))
+            lines.append([name, len(rates), spread(hacks), spread(solved)])
+    return tabulate(lines, ["row", "seeds", "hack", "solve"], "github", disable_numparse=True)
 
 
 def report(wave: str, folder: Path = RECORDS) -> str:
     """The table, the primary test, the bound on solving, and what has not run."""
     contrast, found = WAVES[wave].contrast, measured(wave, folder)
-    table, absent = [], []
-    for row in WAVES[wave].rows:
-        rates = found[row.name]
-        absent += [f"{row.name} s{seed}" for seed in row.seeds if seed not in rates]
-        if rates:
-            hacks, solved = (list(part) for part in zip(*rates.values(), strict=True))
-            table.append([row.name, len(rates), interval(hacks), interval(solved)])
-    lines = [tabulate(table, ["row", "seeds", "hack", "solve"], "github", disable_numparse=True)]
-    first, second = contrast.first, contrast.second
-    a, b = paired(found, first, second, 0)
-    if a:
-        differences = [x - y for x, y in zip(a, b, strict=True)]
-        p, text = sign_flip(differences), interval(differences)
-        lines.append(f"primary: hack of {first} − {second} {text}, {len(a)} seeds, p = {p:.4f}")
-    a, b = paired(found, first, contrast.ceiling, 1)
-    if len(a) > 1:
-        holds, lower = noninferior(a, b, contrast.margin, contrast.level)
+    first, second, ceiling = (found[name] for name in contrast.rows)
+    lines = [table(found)]
+    hacks, solved = paired(first, second, 0), paired(first, ceiling, 1)
+    if len(hacks[0]) > 1:
+        difference, p = sign_flip(*hacks)
+        test = f"hack of {contrast.first} − {contrast.second} {difference:+.3f}"
+        lines.append(f"primary: {test}, {len(hacks[0])} seeds, p = {p:.4f}")
+    else:
+        lines.append(f"primary: {len(hacks[0])} seeds have both rows, a test takes 2")
+    if len(solved[0]) > 1:
+        holds, lower = noninferior(*solved, contrast.margin, contrast.level)
         word = "not inferior" if holds else "not shown to be as good"
-        lines.append(
-            f"solve of {first} − {contrast.ceiling} {np.mean(a) - np.mean(b):+.3f}, lower "
-            f"{contrast.level:.1%} bound {lower:+.3f} (margin {contrast.margin}): {word}"
-        )
+        difference = mean(solved[0]) - mean(solved[1])
+        bound = f"lower {contrast.level:.1%} bound {lower:+.3f} (margin {contrast.margin})"
+        test = f"solve of {contrast.first} − {contrast.ceiling} {difference:+.3f}"
+        lines.append(f"{test}, {bound}: {word}")
+    runs = [(row.name, seed) for row in WAVES[wave].rows for seed in row.seeds]
+    absent = [f"{name} s{seed}" for name, seed in runs if seed not in found[name]]
     lines.append(f"not run: {', '.join(absent) or 'nothing'}")
     return "\n\n".join(lines)
 

@@ -6,7 +6,6 @@ input, a bug) is reported and not tried again. Ray is an optional extra: uv sync
 """
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -28,9 +27,6 @@ def die_with_parent() -> None:
 def train(argv: list[str], out_dir: str, folder: str) -> int:
     """Run one job to its end on this node, with its output in log.txt; returns its exit status."""
     place = Path(folder) / out_dir
-    record = place / "record.json"
-    if record.exists() and json.loads(record.read_text())["status"] == "finished":
-        return 0
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "log.txt", "a") as log:
         return subprocess.run(

@@ -1,18 +1,22 @@
-"""Compact records of runs, and the rows of finished waves, as data: one JSON-lines file a wave.
+"""Compact records of runs, one JSON-lines file a wave, and the rows of the decision, as data.
 
-`data/records/rows.jsonl` holds a `Row` a line; every other file holds a compact record a line, with
-its row's name under "row" (a line without one belongs to the row that is named like its arm). A row
-that is `archived` names an arm that exists no more: its records stay readable, nothing parses it.
+Every file holds a record a line, with its row's name under "row" (a line without one belongs to the
+row that is named like its arm); `rows.jsonl` holds a `Row` of the decision a line. The decision is
+archived: its flags are those of the commits that made its records, and nothing here parses them.
+
+Run: python -m scripts.experiments.records [ROW …]     (how to repeat the decision's runs)
 """
 
+import argparse
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vgrout.core import EvalResult, RunRecord, UserError
+from vgrout.core import EvalResult, RunRecord, UserError, run_main
 from vgrout.files import append_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,14 +42,8 @@ class Row:
     of: str = ""
     changes: str = ""  # what differs from `of`, in words
     stage: int = 0  # all runs of a stage come before those of the next
-    archived: bool = False
     why: str = ""
     resolve: str = ""
-
-    @property
-    def words(self) -> set[str]:
-        """What may choose this row."""
-        return {self.name, self.arm, *self.serves.split()}
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -62,7 +60,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 @cache
 def rows(path: Path = RECORDS / "rows.jsonl") -> tuple[Row, ...]:
     """The rows of the decision, in the order of its tables."""
-    return tuple(Row(**line | {"seeds": tuple(line["seeds"])}) for line in lines(path))
+    return tuple(Row(**{**line, "seeds": tuple(line["seeds"])}) for line in lines(path))
 
 
 @cache
@@ -117,3 +115,33 @@ def append(path: Path, row: str, record: RunRecord) -> None:
     """One more line; the file is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     append_line(path, {"row": row} | asdict(record))
+
+
+def repetition(record: RunRecord) -> str:
+    """The commands that made a record: its commit, then its own command line."""
+    commit, words = record.commit, shlex.join(record.argv)
+    return f"git checkout {commit} && uv sync && {words}"
+
+
+def main() -> None:
+    """Say that the decision is archived, and how each record of the named rows is repeated."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of the decision")
+    chosen = parser.parse_args().rows
+    names = [row.name for row in rows()]
+    if unknown := set(chosen) - {*names}:
+        raise UserError(f"no row {min(unknown)!r} in the decision: {', '.join(names)}")
+    runs, diverged = load(files("decision"))
+    counts = [sum(map(len, part.values())) for part in (runs, diverged)]
+    print(
+        f"The decision is archived: {counts[0]} records of {len(names)} rows, {counts[1]} diverged."
+    )
+    print(
+        "`just artifacts` makes its tables; `just decision ROW` prints how its runs are repeated."
+    )
+    for name in chosen:
+        print(*map(repetition, runs.get(name, {}).values()), sep="\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -3,12 +3,12 @@
 A run that has finished or diverged is not run again, one that was stopped continues from its newest
 checkpoint, one that fails otherwise is reported while the others go on. Ctrl-C or SIGTERM lets each
 process write a checkpoint at the end of its step; a second one kills them. The compact record of a
-run that ends is one more line of `data/records/<wave>.jsonl`; --commit commits it at once.
+run that ends is one more line of `data/records/<wave>.jsonl` (--commit commits it at once), and a
+run that has a record there is not run again.
 
-Run: python scripts/experiments/run.py decision [--all] [--only A3 routeQ …] [--seeds 101 …]
-     python scripts/experiments/run.py 01_label_free --commit [--records DIR] [--workers 2]
-     python scripts/experiments/run.py WAVE --dry-run | --rehearse | --compact | --missing
-     python scripts/experiments/run.py real --on pueue | ray [--gpus 1] [--retries 5]
+Run: python -m scripts.experiments.run 01_label_free [--only ROW …] [--seeds 400 …] [--workers 2]
+     python -m scripts.experiments.run WAVE --dry-run | --rehearse | --commit [--records DIR]
+     python -m scripts.experiments.run real --on pueue | ray [--gpus 1] [--retries 5]
 """
 
 import argparse
@@ -20,9 +20,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +31,7 @@ from scripts.experiments.records import DIVERGED, RECORDS, ROOT
 from scripts.experiments.waves import Job
 
 from vgrout.core import UserError, at_least, run_main
-from vgrout.run.records import load_metrics, load_record
+from vgrout.run.records import load_record
 
 FINISHED = "finished"
 THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -63,19 +62,32 @@ class Pool:
 
     def __init__(self, jobs: list[Job], workers: int, on_end: Callable[[Job], object]):
         self.jobs, self.workers, self.on_end = jobs, workers, on_end
-        self.live: dict[str, subprocess.Popen] = {}
+        self.live: set[subprocess.Popen] = set()
         self.ended = {job.name: status for job in jobs if (status := settled(job))}
         self.lock, self.signals = threading.Lock(), 0
 
     def stop(self, *_: object) -> None:
         """A signal handler: ask every process for a checkpoint; the second time, kill them."""
         self.signals += 1
-        for process in list(self.live.values()):
+        for process in [*self.live]:
             process.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
 
     def run(self, job: Job) -> None:
-        if self.signals:
+        if self.signals or job.name in self.ended:
             return
+        code = self.execute(job)
+        status = settled(job)
+        if not status:
+            failed = f"failed: {last_error(job)} (exit {code})"
+            status = "interrupted" if self.signals else failed
+        with self.lock:
+            if settled(job):
+                self.on_end(job)
+            self.ended[job.name] = status
+            print(f"{job.name}: {status}; {len(self.ended)}/{len(self.jobs)} ended", flush=True)
+
+    def execute(self, job: Job) -> int:
+        """The job's process from start to end; its exit status."""
         job.out_dir.mkdir(parents=True, exist_ok=True)
         with open(job.out_dir / "log.txt", "a") as log:
             process = subprocess.Popen(
@@ -87,49 +99,23 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            self.live[job.name] = process
-            if self.signals:  # it came between the question above and here
+            self.live.add(process)
+            if self.signals:  # it came before the process was known
                 process.terminate()
             code = process.wait()
-        del self.live[job.name]
-        status = settled(job)
-        if status:
-            with self.lock:
-                self.on_end(job)
-        elif self.signals:
-            status = "interrupted"
-        self.ended[job.name] = status or f"failed: {last_error(job)} (exit {code})"
+            self.live.remove(process)
+        return code
 
-    def __call__(self, every: float = 60.0, say: Callable[[str], object] = print) -> None:
-        """Run what has not ended; say how far it is, every so many seconds and after each run."""
-        todo = [job for job in self.jobs if job.name not in self.ended]
+    def __call__(self) -> None:
+        """Run what has not ended."""
         with ThreadPoolExecutor(self.workers) as executor:
-            pending = {executor.submit(self.run, job): job for job in todo}
-            while pending:
-                done, _ = wait(pending, every, FIRST_COMPLETED)
-                for future in done:
-                    future.result()  # an error of this program itself is raised here
-                    name = pending.pop(future).name
-                    say(f"{name}: {self.status(name)}")
-                say(self.progress())
-
-    def status(self, name: str) -> str:
-        return self.ended.get(name, "not started")
-
-    def progress(self) -> str:
-        count = list(self.ended.values()).count(FINISHED)
-        live = [job for job in self.jobs if job.name in self.live]
-        running = [f"{job.name} (step {len(load_metrics(job.out_dir))})" for job in live]
-        doing = "stopping" if self.signals else "running"
-        return (
-            f"{time.strftime('%H:%M:%S')}  {count}/{len(self.jobs)} finished, "
-            f"{len(self.ended) - count} not; {doing}: {', '.join(running) or 'nothing'}"
-        )
+            for _ in executor.map(self.run, self.jobs):
+                pass  # an error of this program itself is raised here
 
     def unfinished(self) -> list[str]:
         """`name: how it stands` of every run that has not finished."""
-        stand = [(job.name, self.status(job.name)) for job in self.jobs]
-        return [f"{name}: {status}" for name, status in stand if status != FINISHED]
+        stand = {job.name: self.ended.get(job.name, "not started") for job in self.jobs}
+        return [f"{name}: {status}" for name, status in stand.items() if status != FINISHED]
 
 
 def last_error(job: Job) -> str:
@@ -147,21 +133,21 @@ class Recorder:
         lines = [line for path in records.files(wave, folder) for line in records.read(path)]
         self.known = {(row, record.seed) for row, record in lines}
 
-    def __call__(self, job: Job) -> bool:
-        """True where a line was added."""
-        key = job.row.name, job.seed
-        if not job.own or key in self.known:
-            return False
+    def has(self, job: Job) -> bool:
+        return job.own and (job.row.name, job.seed) in self.known
+
+    def __call__(self, job: Job) -> None:
+        if not job.own or self.has(job):
+            return
         with tempfile.TemporaryDirectory() as folder:
             record = compact(job.out_dir, Path(folder) / "record.json")
         records.append(self.path, job.row.name, record)
-        self.known.add(key)
+        self.known.add((job.row.name, job.seed))
         if self.commit:
             git = ["git", "-C", str(self.path.parent)]
             message = f"Record of {self.path.stem}: {job.row.name}, seed {job.seed}"
             subprocess.run([*git, "add", self.path.name], check=True)
             subprocess.run([*git, "commit", "-qm", message, "--", self.path.name], check=True)
-        return True
 
 
 def only_pool(folder: Path) -> IO[str]:
@@ -184,24 +170,18 @@ def run_here(jobs: list[Job], workers: int, recorder: Recorder) -> int:
         git = ["git", "status", "--porcelain"]
         if subprocess.run(git, cwd=ROOT, capture_output=True).stdout:
             print("WARNING uncommitted changes: every record will say so; commit first")
-        pool(say=lambda line: print(line, flush=True))
-    unfinished = pool.unfinished()
-    print(*unfinished, f"{len(jobs) - len(unfinished)} of {len(jobs)} runs are finished", sep="\n")
-    if unfinished:
-        print(f"go on with: {shlex.join(['python', *sys.argv])}")
+        pool()
+    if unfinished := pool.unfinished():
+        again = shlex.join(["python", *sys.argv])
+        print(*unfinished, f"{len(unfinished)} runs have not finished; again: {again}", sep="\n")
     return 130 if pool.signals else bool(unfinished)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     waves.add_arguments(parser)
-    for flag, what in (
-        ("--dry-run", "print the commands, start nothing"),
-        ("--missing", "only runs without a record"),
-        ("--compact", "only record what has ended"),
-        ("--commit", "commit each record as its run ends"),
-    ):
-        parser.add_argument(flag, action="store_true", help=what)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
+    parser.add_argument("--commit", action="store_true", help="commit each record as its run ends")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the wave's file")
     parser.add_argument("--on", choices=("here", "pueue", "ray"), default="here")
     parser.add_argument("--workers", type=at_least(1), default=2, help="processes here")
@@ -212,19 +192,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    jobs = waves.jobs_of(options)
     recorder = Recorder(options.wave, options.records, options.commit)
-    if options.missing:
-        jobs = [job for job in jobs if (job.row.name, job.seed) not in recorder.known]
-    if not jobs:
-        raise UserError("no run is left: --all, --only and --seeds choose, --missing leaves out")
+    jobs = [job for job in waves.jobs_of(options) if not recorder.has(job)]
     if options.dry_run:
         show = pueue.command if options.on == "pueue" else lambda job: job.argv
         print(*(shlex.join(show(job)) for job in jobs), sep="\n")
         return 0
-    if options.compact:
-        print(f"{sum(recorder(job) for job in jobs if settled(job))} records added")
-        return 0
+    for job in filter(settled, jobs):  # they ended while no pool was there to record them
+        recorder(job)
+    jobs = [job for job in jobs if not settled(job)]
+    if not jobs:
+        raise UserError(f"nothing is left to run: {recorder.path} has the records")
     waves.check(jobs)
     if options.on == "pueue":
         return pueue.submit(jobs)

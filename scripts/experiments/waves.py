@@ -1,8 +1,7 @@
 """Waves as data: which rows run, on which seeds, and why. `run.py` runs them.
 
-A wave is a list of rows of one preset; a row with a seed is a job. The decision's rows are finished
-and stand in `data/records/rows.jsonl`; a new wave is one entry of WAVES, written with its page in
-`docs/plans/` and committed before its first run.
+A wave is a list of rows of one preset; a row with a seed is a job. A new wave is an entry of WAVES,
+written with its page in `docs/plans/` and committed before its first run.
 """
 
 import argparse
@@ -12,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scripts.experiments import records
 from scripts.experiments.records import ROOT, Row
 
+from vgrout.arms import arm_of
 from vgrout.cli import parse
 from vgrout.core import UserError
 
-REHEARSAL = "--steps 2 --quarantine-first 1 --final-draws 24 --eval-every 1 --eval-draws 12"
+REHEARSAL = "--steps 2 --final-draws 24 --eval-every 1 --eval-draws 12"
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,15 @@ class Contrast:
     margin: float = -0.05
     level: float = 0.975
 
+    @property
+    def rows(self) -> tuple[str, str, str]:
+        return self.first, self.second, self.ceiling
+
 
 @dataclass(frozen=True)
 class Wave:
-    """`default` names the artifact whose rows run unless others are asked for; "" for every row."""
-
     preset: str
     rows: tuple[Row, ...]
-    default: str = ""
     contrast: Contrast | None = None
 
 
@@ -76,7 +76,7 @@ class Job:
 
 
 ALONE = "--teacher-pool '' --steps 220"
-LABEL_FREE = f"{ALONE} --eval-every 20 --eval-draws 240 --threads 1 --score-dtype float32"
+LABEL_FREE = f"{ALONE} --eval-every 20 --eval-draws 240 --threads 1"
 TEN_SEEDS = tuple(range(400, 410))
 FIRST = "--quarantine-first 100"
 
@@ -88,7 +88,7 @@ def label_free() -> tuple[Row, ...]:
         ("no_gateQ", FIRST, 0),
         ("none2r", "", 1),
         ("no_loophole", "", 1),
-        ("routeQ", f"{FIRST} --refresh-every 5", 2),
+        ("routeQ", FIRST, 2),
     )
     return tuple(
         Row(arm, arm, flags, LABEL_FREE, TEN_SEEDS, stage=stage) for arm, flags, stage in planned
@@ -143,20 +143,19 @@ REAL = (  # arm, why it is run, what would resolve the question
 def real() -> tuple[Row, ...]:
     """The decision run of a real model: each arm with a pool of demonstrations and without one."""
     found = []
+    pool = f"--teacher-pool {POOL} --teacher-until 20"
     for arm, why, resolve in REAL:
-        row = Row(arm, arm, seeds=(51, 52, 53), why=why, resolve=resolve)
-        pool = f"--teacher-pool {POOL} --teacher-until 20"
+        row = Row(arm, arm, seeds=(51, 52, 53), resolve=resolve)
         first = FIRST if arm.endswith("Q") else ""
-        found += [
-            replace(row, common=pool, why=f"{why}; demonstrations in the first 20 steps"),
-            replace(row, name=f"{arm}_alone", flags=first, common=ALONE, stage=1,
-                    why=f"{why}; no demonstrations"),
-        ]  # fmt: skip
+        shown, alone = f"{why}; demonstrations in the first 20 steps", f"{why}; no demonstrations"
+        found.append(replace(row, common=pool, why=shown))
+        found.append(
+            replace(row, name=f"{arm}_alone", flags=first, common=ALONE, stage=1, why=alone)
+        )
     return tuple(found)
 
 
 WAVES = {
-    "decision": Wave("organism", records.rows(), default="A2"),
     "01_label_free": Wave(
         "organism",
         label_free(),
@@ -168,40 +167,39 @@ WAVES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("wave", choices=WAVES, help="which rows")
-    parser.add_argument("--preset", help="another preset than the wave's own")
-    parser.add_argument("--all", action="store_true", help="every row that is not archived")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows, arms or artifacts")
+    parser.add_argument("--only", nargs="+", metavar="ROW", default=[], help="rows or arms")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the rows' own")
     parser.add_argument("--flags", default="", help="more training flags of every job, one string")
     parser.add_argument("--rehearse", action="store_true", help="two steps, into out/rehearsal")
 
 
 def choose(options: argparse.Namespace) -> list[Row]:
-    """The rows that --all and --only leave; UserError for a word that names none of them."""
-    wave = WAVES[options.wave]
-    rows = [row for row in wave.rows if not row.archived]
-    default = [wave.default] if wave.default and not options.all else []
-    words = options.only or default
-    known = {word for row in rows for word in row.words}
-    if unknown := set(words) - known:
-        raise UserError(f"--only {min(unknown)}: no row, arm or artifact that can still run")
-    names = {row.name for row in rows} & set(words)
-    arms = set(words) - names
-    return [row for row in rows if not words or row.name in names or row.words & arms]
+    """The rows that --only leaves and whose pool of demonstrations is there."""
+    rows, words = WAVES[options.wave].rows, set(options.only)
+    known = {word for row in rows for word in (row.name, row.arm)}
+    if unknown := words - known:
+        raise UserError(f"--only {min(unknown)}: no row or arm of {options.wave}")
+    chosen = [row for row in rows if not words or words & {row.name, row.arm}]
+    absent = [row.name for row in chosen if POOL in row.common and not (ROOT / POOL).exists()]
+    if absent:
+        print(f"left out, there is no {POOL}: {', '.join(absent)}", file=sys.stderr)
+    return [row for row in chosen if row.name not in absent]
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """Stage by stage and seed by seed, so that a first full comparison is there early."""
     folder = ROOT / "out" / ("rehearsal" if options.rehearse else options.wave)
-    usual = WAVES[options.wave].preset
-    preset = options.preset or usual
-    extra = f"{options.flags} {REHEARSAL}" if options.rehearse else options.flags
+    preset = WAVES[options.wave].preset
     jobs = []
     for row in choose(options):
+        extra = options.flags
+        if options.rehearse:
+            first = " --quarantine-first 1" * (len(arm_of(row.arm).phases) > 1)
+            extra = f"{extra} {REHEARSAL}{first}"
         for seed in options.seeds or row.seeds:
             flags = f"{row.common} {row.flags} {extra}"
             words = f"{preset} --intervention {row.arm} --seed {seed} {flags}"
-            own = seed in row.seeds and not extra and preset == usual
+            own = seed in row.seeds and not extra
             place = folder / f"{row.name}_s{seed}"
             jobs.append(Job(row, seed, tuple(shlex.split(words)), place, own))
     return sorted(jobs, key=lambda job: (job.row.stage, job.seed))

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3 policy and random batches, for the gates that need a model but no tokenizer."""
+"""A tiny random Qwen3 policy and random batches, for gates that need a model and no tokenizer."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from vgrout.model import loading
+from vgrout.model import loading, sampling
 from vgrout.model.batch import Batch
 from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.policy import Policy
@@ -41,19 +41,29 @@ def tiny_policy(
     return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD)
 
 
+def trained(policy: Policy, blocks: tuple[str, ...] = BLOCKS) -> list[torch.nn.Parameter]:
+    return [p for block in blocks for p in policy.adapter.parameters(block)]
+
+
+@torch.no_grad()
 def perturb(
     policy: Policy, scale: float = 0.2, seed: int = 0, blocks: tuple[str, ...] = BLOCKS
 ) -> None:
     """Plant a random delta in some blocks."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for block in blocks:
-            for p in policy.adapter.parameters(block):
-                p.add_(scale * torch.randn(p.shape, generator=generator))
+    for p in trained(policy, blocks):
+        p.add_(scale * torch.randn(p.shape, generator=generator))
+
+
+def draw(policy: Policy, prompts: list[list[int]], rows: list[int], **options) -> list:
+    """Sampled rows by prompt: (ids, log-probs). The same seed unless a generator is given."""
+    usual = dict(max_completion_length=12, temperature=0.7, top_p=1.0, token_budget=10_000)
+    seeded = {"generator": torch.Generator().manual_seed(3)}
+    return sampling.sample(policy, prompts, rows, **usual | seeded | options)
 
 
 def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
-    """Groups that share a prompt, completions of unlike lengths, random advantages (none of them 0)."""
+    """Groups that share a prompt, completions of unlike lengths, advantages none of which is 0."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> list[int]:
@@ -69,7 +79,7 @@ def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
 
 
 def read_models_once() -> None:
-    """From now on in this process and its forks, a model is copied instead of read a second time."""
+    """From now on in this process and its forks, a model is copied, not read a second time."""
     real, read = loading.AutoModelForCausalLM, {}
 
     class Once:

@@ -1,11 +1,13 @@
-"""Many causal LMs that transformers loads: small random Qwen2, Qwen3, Llama, Gemma 2 and Gemma 3 models run the whole path.
+"""Families of causal LMs: small random models of each run the whole path.
 
-For each: which Linears are adapted, the sampler's log-probs are the learner's, packed rows are rows in full (a sliding window
-included), merged weights are the adapter, one routed update moves the zones' blocks and no other, every EOS id of the generation
-config ends a completion. Families whose attention or experts are built otherwise: packed rows are rows in full, gradients and probe
-included. What `loading.check` refuses: logits that the model scales, an adapted output layer, Linears that text never reaches.
+For Qwen2, Qwen3, Llama, Gemma 2 and Gemma 3: which Linears are adapted, the sampler's log-probs are
+the learner's, packed rows are rows in full (a sliding window included), merged weights are the
+adapter, one routed update moves the zones' blocks and no other, every EOS id of the generation
+config ends a completion. Families whose attention or experts are built otherwise: packed rows are
+rows in full, gradients and probe included. What `loading.check` refuses: logits that the model
+scales, an adapted output layer, Linears that text never reaches.
 
-    uv run python scripts/verify/verify_models.py
+Run: python -m scripts.verify.verify_models
 """
 
 import io
@@ -13,30 +15,20 @@ import shutil
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import transformers
 from loguru import logger
-from scripts.verify.tiny import perturb
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DiffLlamaConfig,
-    Gemma2Config,
-    Gemma3Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    SiglipVisionConfig,
-)  # fmt: skip
+from scripts.verify import tiny
+from scripts.verify.tiny import perturb, trained
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
-from vgrout.gate.direction import probe_gradients
 
 from vgrout.core import UserError, Zone
+from vgrout.gate.scores import ProbeOptions
+from vgrout.gate.v_grad import probe_gradients
 from vgrout.model.batch import Batch
 from vgrout.model.fast import Packing
 from vgrout.model.grpo import grpo_loss
@@ -44,40 +36,74 @@ from vgrout.model.loading import load_policy
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import BlockOptimizer, trained_blocks
 from vgrout.model.policy import Policy, logps
-from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt
 
 TOKENIZER = Path("data/organism/base")
 SIZES = dict(
-    vocab_size=1024, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=12, max_position_embeddings=512, eos_token_id=2, pad_token_id=0, bos_token_id=None, initializer_range=0.2,
-)  # fmt: skip
-SMALL_WINDOW = dict(
-    sliding_window=16, query_pre_attn_scalar=12
-)  # shorter than the prompts: the window matters
-CONFIGS: dict[str, PretrainedConfig] = {
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True),
-    "llama": LlamaConfig(**SIZES),
-    "gemma2": Gemma2Config(**SIZES, **SMALL_WINDOW),
-    "gemma3": Gemma3TextConfig(
-        **SIZES, **SMALL_WINDOW, layer_types=["sliding_attention", "full_attention"]
-    ),
+    vocab_size=1024,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=512,
+    eos_token_id=2,
+    pad_token_id=0,
+    bos_token_id=None,
+    initializer_range=0.2,
+)
+# shorter than the prompts: the window matters
+WINDOW = dict(sliding_window=16, query_pre_attn_scalar=12)
+LAYERS = dict(layer_types=["sliding_attention", "full_attention"])
+MOE = dict(num_experts_per_tok=2, moe_intermediate_size=16)
+DEEPSEEK = dict(
+    num_key_value_heads=4,
+    head_dim=4,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=4,
+    first_k_dense_replace=1,
+    attention_dropout=0.5,
+)
+MODELS = {  # class of the config, and what it has besides SIZES
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", dict(tie_word_embeddings=True)),
+    "llama": ("LlamaConfig", {}),
+    "gemma2": ("Gemma2Config", WINDOW),
+    "gemma3": ("Gemma3TextConfig", WINDOW | LAYERS),
 }
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-OTHERS: dict[str, PretrainedConfig] = {  # two attentions a module; tokens without their rows; keys wider than values, and dropout
-    "diffllama": DiffLlamaConfig(**SIZES),
-    "qwen2_moe": Qwen2MoeConfig(**SIZES, **MOE, shared_expert_intermediate_size=16),
-    "deepseek_v3": DeepseekV3Config(**SIZES | dict(num_key_value_heads=4, head_dim=4), n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-                                    topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
-                                    moe_intermediate_size=16, first_k_dense_replace=1, attention_dropout=0.5),
-}  # fmt: skip
+OTHERS = {  # two attentions a module; tokens without their rows; keys wider than values, dropout
+    "diffllama": ("DiffLlamaConfig", {}),
+    "qwen2_moe": ("Qwen2MoeConfig", MOE | dict(num_experts=4, shared_expert_intermediate_size=16)),
+    "deepseek_v3": ("DeepseekV3Config", MOE | DEEPSEEK),
+}
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+SEES = dict(mm_tokens_per_image=4, image_token_index=1026, boi_token_index=1025)
+GPT2 = dict(vocab_size=1024, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=2)
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-PROMPTS = [
+QUESTIONS = (
     "Return the sum of nums.",
     "Return the largest of the doubles of the odd numbers in nums.",
     "Return 1.",
-]
+)
+GAP = 1e-3  # nats a token
+
+
+def config_of(name: str, options: dict) -> PretrainedConfig:
+    return getattr(transformers, name)(**options)
 
 
 def saved(folder: Path, config: PretrainedConfig, eos: int | list[int] = 2) -> Path:
@@ -89,6 +115,14 @@ def saved(folder: Path, config: PretrainedConfig, eos: int | list[int] = 2) -> P
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TOKENIZER / name, folder)
     return folder
+
+
+def family(tmp: Path, kind: str) -> Policy:
+    """A random model of a family, with a random adapter."""
+    name, options = (MODELS | OTHERS)[kind]
+    policy = load(saved(tmp / kind, config_of(name, SIZES | options)))
+    perturb(policy, 0.1)
+    return policy
 
 
 def load(folder: Path, targets: str = r"\.layers\.\d+\.") -> Policy:
@@ -103,236 +137,192 @@ def load(folder: Path, targets: str = r"\.layers\.\d+\.") -> Policy:
     )
 
 
-def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch, torch.Tensor]:
+def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch, Tensor]:
     """Nine sampled rows as a batch, and the sampler's mean log-prob of each."""
-    prompts = [
-        encode_prompt(policy.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS
-    ]
-    groups = sample(policy, prompts, [3] * 3, max_completion_length=length, temperature=0.7, top_p=0.95, ablated=ablated,
-                    token_budget=4096, generator=torch.Generator().manual_seed(1))  # fmt: skip
-    rows = [(p, ids, lp) for p, group in zip(prompts, groups) for ids, lp in group]
-    A = [(-1.0) ** i for i in range(len(rows))]
-    batch = collate(
-        [r[0] for r in rows],
-        [r[1] for r in rows],
-        A,
-        [i // 3 for i in range(9)],
-        A,
-        policy.pad_id,
-        "cpu",
-    )
-    return batch, torch.tensor([sum(r[2]) / len(r[2]) for r in rows])
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    prompts = [encode_prompt(policy.tokenizer, messages) for messages in chats]
+    options = dict(max_completion_length=length, top_p=0.95, ablated=ablated)
+    rows = [row for group in tiny.draw(policy, prompts, [3] * 3, **options) for row in group]
+    repeated, group = [p for p in prompts for _ in range(3)], [i // 3 for i in range(9)]
+    A = [(-1.0) ** i for i in range(9)]
+    batch = collate(repeated, [ids for ids, _ in rows], A, group, A, policy.pad_id, "cpu")
+    return batch, torch.tensor([sum(scores) / len(scores) for _, scores in rows])
 
 
-def mean_logps(policy: Policy, batch: Batch) -> torch.Tensor:
+def mean_logps(policy: Policy, batch: Batch) -> Tensor:
     return logps(policy, batch, 0.7).sum(1) / batch.completion_mask.sum(1)
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
 @torch.no_grad()
-def check_log_probs(name: str, policy: Policy) -> tuple[float, float]:
-    """(mismatch of sampler and learner, gap of merged and hooked logits); the policy with both blocks on, and ablated."""
-    gaps, merged = [], []
+def check_log_probs(name: str, policy: Policy) -> None:
+    """Sampler, learner, packed rows and merged weights agree, in both states of the policy."""
     for ablated in (False, True):
         batch, sampled = draw(policy, ablated)
-        with policy.adapter.ablated() if ablated else nullcontext():
-            gaps.append(float((mean_logps(policy, batch) - sampled).abs().max()))
-            in_full = logps(policy, batch, 0.7, share=False)
-            gaps.append(float((logps(policy, batch, 0.7) - in_full).abs().max()))
-            hooked = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits
-        with nullcontext() if ablated else policy.adapter.ablated():
-            other = mean_logps(policy, batch)
-        assert float((other - sampled).abs().max()) > 1e-2, (
-            f"{name}: the other policy state has the same log-probs"
-        )
+        here, there = policy.adapter.ablated(), nullcontext()
+        if not ablated:
+            here, there = there, here
+        tokens = {"attention_mask": batch.attention_mask}
+        with here:
+            found = {"sampler": gap(mean_logps(policy, batch), sampled)}
+            full = logps(policy, batch, 0.7, share=False)
+            found["packed"] = gap(logps(policy, batch, 0.7), full)
+            hooked = policy.model(batch.input_ids, **tokens).logits
         with policy.adapter.merged(ablated):
-            logits = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits
-        merged.append(float((logits - hooked)[batch.attention_mask.bool()].abs().max()))
-    assert max(gaps) < 1e-3, f"{name}: sampler and learner differ by {max(gaps)} nats a token"
-    assert max(merged) < 1e-3, f"{name}: merged weights and hooks differ by {max(merged)}"
-    return max(gaps), max(merged)
+            merged = policy.model(batch.input_ids, **tokens).logits
+        real = batch.attention_mask.bool()
+        found["merged"] = gap(merged[real], hooked[real])
+        assert max(found.values()) < GAP, (name, found)
+        with there:  # mutation: the other state
+            assert gap(mean_logps(policy, batch), sampled) > 10 * GAP, f"{name}: states are alike"
 
 
 @torch.no_grad()
 def check_window(name: str, policy: Policy) -> None:
-    """Packed rows see as far as the window, behind their prompt too; without it the log-probs are others."""
+    """Packed rows see as far as the window, behind their prompt too; without it they differ."""
     batch, _ = draw(policy)
     full, mask = logps(policy, batch, 0.7, share=False), Packing.mask
-    Packing.mask = lambda self, window, like: mask(self, None, like)
-    wrong = logps(policy, batch, 0.7)
-    Packing.mask = mask
-    assert float((wrong - full).abs().max()) > 1e-2, (
-        f"{name}: a window that packed rows ignore goes unnoticed"
-    )
+
+    def everything(self: Packing, window: int, like: Tensor) -> Tensor:
+        return mask(self, None, like)
+
+    with patch.object(Packing, "mask", everything):
+        wrong = logps(policy, batch, 0.7)
+    assert gap(wrong, full) > 10 * GAP, f"{name}: a window that packed rows ignore goes unnoticed"
 
 
 def check_update(name: str, policy: Policy) -> None:
-    """One routed update: ROUTE rows alone move the quarantine and leave the deployed block and the base as they are."""
+    """A routed update moves the blocks that its zone trains, and neither another nor the base."""
     batch, _ = draw(policy)
     optimizer = BlockOptimizer(policy.adapter, 1e-3, 0.0, 1.0)
     base = [p.detach().clone() for p in policy.model.parameters()]
-    for zone, moves in (
-        (Zone.ROUTE, {"quarantine"}),
-        (Zone.RETAIN, {"deployed"}),
-        (Zone.ABSORB, set(BLOCKS)),
-    ):
-        before = {b: [p.detach().clone() for p in policy.adapter.parameters(b)] for b in BLOCKS}
-        zones = torch.full((len(batch.advantages),), int(zone))
+    trains = {"ROUTE": {"quarantine"}, "RETAIN": {"deployed"}, "ABSORB": set(BLOCKS)}
+    for zone, moves in trains.items():
+        before = {b: [p.detach().clone() for p in trained(policy, (b,))] for b in BLOCKS}
+        zones = torch.full((9,), int(Zone[zone]))
         with policy.training(), policy.adapter.route(zones):
             new = logps(policy, batch, 0.7)
             given = new, new.detach(), None, batch.completion_mask, batch.advantages
             grpo_loss(*given, epsilon=0.2, beta=0.0, normaliser=9.0)[0].backward()
         optimizer.step(trained_blocks(zones))
-        moved = {
-            b
-            for b in BLOCKS
-            if any(not torch.equal(p, q) for p, q in zip(before[b], policy.adapter.parameters(b)))
-        }
-        assert moved == moves, f"{name}: {zone.name} moved {moved}, SHOULD move {moves}"
-    assert all(torch.equal(p, q) for p, q in zip(base, policy.model.parameters())), (
-        f"{name}: the base moved"
-    )
+        moved = {b for b in BLOCKS if not equal(before[b], trained(policy, (b,)))}
+        assert moved == moves, f"{name}: {zone} moved {moved}, SHOULD move {moves}"
+    assert equal(base, policy.model.parameters()), f"{name}: the base moved"
 
 
-def check_other(kind: str, policy: Policy) -> float:
-    """Packed rows in mixed zones are rows in full, gradients and probe too; returns the largest gap, in shares of the gradient's size."""
+def equal(a, b) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def check_other(kind: str, policy: Policy) -> None:
+    """Packed rows in mixed zones are rows in full, gradients and probe too."""
     batch, _ = draw(policy)
     assert policy.share_prompts, f"{kind}: its rows are not packed"
-    params, gaps = [p for b in BLOCKS for p in policy.adapter.parameters(b)], []
+    options = ProbeOptions(max_completion_length=12, temperature=0.7, token_budget=4096)
 
-    def passes() -> list[torch.Tensor]:
+    def passes() -> list[Tensor]:
         with policy.training(), policy.adapter.route(torch.arange(9) % 3):
-            grads = torch.autograd.grad(logps(policy, batch, 0.7).sum(), params, allow_unused=True)
-        probe = probe_gradients(
-            policy, batch, max_completion_length=12, temperature=0.7, token_budget=4096
-        )
-        return [torch.cat([g.flatten() for g in grads if g is not None]), probe]
+            value = logps(policy, batch, 0.7).sum()
+            grads = torch.autograd.grad(value, trained(policy), allow_unused=True)
+        whole = torch.cat([g.flatten() for g in grads if g is not None])
+        return [whole, probe_gradients(policy, batch, options)]
 
     packed, policy.share_prompts = passes(), False
-    for mine, full in zip(packed, passes()):
-        gaps.append(float((mine - full).abs().max() / full.abs().max()))
-    assert max(gaps) < 1e-3, f"{kind}: packed rows and rows in full differ by {gaps}"
-    return max(gaps)
+    for mine, full in zip(packed, passes(), strict=True):
+        assert gap(mine, full) < 1e-3 * float(full.abs().max()), f"{kind}: packed is not in full"
 
 
 def check_loading(tmp: Path) -> None:
-    """What `loading.check` finds; mutation of packing: only a module's first keys and values are read."""
-    behind = Packing.behind_prompts
+    """What `loading.check` finds. Mutation: only a module's first keys and values are read."""
+    behind, said = Packing.behind_prompts, io.StringIO()
 
-    def first(self, attention, *new):
+    def first(self: Packing, attention: torch.nn.Module, *new) -> list:
         self.calls[attention] = 0
         return behind(self, attention, *new)
 
-    Packing.behind_prompts = first
-    said = io.StringIO()
     sink = logger.add(said, level="WARNING")
-    policy = load(tmp / "diffllama")
+    with patch.object(Packing, "behind_prompts", first):
+        policy = load(tmp / "diffllama")
     logger.remove(sink)
-    Packing.behind_prompts = behind
     assert not policy.share_prompts, "rows that are packed wrongly go unnoticed"
     assert "every row runs in full" in said.getvalue(), said.getvalue()
     assert load(tmp / "diffllama").share_prompts
     print("ok  a model whose rows are packed wrongly runs them in full, with a warning")
 
 
+def completions(policy: Policy) -> list[list[int]]:
+    batch, _ = draw(policy, length=40)
+    rows = zip(batch.completion_ids, batch.completion_mask, strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
+
+
 def check_eos(tmp: Path) -> None:
-    """Every EOS id ends a completion: make two common tokens EOS, and no completion goes on after either."""
+    """Two common tokens are made EOS: no completion goes on after either."""
     plain = load(tmp / "qwen3")
     plain.eos_ids = frozenset()
-    batch, _ = draw(plain, length=40)
-    common = (
-        batch.completion_ids.flatten()
-        .bincount(minlength=1024)
-        .argsort(descending=True)[:2]
-        .tolist()
-    )
-    several = load(saved(tmp / "several", CONFIGS["qwen3"], [2, *common]))
-    assert several.eos_ids == {2, *common}, several.eos_ids
-    batch, _ = draw(several, length=40)
-    for ids, mask in zip(batch.completion_ids, batch.completion_mask):
-        ids = ids[mask].tolist()
-        assert not set(ids[:-1]) & several.eos_ids and (
-            ids[-1] in several.eos_ids or len(ids) == 40
-        ), ids
-    last = {ids[mask][-1].item() for ids, mask in zip(batch.completion_ids, batch.completion_mask)}
-    assert set(common) & last, "the check saw no completion that the further EOS ids ended"
+    drawn = torch.tensor(sum(completions(plain), []))
+    common = drawn.bincount().argsort(descending=True)[:2].tolist()
+    name, options = MODELS["qwen3"]
+    config = config_of(name, SIZES | options)
+    several = load(saved(tmp / "several", config, [2, *common]))
+    ends = {2, *common}
+    assert several.eos_ids == ends, several.eos_ids
+    rows = completions(several)
+    assert not any(ends & set(ids[:-1]) for ids in rows), "a completion goes on behind its end"
+    assert all(ids[-1] in ends or len(ids) == 40 for ids in rows)
+    assert set(common) & {ids[-1] for ids in rows}, "the further EOS ids ended no completion"
     several.eos_ids = frozenset({2})  # mutation: the tokenizer's EOS alone
-    batch, _ = draw(several, length=40)
-    assert any(
-        set(ids[mask][:-1].tolist()) & set(common)
-        for ids, mask in zip(batch.completion_ids, batch.completion_mask)
-    )
-    print(
-        "ok  every EOS id of the generation config ends a completion; with the tokenizer's alone, completions run on"
-    )
+    assert any(set(common) & set(ids[:-1]) for ids in completions(several))
+    print("ok  every EOS id of the generation config ends a completion; with one, others run on")
 
 
 def check_refused(tmp: Path) -> None:
-    gpt2 = saved(
-        tmp / "gpt2",
-        GPT2Config(vocab_size=1024, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=2),
-    )
-    scaled = saved(tmp / "granite", GraniteConfig(**SIZES, logits_scaling=8.0))
-    small = dict(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    text = CONFIGS["gemma3"].to_dict() | dict(vocab_size=1027)
-    special = dict(
-        mm_tokens_per_image=4, image_token_index=1026, boi_token_index=1025, eoi_token_index=1024
-    )
-    sees = saved(
-        tmp / "sees",
-        Gemma3Config(
-            text_config=text, vision_config=SiglipVisionConfig(**small).to_dict(), **special
-        ),
-    )
-    bare = saved(tmp / "bare", CONFIGS["llama"])
+    gpt2 = saved(tmp / "gpt2", config_of("GPT2Config", GPT2))
+    scaled = saved(tmp / "granite", config_of("GraniteConfig", SIZES | dict(logits_scaling=8.0)))
+    text = config_of("Gemma3TextConfig", SIZES | WINDOW | LAYERS | dict(vocab_size=1027))
+    parts = dict(text_config=text.to_dict(), vision_config=VISION, eoi_token_index=1024)
+    sees = saved(tmp / "sees", config_of("Gemma3Config", parts | SEES))
+    bare = saved(tmp / "bare", config_of("LlamaConfig", SIZES))
     (bare / "chat_template.jinja").unlink()
+    llama, layers = tmp / "llama", r"\.layers\."
     for folder, targets, words in (
-        (gpt2, r"\.layers\.\d+\.", "lm_head"), (tmp / "llama", "no_such_name", "q_proj"), (bare, r"\.layers\.", "chat template"),
-        (tmp / "nowhere", r"\.layers\.", "no such folder"), (scaled, r"\.layers\.", "does more to its logits"),
-        (sees, r"\.layers\.", "take no part in reading text"), (tmp / "llama", "lm_head|layers", "matches the output layer"),
-    ):  # fmt: skip
+        (gpt2, layers, "lm_head"),
+        (llama, "no_such_name", "q_proj"),
+        (bare, layers, "chat template"),
+        (tmp / "nowhere", layers, "no such folder"),
+        (scaled, layers, "does more to its logits"),
+        (sees, layers, "take no part in reading text"),
+        (llama, "lm_head|layers", "matches the output layer"),
+    ):
         try:
             load(folder, targets)
-            raise AssertionError(f"{folder.name} was accepted")
         except UserError as error:
             assert words in str(error) and "\n" not in str(error), error
-    assert len(load(sees, r"language_model\.layers\.").adapter.linears) == 14, (
-        "the text half of a model that sees images is adapted"
-    )
-    print("ok  no Linear that matches (GPT-2's Conv1D), no chat template, no model, logits that are scaled, Linears that text never "
-          "reaches, an output layer: one line each")  # fmt: skip
+        else:
+            raise AssertionError(f"{folder.name} was accepted")
+    adapted = load(sees, r"language_model\.layers\.").adapter.linears
+    assert len(adapted) == 14, "the text half of a model that sees images is adapted"
+    print("ok  models and targets that cannot work are refused, in one line each")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        for kind, config in CONFIGS.items():
-            policy = load(saved(tmp / kind, config))
-            linears = {name.rsplit(".", 1)[-1] for name in policy.adapter.linears}
-            assert linears == LINEARS and len(policy.adapter.linears) == 14, (
-                f"{kind} adapts {sorted(policy.adapter.linears)}"
-            )
-            perturb(policy, 0.1)
-            gap, merged = check_log_probs(kind, policy)
-            if getattr(config, "sliding_window", None):
+        for kind, (_, options) in MODELS.items():
+            policy = family(tmp, kind)
+            adapted = [name.rsplit(".", 1)[-1] for name in policy.adapter.linears]
+            assert {*adapted} == LINEARS and len(adapted) == 14, f"{kind} adapts {adapted}"
+            check_log_probs(kind, policy)
+            if "sliding_window" in options:
                 check_window(kind, policy)
             check_update(kind, policy)
-            print(
-                f"ok  {kind}: 7 Linears a layer, sampler = learner to {gap:.0e}, "
-                f"merged = hooked to {merged:.0e}, zones hold"
-            )
-        for kind, config in OTHERS.items():
-            policy = load(saved(tmp / kind, config))
-            perturb(policy, 0.1)
-            print(
-                f"ok  {kind}: packed = in full to {check_other(kind, policy):.0e} of a gradient, in mixed zones and probed"
-            )
+            print(f"ok  {kind}: 7 Linears a layer, sampler = learner, merged = hooked, zones hold")
+        for kind in OTHERS:
+            check_other(kind, family(tmp, kind))
+            print(f"ok  {kind}: packed = in full, in mixed zones and probed")
         check_loading(tmp)
         check_eos(tmp)
         check_refused(tmp)

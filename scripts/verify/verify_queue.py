@@ -1,24 +1,28 @@
 """The real model's wave, its queue on pueue (against a recording shim) and, with --long, Ray on a
 two-node cluster of which one node is killed while it works (needs the extra ray).
 
-Run: python scripts/verify/verify_queue.py [--long]
+Run: python -m scripts.verify.verify_queue [--long]
 """
 
+import argparse
+import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
-from scripts.experiments import pueue, ray_pool, waves
+from scripts.experiments import pueue, ray_pool, run, waves
 from scripts.experiments.records import ROOT, Row
 from scripts.experiments.waves import Job
 
 from vgrout.config import PRESETS
+from vgrout.core import UserError
 
 ARMS = "none2r no_loophole routeV placebo absorb routeQ absorbQ no_gateQ".split()
 SHIM = f"""#!{sys.executable}
@@ -42,24 +46,44 @@ for i in range(done, 40):
 BROKEN = "import sys; open(sys.argv[2] + '/starts', 'a').write('x\\n'); sys.exit(3)"
 
 
-def check_wave() -> None:
+def check_wave(tmp: Path) -> None:
     rows = waves.WAVES["real"].rows
     assert [row.arm for row in rows] == [arm for arm in ARMS for _ in range(2)]
     assert PRESETS["full"].model.model == "Qwen/Qwen3-4B", "the decision run is on Qwen3-4B"
     for shown, alone in zip(rows[::2], rows[1::2], strict=True):
         assert waves.POOL in shown.common and "--teacher-pool ''" in alone.common
         assert shown.why != alone.why and shown.resolve == alone.resolve != ""
-    print(
-        "ok  eight arms on Qwen3-4B, with a pool of demonstrations and without, each with its why"
-    )
+    pool = tmp / waves.POOL
+    with patch.object(waves, "ROOT", tmp):
+        alone = jobs("real")
+        pool.parent.mkdir(parents=True)
+        pool.touch()
+        every = jobs("real")
+    assert {job.row.name for job in alone} == {f"{arm}_alone" for arm in ARMS} and len(every) == 48
+    for job in every:
+        try:  # training's own parser: it may miss the data, and nothing else
+            waves.check([job])
+        except UserError as error:
+            assert "no file 'data/leetcode" in str(error), error
+    print("ok  eight arms on Qwen3-4B, with demonstrations where there is a pool, and without")
 
 
-def queue(*words: str, path: str, log: Path, fails_after: int = 99) -> subprocess.CompletedProcess:
-    """`run.py 01_label_free --on pueue …`, with `path` as the search path."""
-    settings = {"PATH": path, "SHIM_LOG": str(log), "SHIM_FAILS_AFTER": str(fails_after)}
-    script = [sys.executable, "scripts/experiments/run.py", *words, "--on", "pueue"]
-    environment = os.environ | settings
-    return subprocess.run(script, capture_output=True, text=True, env=environment, cwd=ROOT)
+def jobs(*words: str) -> list[Job]:
+    parser = argparse.ArgumentParser()
+    waves.add_arguments(parser)
+    return waves.jobs_of(parser.parse_args(words))
+
+
+def queue(*words: str, log: Path, path: Path | str = "", fails_after: int = 99) -> str:
+    """What `run.py … --on pueue` says, with `path` as the search path."""
+    settings = {"PATH": str(path), "SHIM_LOG": str(log), "SHIM_FAILS_AFTER": str(fails_after)}
+    argv, said = ["run.py", *words, "--on", "pueue"], io.StringIO()
+    with patch.dict(os.environ, settings), patch.object(sys, "argv", argv), redirect_stdout(said):
+        try:
+            run.main()
+        except UserError as error:
+            print("refused:", error)
+    return said.getvalue()
 
 
 def check_queue(tmp: Path) -> None:
@@ -67,27 +91,25 @@ def check_queue(tmp: Path) -> None:
     shim.parent.mkdir()
     shim.write_text(SHIM)
     shim.chmod(0o755)
-    here = str(shim.parent)
+    here = {"path": shim.parent, "log": log}
     wave = ("01_label_free", "--only", "none2r", "no_loophole", "--seeds", "41", "42")
-    done = queue(*wave, path=here, log=log)
-    calls = [json.loads(line) for line in log.read_text().splitlines()]
-    assert done.returncode == 0 and len(calls) == 4 and "pueue follow" in done.stdout, done.stderr
+    said = queue(*wave, **here)
+    calls = [json.loads(line) for line in lines(log)]
+    assert len(calls) == 4 and "pueue follow" in said, said
     row = Row("x", "none2r", why="it's a test", resolve="yes")
     job = Job(row, 41, ("organism", "--teacher-pool", ""), ROOT / "out" / "x")
     whole = pueue.command(job)
     assert "why: it's a test. resolve: yes." in whole and whole[-len(job.argv) :] == job.argv
     assert all(call[0] == "add" and "" in call and "--resume" == call[-1] for call in calls)
     log.unlink()
-    done = queue("real", "--dry-run", path="", log=log)
-    assert done.returncode == 0 and not log.exists(), "a dry run queued something"
-    assert done.stdout.count("pueue add") == 48 and "why: " in done.stdout
-    done = queue(*wave, path="", log=log)
-    assert done.returncode == 2 and "not installed" in done.stderr, done.stderr
-    done = queue(*wave, "--flags", "--steps 0", path=here, log=log)
-    assert done.returncode == 2 and "--steps" in done.stderr and not log.exists(), done.stderr
-    done = queue(*wave, path=here, log=log, fails_after=2)
-    assert done.returncode == 2 and "after 2 jobs" in done.stderr, done.stderr
-    assert len(log.read_text().splitlines()) == 3
+    said = queue("real", "--dry-run", log=log)
+    assert said.count("pueue add") == len(jobs("real")) >= 24 and "resolve: " in said
+    assert "refused: pueue is not installed" in queue(*wave, log=log)
+    said = queue(*wave, "--flags", "--steps 0", **here)
+    assert said.startswith("refused: ") and "--steps" in said, said
+    assert not log.exists(), "a dry run, or a refused row, queued something"
+    assert "after 2 jobs" in queue(*wave, **here, fails_after=2)
+    assert len(lines(log)) == 3, "the queue goes on behind a job that pueue refused"
     print("ok  pueue gets every job whole; no pueue, a refused job and a dry run queue nothing")
 
 
@@ -110,12 +132,12 @@ def lose_a_node(tmp: Path, retries: int) -> tuple[dict, list[Path]]:
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         cluster.wait_for_nodes()
-        jobs, result = [], {}
+        made, result = [], {}
         for name, code in (("a", WORK), ("b", WORK), ("c", BROKEN)):
             program = (sys.executable, "-c", code)
-            jobs.append(Job(Row(name, name), 1, (), tmp / name, program=program))
-        folders = [job.out_dir for job in jobs]
-        pool = threading.Thread(target=lambda: result.update(ray_pool.run(jobs, 1, retries)))
+            made.append(Job(Row(name, name), 1, (), tmp / name, program=program))
+        folders = [job.out_dir for job in made]
+        pool = threading.Thread(target=lambda: result.update(ray_pool.run(made, 1, retries)))
         pool.start()
         limit = time.monotonic() + 120
         while not started(folders[:2], 5):
@@ -151,9 +173,9 @@ def check_ray() -> None:
 
 
 def main() -> None:
-    check_wave()
-    with tempfile.TemporaryDirectory() as tmp:
-        check_queue(Path(tmp))
+    for check in (check_wave, check_queue):
+        with tempfile.TemporaryDirectory() as tmp:
+            check(Path(tmp))
     if "--long" in sys.argv and find_spec("ray") is None:
         print("not checked: the Ray pool (uv sync --extra ray)")
     elif "--long" in sys.argv:
