@@ -4,7 +4,7 @@ Student rates are running means over five steps; deployed rates are the evaluati
 markers (validation split on the way, test split at both ends). Unfinished runs are drawn as far as
 they got.
 
-Run: python scripts/view/dyn.py [RUN_DIR …] [--out DIR]     (default: every directory in out/runs;
+Run: python -m scripts.view.dyn [RUN_DIR …] [--out DIR]     (default: every directory in out/runs;
 DIR/dyn.png and DIR/dyn.csv)
 """
 
@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from scripts.view.output import OUT, add_runs, parser, run_folders
 from scripts.view.plot import colour_of, plt, save
 
-from vgrout.core import RunRecord
-from vgrout.core import run_main
+from vgrout.core import RunRecord, run_main
 from vgrout.run.records import load_metrics, load_record
 
 WINDOW = 5  # steps
@@ -33,14 +32,8 @@ PANELS = {
 }
 UNBOUNDED = ("kl", "completion_length")
 STYLES = ("-", "--", ":", "-.")
-COLUMNS = {
-    "run": pl.String,
-    "arm": pl.String,
-    "seed": pl.Int64,
-    "step": pl.Int64,
-    "key": pl.String,
-    "value": pl.Float64,
-}
+KINDS = (pl.String, pl.String, pl.Int64, pl.Int64, pl.String, pl.Float64)
+COLUMNS = dict(zip(("run", "arm", "seed", "step", "key", "value"), KINDS))
 
 
 def frame(name: str, record: RunRecord, rows: list[dict]) -> pl.DataFrame:
@@ -49,8 +42,8 @@ def frame(name: str, record: RunRecord, rows: list[dict]) -> pl.DataFrame:
     values = [(row["step"], key, row.get(key)) for row in rows for key in keys]
     for cell in record.evals:
         if (cell.markers, cell.state) == ("novel", "deployed"):
-            values.append((cell.step, "deployed_hack", cell.hack / cell.n))
-            values.append((cell.step, "deployed_solve", cell.solve / cell.n))
+            for which in ("hack", "solve"):
+                values.append((cell.step, EVALUATED + which, getattr(cell, which) / cell.n))
     head = (name, record.arm, record.seed)
     return pl.DataFrame([head + value for value in values], schema=COLUMNS, orient="row")
 
@@ -67,16 +60,10 @@ def draw(data: pl.DataFrame) -> Figure:
             values, marker = part["value"], "o"
             if not key.startswith(EVALUATED):
                 values, marker = values.rolling_mean(WINDOW, min_samples=1), None
-            axis.plot(
-                part["step"],
-                values,
-                color=colour_of(arms.index(arm)),
-                linestyle=STYLES[seeds.index(seed) % len(STYLES)],
-                marker=marker,
-                markersize=3,
-                alpha=0.85,
-                label=f"{arm}, seed {seed} ({run})",
-            )
+            style = STYLES[seeds.index(seed) % len(STYLES)]
+            look = {"linestyle": style, "marker": marker, "markersize": 3, "alpha": 0.85}
+            colour, label = colour_of(arms.index(arm)), f"{arm}, seed {seed} ({run})"
+            axis.plot(part["step"], values, color=colour, label=label, **look)
         axis.set(title=title, xlabel="optimiser step")
         if key not in UNBOUNDED:
             axis.set_ylim(-0.02, 1.02)

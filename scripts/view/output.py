@@ -26,12 +26,8 @@ def add_runs(command: argparse.ArgumentParser, out: Path, every: bool = False) -
     default = " (default: all of out/runs)" if every else ""
     many = "*" if every else "+"
     command.add_argument("runs", nargs=many, type=Path, help=f"run directories{default}")
-    command.add_argument(
-        "--out",
-        type=Path,
-        default=out,
-        help=f"default: {out.relative_to(ROOT)}",
-    )
+    where = f"default: {out.relative_to(ROOT)}"
+    command.add_argument("--out", type=Path, default=out, help=where)
 
 
 def run_folders(named: list[Path]) -> list[Path]:
@@ -64,13 +60,7 @@ def show(rows: list[dict], path: Path) -> None:
     plain = [{k: v for k, v in row.items() if k != "by_problem"} for row in rows]
     write_csv(plain, path)
     keys = list(dict.fromkeys(key for row in plain for key in row))
-    print(
-        table(
-            [[text(row.get(key)) for key in keys] for row in plain],
-            keys,
-        ),
-        flush=True,
-    )
+    print(table([[text(row.get(key)) for key in keys] for row in plain], keys), flush=True)
 
 
 def visible(raw: str) -> str:

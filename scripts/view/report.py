@@ -4,7 +4,7 @@ Curves, 2×2 tables with intervals, score histograms by ground-truth label with 
 completions to browse by step, mode, zone, outcome and score. The page loads nothing from outside
 and runs no run's code.
 
-Run: python scripts/view/report.py RUN_DIR … [--out FILE] [--rollouts N]     (default:
+Run: python -m scripts.view.report RUN_DIR … [--out FILE] [--rollouts N]     (default:
 out/figs/report.html, 3,000 completions a run)
 """
 
@@ -12,6 +12,7 @@ import html
 import json
 import shlex
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +21,17 @@ from scripts.view import dyn, plot
 from scripts.view.output import OUT, add_runs, parser, table
 from scripts.view.show import OUTCOMES, ZONES, outcome, zone_of
 
-from vgrout.core import RunRecord, UserError
-from vgrout.core import at_least, run_main
-from vgrout.run.advice import advice
+from vgrout.core import RunRecord, UserError, at_least, run_main
+from vgrout.run.health import CHECKS, History
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 from vgrout.run.runlog import last_cells, rate_with_interval
 
 TEMPLATE = Path(__file__).with_name("report.html")
 COLOURS = {"hack": "#c0392b", "solve": "#2d8a57", "neither": "#8a93a6"}
 SIGNS = {"A > 0": 1, "A < 0": -1}
-BROWSED = {  # key of the page's data → key of a stored rollout
-    "step": "step",
-    "problem": "problem_id",
-    "mode": "mode",
-    "marker": "marker",
-    "score": "score",
-    "advantage": "advantage",
-    "reward": "reward",
-    "verdict": "verdict",
-    "teacher": "teacher",
-    "ablated": "sampled_ablated",
-    "completion": "completion",
-}
+SAME = "step mode marker score advantage reward verdict teacher completion".split()
+BROWSED = {key: key for key in SAME}  # key of the page's data → key of a stored rollout
+BROWSED |= {"problem": "problem_id", "ablated": "sampled_ablated"}
 CURVES_NOTE = (
     "Student rates: running means over five steps. Deployed rates: held-out problems with novel "
     "markers."
@@ -104,6 +94,15 @@ def histogram(rows: list[dict], rollouts: list[dict]) -> str | None:
     return plot.svg(figure)
 
 
+def warnings(rows: list[dict], record: RunRecord) -> Iterator[str]:
+    """What is wrong with the run as it stands, and the remedy."""
+    history = History(rows, record.evals)
+    for check in CHECKS:
+        value = None if check.stops else check.breach(history)
+        if value is not None:
+            yield f"{check.what}: {value:.2f} {check.unit}; {check.remedy}"
+
+
 def facts(record: RunRecord) -> str:
     notes = record.notes
     monitor = f"NEEDED in training: {notes['monitor']}" if notes.get("monitor") else "none"
@@ -154,7 +153,7 @@ def section(name: str, record: RunRecord, rows: list[dict], rollouts: list[dict]
     scores = note(SCORES_NOTE) + picture if picture else "<p>No row of this run has a score.</p>"
     parts = [
         f"<h2>{html.escape(f'{name}: {record.arm}, seed {record.seed}')}</h2>",
-        *(note(line, "warn") for line in advice(rows, record.evals)),
+        *(note(line, "warn") for line in warnings(rows, record)),
         facts(record),
         f"<h3>Evaluation on held-out problems</h3>{evaluation(record)}",
         f"<h3>Zones by outcome</h3>{counts(rollouts)}",

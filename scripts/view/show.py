@@ -3,9 +3,9 @@
 Filters: step, mode, zone, outcome and score. Control characters of a completion are printed as
 visible escapes: a completion may hold codes that recolour, move or clear the terminal.
 
-Run: python scripts/view/show.py RUN_DIR [--step 3] [--mode sentinel] [--zone ROUTE]
+Run: python -m scripts.view.show RUN_DIR [--step 3] [--mode sentinel] [--zone ROUTE]
          [--outcome hack] [--above 0.1] [--limit 5]
-     python scripts/view/show.py RUN_DIR --evals deployed --outcome hack
+     python -m scripts.view.show RUN_DIR --evals deployed --outcome hack
 """
 
 import argparse
@@ -32,48 +32,37 @@ def zone_of(row: dict) -> str:
 
 def chosen(row: dict, options: argparse.Namespace) -> bool:
     """Whether a row passes every filter given; without a score it passes no score filter."""
-    wanted = {"step": options.step, "mode": options.mode, "zone": options.zone}
-    if any(value is not None and row.get(key) != value for key, value in wanted.items()):
+    found = {"outcome": outcome(row)} | {key: row.get(key) for key in ("step", "mode", "zone")}
+    if any(getattr(options, key) not in (None, value) for key, value in found.items()):
         return False
-    if options.outcome not in (None, outcome(row)) or options.students and row.get("teacher"):
-        return False
-    above, below, score = options.above, options.below, row.get("score")
-    if score is None:
-        return above is None and below is None
-    return (above is None or score >= above) and (below is None or score < below)
+    score = row.get("score")
+    nan = float("nan") if score is None else score  # no comparison with it holds
+    above = options.above is None or nan >= options.above
+    below = options.below is None or nan < options.below
+    return above and below and not (options.students and row.get("teacher"))
 
 
 def summary(rows: list[dict]) -> str:
     """A table of counts, outcome by zone."""
     counts = Counter((outcome(row), zone_of(row)) for row in rows)
-    last = ["evaluated"] if any("state" in row for row in rows) else []
-    zones = [*ZONES, "skipped", *last]
-    body = []
-    for name in OUTCOMES:
-        of_zone = [counts[name, zone] for zone in zones]
-        body.append([name, *of_zone, sum(of_zone)])
+    zones = [*ZONES, *sorted({zone_of(row) for row in rows} - {*ZONES})]
+    body = [[name, *(counts[name, zone] for zone in zones)] for name in OUTCOMES]
+    body = [[*line, sum(line[1:])] for line in body]
     return table(body, ["outcome", *zones, "all"])
 
 
 def described(row: dict) -> str:
     """A row's head line and its completion."""
     signed = {k: "–" if row.get(k) is None else f"{row[k]:+.3f}" for k in ("score", "advantage")}
-    parts = [
-        f"── step {row['step']}",
-        row["problem_id"],
-        f"mode {row['mode']} {row['marker']!r}",
-        f"zone {zone_of(row)}",
-        f"score {signed['score']}",
-        f"A {signed['advantage']}",
-        f"reward {row['reward']:.1f}",
-        outcome(row),
-        row["verdict"],
-    ]
-    parts += ["TEACHER"] if row.get("teacher") else []
-    parts += ["sampled ablated"] if row.get("sampled_ablated") else []
+    where = f"mode {row['mode']} {row['marker']!r}  zone {zone_of(row)}"
+    numbers = f"score {signed['score']}  A {signed['advantage']}  reward {row['reward']:.1f}"
+    parts = [f"── step {row['step']}", row["problem_id"], where, numbers, outcome(row)]
+    parts += [row["verdict"], "TEACHER" if row.get("teacher") else ""]
+    parts += ["sampled ablated" if row.get("sampled_ablated") else ""]
     if "state" in row:
         parts.append(f"evaluated {row['state']}, {row['split']}, {row['markers']}")
-    return visible(f"{'  '.join(parts)}\n{row['completion'].rstrip()}\n")
+    head = "  ".join(filter(None, parts))
+    return visible(f"{head}\n{row['completion'].rstrip()}\n")
 
 
 def arguments() -> argparse.Namespace:
