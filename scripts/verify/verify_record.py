@@ -5,7 +5,7 @@ own draws) and compare the counts, to the last completion. Equal on the machine 
 made the run; another may round differently. Without: train a tiny run, verify it, and see that a
 changed count, a changed adapter and another data file are noticed.
 
-Run: python scripts/verify/verify_record.py [RUN …]
+Run: python -m scripts.verify.verify_record [RUN …]
 """
 
 import contextlib
@@ -22,14 +22,15 @@ import torch
 from scripts.experiments.reopen import reopen
 from scripts.verify.stored import captured, refused, trained
 
-from vgrout import train
+from vgrout.arms import defaults, deployed_state
 from vgrout.cli import parse
-from vgrout.config import PRESETS, Config
-from vgrout.core import EvalResult, UserError
-from vgrout.core import run_main
+from vgrout.config import PRESETS
+from vgrout.core import EvalResult, UserError, run_main
+from vgrout.experiment import sampling_of
 from vgrout.files import pack
 from vgrout.grader import Grader
-from vgrout.run.records import load_adapter, load_record
+from vgrout.run.evaluate import Evaluations
+from vgrout.run.records import Run, load_adapter, load_record
 from vgrout.run.repeat import argv_of, config_of
 from vgrout.run.runlog import last_cells
 
@@ -37,7 +38,7 @@ TINY = """--steps 2 --num-prompts 2 --num-generations 4 --max-completion-length 
 --final-draws 16 --save-every 0 --eval-every 0 --lr-schedule constant_with_warmup --warmup-steps 0
 --learning-rate 1e-4 --intervention none2r"""
 FLAGS = """--modes run_tests sentinel --teacher-modes sentinel --pair-modes run_tests --beta 0
---learning-rate 1e-5 --signed --no-gradient-checkpointing --act-layer 2 --targets q_proj|v_proj
+--learning-rate 1e-5 --signed --no-gradient-checkpointing --targets q_proj|v_proj
 --routeV-random-v-seed 3 --out-dir somewhere --teacher-until 3""".split()
 ORACLE = "--intervention oracle --oracle-modes run_tests --teacher-pool=".split()
 
@@ -45,19 +46,17 @@ ORACLE = "--intervention oracle --oracle-modes run_tests --teacher-pool=".split(
 def again(run: Path) -> Iterator[tuple[EvalResult, EvalResult]]:
     """(recorded, evaluated now) for the base and every cell of the last evaluation."""
     stored = reopen(run)
-    config, arm = stored.config, stored.arm
+    config, deployed = stored.config, deployed_state(stored.config)
+    unrecorded = mock.MagicMock(spec=Run, record=replace(stored.record, evals=[]))
     with Grader(config.run.workers) as grader:
-        unrecorded = mock.Mock(record=replace(stored.record, evals=[]))
-        assess = train.Assess(
-            unrecorded, stored.policy, stored.splits, grader, stored.sampling, arm, config
-        )
+        of = grader, sampling_of(config), config.run, deployed
+        evaluations = Evaluations(unrecorded, stored.policy, stored.splits, *of)
         for cell in last_cells(stored.record):
             stored.load(stored.base if cell.step == 0 else None)
-            deployed = cell.state == "deployed" and arm.deployed == "ablated"
-            base = cell.step == 0 and not config.model.init_from  # as `Assess.base`
-            ablated = cell.state == "ablated" or deployed or base
+            ablated = {"ablated": True, "as_trained": False}.get(cell.state, stored.ablates)
+            ablated |= cell.step == 0 and not config.model.init_from  # as `Evaluations.base`
             where = cell.split, cell.markers, cell.state, ablated, cell.step
-            yield cell, assess.cell(*where, config.run.final_draws)
+            yield cell, evaluations.cell(*where, config.run.final_draws)
 
 
 def verify(run: Path) -> bool:
@@ -70,7 +69,7 @@ def verify(run: Path) -> bool:
         said += f"hack {then.hack} solve {then.solve} of {then.n}"
         said += "" if same else f", now {now.hack} {now.solve} of {now.n}"
         print(f"{'ok    ' if same else 'DIFFERS'} {said}")
-    command = argv_of(record.preset, config_of(record.config))
+    command = argv_of(record.preset, config_of(record.preset, record.config))
     print("command: python -m vgrout.train", shlex.join(command))
     return equal
 
@@ -105,17 +104,18 @@ def check_commands() -> None:
         for given in ([], FLAGS, ORACLE):
             with contextlib.suppress(UserError):  # a preset whose data or model is not here
                 config = parse([preset, *given])[1]
-                stored = json.loads(json.dumps(asdict(config)))
-                assert config_of(stored) == config, preset
-                assert stored["model"].pop("score_dtype") == "auto"
-                assert config_of(stored).model.score_dtype == "float32", "of an older record"
+                assert config_of(preset, json.loads(json.dumps(asdict(config)))) == config, preset
                 assert parse(argv_of(preset, config))[1] == config, argv_of(preset, config)
     config = parse(["smoke", *FLAGS])[1]
-    assert config != Config() and len(argv_of("smoke", config)) > 20
-    assert argv_of("smoke", PRESETS["smoke"]) == ["smoke"]
-    stored = asdict(config)
-    stored["grpo"]["zap"] = stored["grpo"].pop("beta")
-    refused("grpo.beta", config_of, stored)
+    assert len(argv_of("smoke", config)) > 20
+    assert argv_of("smoke", defaults("smoke", "routeV")) == ["smoke"]
+    older = asdict(config)
+    older["score"]["llr_form"] = "ratio"
+    assert config_of("smoke", older) == config
+    for name, value in (("zap", 1), ("llr_form", "one_sided")):
+        older["score"][name] = value
+        refused(name, config_of, "smoke", older)
+        del older["score"][name]
     print("ok  a record's config gives the same config and command; another version's is refused")
 
 
