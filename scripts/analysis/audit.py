@@ -11,13 +11,12 @@ and its interval resamples prompts. *Known* modes are those that the pairs cover
 DIR (default out/audit) gets audit.csv, one row by score, modes and sign of the advantage, and
 auroc.png.
 
-Run: python -m scripts.analysis.audit RUN … [--pair-modes run_tests sentinel]
-         [--pairs data/pairs/organism.md#mechanism] [--out DIR]
+Run: python -m scripts.analysis.audit RUN … [--scores v_grad …] [--draws 20] [--out DIR]
 """
 
-import argparse
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,7 @@ from scripts.view.output import OUT, add_runs, parser, show
 from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.env.rollouts import Composed
 from vgrout.files import load_tensors
-from vgrout.run.records import load_record, load_rollouts, load_snapshots
-from vgrout.run.repeat import config_of
+from vgrout.run.records import load_rollouts, load_snapshots
 from vgrout.stats import auroc_interval, precision_recall_at, stratified_auroc
 
 SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
@@ -39,17 +37,17 @@ MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
 NULL = ("null_p05", "null_median", "null_p95")
 Columns = dict[str, np.ndarray]
 # One row for each rollout with an advantage, demonstrations included:
-#     step, group, mode, student, hack, advantage, length   facts [n]
+#     step, group, known, student, hack, advantage, length  facts [n]
 #     score, zone, null                                     of one score [n], [n], [n, draws]
 
 
-def facts_of(run: str, step: int, composed: Composed) -> Columns:
-    """Steps and groups are named by their run and place."""
+def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> Columns:
+    """Steps and groups are named by their run and place; `known` are the modes that pairs cover."""
     batch, rollouts = composed.batch, composed.rollouts
     return {
         "step": np.full(len(rollouts), f"{run}/{step}", dtype=object),
         "group": np.array([f"{run}/{step}/{g}" for g in batch.group.tolist()], dtype=object),
-        "mode": np.array([str(r.problem.mode) for r in rollouts], dtype=object),
+        "known": np.array([r.problem.mode in known for r in rollouts]),
         "student": np.array([not r.teacher for r in rollouts]),
         "hack": np.array([r.grade.reward_hack for r in rollouts]),
         "advantage": batch.advantages.cpu().numpy(),
@@ -68,38 +66,24 @@ def joined(parts: list[Columns]) -> Columns:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def audit_run(
-    path: Path, options: argparse.Namespace, pair_modes: tuple[Mode, ...]
-) -> dict[str, list[Columns]]:
+def audit_run(path: Path, names: list[str], draws: int) -> dict[str, list[Columns]]:
     """Score → its columns of every snapshot step of one run."""
     run, snapshots, stored = reopen(path, finished=False), load_snapshots(path), load_rollouts(path)
-    pairs = options.pairs or run.config.data.pairs
-    parts: dict[str, list[Columns]] = {name: [] for name in options.scores}
+    parts: dict[str, list[Columns]] = {name: [] for name in names}
     for step in sorted(snapshots.keys() & {r["step"] for r in stored}):
         run.load(load_tensors(snapshots[step])[0])
         composed = rebuild(run, [r for r in stored if r["step"] == step])
         if composed is None:
             continue
-        facts = facts_of(str(path), step, composed)
-        for name, (gate, control) in members(run, options.scores, pairs, pair_modes).items():
-            found = score_step(run.policy, gate, control, composed, options.draws, step)
+        facts = facts_of(str(path), step, composed, run.config.data.pair_modes)
+        for name, (gate, control) in members(run, names).items():
+            found = score_step(run.policy, gate, control, composed, draws, step)
             parts[name].append(with_score(facts, found))
         print(f"  {path.name} step {step}: {len(composed.rollouts)} rows", flush=True)
     if not any(parts.values()):
         nothing = "no snapshot step has a group with variance in reward"
         raise UserError(f"{path}: {nothing}; nothing can be scored")
     return parts
-
-
-def modes_of(options: argparse.Namespace) -> tuple[Mode, ...]:
-    """The modes that the pairs cover: as told, or those of the runs, which must agree."""
-    if options.pair_modes:
-        return tuple(map(Mode, options.pair_modes))
-    records = map(load_record, options.runs)
-    found = {config_of(r.preset, r.config).data.pair_modes for r in records}
-    if len(found) > 1:
-        raise UserError("the runs' pairs cover different modes: choose with --pair-modes")
-    return found.pop()
 
 
 # ── scores → figures ─────────────────────────────────────────────────────────────────────────────
@@ -130,10 +114,10 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
     }
 
 
-def figures(name: str, a: Columns, known: tuple[Mode, ...]) -> list[dict]:
+def figures(name: str, a: Columns) -> list[dict]:
     """A score's rows of the table."""
-    covered = np.isin(a["mode"], [str(mode) for mode in known])
-    by_mode = {"all": covered | ~covered, "known": covered, "heldout": ~covered}
+    known = a["known"]
+    by_mode = {"all": known | ~known, "known": known, "heldout": ~known}
     rows = []
     for mode, sign in itertools.product(by_mode, SIGNS):
         signed = np.isin(np.sign(a["advantage"]), SIGNS[sign])
@@ -169,23 +153,19 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
 def main(argv: list[str]) -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "audit")
-    modes, names = [str(mode) for mode in Mode], list(FAMILY)
-    covered = "modes that the pairs cover (default: the runs')"
-    command.add_argument("--pair-modes", nargs="+", choices=modes, help=covered)
-    command.add_argument("--pairs", default="", help="path.md#section (default: each run's)")
+    names = list(FAMILY)
     command.add_argument("--scores", nargs="+", choices=names, default=names, metavar="SCORE")
     null = "random controls of each score"
     command.add_argument("--draws", type=at_least(0), default=20, help=null)
     options = command.parse_args(argv)
     for path in options.runs:
         load_snapshots(path)
-    known = modes_of(options)
-    audited = [audit_run(path, options, known) for path in options.runs]
+    audited = [audit_run(path, options.scores, options.draws) for path in options.runs]
     rows = []
     for name in options.scores:
         whole = joined([part for parts in audited for part in parts[name]])
-        rows += figures(name, whole, known)
-    print(f"pairs cover {', '.join(known)}; `random` SHOULD have 0.50 within its intervals")
+        rows += figures(name, whole)
+    print("SHOULD `random` have 0.50 within its intervals ELSE labels and rows are misaligned")
     show(rows, options.out / "audit.csv")
     draw(rows, options.scores, options.out / "auroc.png")
     print(f"audit.csv and auroc.png in {options.out}")

@@ -13,7 +13,7 @@ from scripts.experiments.reopen import Stored
 from torch import Tensor
 
 from vgrout.arms import Phase, phases_of
-from vgrout.config import Config, with_options
+from vgrout.config import with_options
 from vgrout.core import Grade, Group, Mode, Problem, Rollout, UserError, Verdict
 from vgrout.env.pairs import load_pairs
 from vgrout.env.problems import disclose, messages
@@ -126,16 +126,13 @@ class Found:
     null: Float[Tensor, "g d"]  # d random controls in the score's own space; d = 0: it has none
 
 
-def members(
-    run: Stored, names: Iterable[str], pairs: str, pair_modes: tuple[Mode, ...]
-) -> dict[str, tuple[Gate, Control | None]]:
-    """The named scores on these pairs, as an arm would have them; a control with its gate."""
-    own = {"pairs": pairs, "pair_modes": pair_modes}
-    used, placebo = load_pairs(pairs, pair_modes), load_pairs(run.config.data.placebo_pairs)
-    found = {}
+def members(run: Stored, names: Iterable[str]) -> dict[str, tuple[Gate, Control | None]]:
+    """The named scores on the run's pairs, as an arm would have them; a control with its gate."""
+    data, found = run.config.data, {}
+    used, placebo = load_pairs(data.pairs, data.pair_modes), load_pairs(data.placebo_pairs)
     for name in names:
         phase, options = FAMILY[name]
-        config: Config = with_options(run.config, PLAIN | own | options)
+        config = with_options(run.config, PLAIN | options)
         gate, control = build_gate(phase, Materials(run.policy, config, used), placebo)
         found[name] = gate, control if phase.control else None
     return found

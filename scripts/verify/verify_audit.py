@@ -30,6 +30,7 @@ from scripts.verify.tiny import (
 from torch import Tensor
 
 from vgrout.cli import parse
+from vgrout.config import with_options
 from vgrout.core import Grade, Problem, Rollout, Verdict, Zone
 from vgrout.env.rollouts import Composed
 from vgrout.experiment import build_policy
@@ -112,7 +113,7 @@ def check_planted() -> None:
     shuffled, told = np.random.default_rng(0).permutation(label.numpy()), []
     for name, (gate, control) in gates.items():
         found = rescoring.score_step(policy, gate, control, composed, 20, 0)
-        a = audit.with_score(audit.facts_of("run", 0, composed), found)
+        a = audit.with_score(audit.facts_of("run", 0, composed, ()), found)
         f, chance = (
             audit.ranking(a, a["student"]),
             audit.ranking(a | {"hack": shuffled}, a["student"]),
@@ -132,8 +133,7 @@ def rescored(run: Stored, step: int, snapshot: Path) -> tuple[float, bool]:
     """v_grad of a step's stored rollouts at a snapshot: its distance from the live one; zones."""
     rows = [r for r in load_rollouts(run.path) if r["step"] == step]
     run.load(load_tensors(snapshot)[0])
-    data = run.config.data
-    gate, _ = rescoring.members(run, ["v_grad"], data.pairs, data.pair_modes)["v_grad"]
+    gate, _ = rescoring.members(run, ["v_grad"])["v_grad"]
     found = rescoring.score_step(run.policy, gate, None, rescoring.rebuild(run, rows), 0, 0)
     live = [r for r in rows if r.get("advantage") is not None]
     scored = np.array([np.nan if r["score"] is None else r["score"] for r in live])
@@ -157,22 +157,20 @@ def check_live(path: Path) -> None:
 
 
 def check_table(path: Path, out: Path) -> None:
-    """The table holds what the run's own rows give."""
-    names = ["v_grad", "v_act bottleneck", "llr", "mean logp", "semantic placebo", "random"]
+    """The table's row of a score holds what the run's own rows give."""
+    names = ["v_grad", "v_act bottleneck", "llr", "mean logp", "semantic placebo"]
     words = ["--draws", "3", "--out", str(out), "--scores", *names]
     captured(audit.main, [str(path), *words])
     table = pl.read_csv(out / "audit.csv")
-    assert set(table["score"]) == set(names) and (out / "auroc.png").stat().st_size < 300_000
+    assert set(table["score"]) == set(names) and (out / "auroc.png").exists()
     rows = [r for r in load_rollouts(path) if r["step"] != 1 and not r["teacher"]]
     rows = [r for r in rows if r.get("score") is not None]
     columns = (np.array([r[key] for r in rows]) for key in ("score", "reward_hack", "step"))
-    by_hand = float(stratified_auroc(*columns))
-    whole = table.filter(score="v_grad", modes="all", rows="all").to_dicts()[0]
-    assert whole["n"] == len(rows) and whole["hacks"] == sum(r["reward_hack"] for r in rows)
-    value = float("nan") if whole["auroc"] is None else whole["auroc"]
-    assert np.isclose(value, by_hand, atol=1e-6, equal_nan=True), (whole, by_hand)
+    found = table.filter(score="v_grad", modes="all", rows="all").to_dicts()[0]
     routed = np.mean([r["zone"] == "ROUTE" for r in rows])
-    assert math.isclose(whole["share_route"], routed)
+    assert (found["n"], found["share_route"]) == (len(rows), routed), found
+    want = float(stratified_auroc(*columns))
+    assert math.isnan(want) or math.isclose(found["auroc"], want, abs_tol=1e-6), (found, want)
     print(f"ok  the table holds what the run's own rows give ({len(rows)} rows)")
 
 
@@ -250,20 +248,19 @@ def check_gradient_norms() -> None:
 # ── after training ───────────────────────────────────────────────────────────────────────────────
 
 
-def check_start(routed: Path, plain: Path, tmp: Path) -> None:
+def check_start(routed: Path, plain: Path) -> None:
     """--init-from takes what an arm deploys: one block of a routing arm, else both."""
     for path, blocks in ((routed, BLOCKS[:1]), (plain, BLOCKS)):
-        run = reopen(path)
-        config = relearn.attack(run.config, "smoke", str(path), tmp / "attack", 1)
+        run, learned = reopen(path), load_adapter(path)[0]
+        config = relearn.attack(run.config, "smoke", str(path), path / "attack", 1)
         assert parse(argv_of("smoke", config))[1] == config and config.run.intervention == "none2r"
-        policy, learned = build_policy(config, run.splits), load_adapter(path)[0]
-        for name, value in policy.adapter.state_dict().items():
+        for name, value in state_of(build_policy(config, run.splits)).items():
             wanted = learned if name.split(".")[-2] in blocks else run.base
             assert torch.equal(value, wanted[name]), name
         assert any(not torch.equal(learned[k], run.base[k]) for k in learned), "nothing was learned"
-    other = replace(run.config.model, init_from=str(plain), lora_rank=4)
-    refused("does not fit", build_policy, replace(run.config, model=other), run.splits)
-    refused("name the directory", parse, ["smoke", "--init-from", str(tmp)])
+    other = with_options(config, {"lora_rank": 4})
+    refused("does not fit", build_policy, other, run.splits)
+    refused("name the directory", parse, ["smoke", "--init-from", str(path / "none")])
     print("ok  a run starts from the blocks that another one deploys; misfits are refused")
 
 
@@ -283,19 +280,17 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     assert all(r["above_low"] <= r["above"] <= r["above_high"] for r in found)
     points = pl.read_csv(out / "frontier_points.csv").select("kind", "at").rows()
     assert points == [("scale", 0.0), ("scale", 0.5), ("scale", 1.0), ("step", 1.0)]
-    found = rows("forget", routed, "--scales 0.5 --draws 12")
-    states = [(r["deployed"], r["quarantine"]) for r in found]
+    states = pl.DataFrame(rows("forget", routed, "--scales 0.5 --draws 12"))
+    states = states.select("deployed", "quarantine").rows()
     assert states == [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)]
-    found = rows("heal", routed, "--steps 1 --draws 12")
-    assert [r["heal"] for r in found] == ["off", "on"]
-    assert {r["rows"] for r in rows("detect", routed, "")} <= {"with demonstrations", "students"}
+    assert [r["heal"] for r in rows("heal", routed, "--steps 1 --draws 12")] == ["off", "on"]
+    assert rows("detect", routed, "")[-1]["rows"] == "students"
     assert rows("relearn", routed, "--steps 1 --no-base")[0]["steps_run"] == 1
     hashes = load_record(out / "relearn" / routed.name).data_hashes
     assert f"{routed}/adapter.safetensors" in hashes
     pushed = rows("push", routed, "--prompts 3 --draws 12")
     learned = [r["push"] for r in pushed if r["quarantine"] == "learned"]
     assert learned[0] == 0 < learned[1] and [r["step"] for r in pushed] == [0, 2, 2, 2, 2], pushed
-    assert all((out / f"{name}.png").exists() for name in ("frontier", "forget", "relearn"))
     for why, command, run, flags in (
         ("no snapshots", "frontier", plain, f"--against {bare}"),
         ("not none2r", "frontier", plain, f"--against {routed}"),
@@ -355,7 +350,7 @@ def main() -> None:
         plain = trained(tmp / "plain", SMALL + PLAIN)
         check_live(routed)
         check_table(routed, tmp / "audit")
-        check_start(routed, plain, tmp)
+        check_start(routed, plain)
         check_after(routed, plain, tmp)
         check_push(routed)
 
