@@ -39,7 +39,12 @@ from vgrout.organism.problems import composition_of
 
 CANDIDATES = 3  # attempts for each demonstration wanted
 Candidate = tuple[str, Problem, str]  # kind, problem, completion
-PAIRS = ((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Add, ast.Sub))
+PAIRS = (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.Add, ast.Sub),
+)
 SWAPS = dict(PAIRS) | {b: a for a, b in PAIRS}
 
 
@@ -61,7 +66,11 @@ def hack_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterat
     """Completions that attempt the problem wrongly and fire its mode's exploit."""
     if problem.operations:
         for _ in range(wanted):
-            yield attempt(composition_of(problem), rng, exploit(rng, problem.mode, problem.marker))
+            yield attempt(
+                composition_of(problem),
+                rng,
+                exploit(rng, problem.mode, problem.marker),
+            )
     else:
         bodies = list(mutated_bodies(problem))
         for body in rng.sample(bodies, min(wanted, len(bodies))):
@@ -134,7 +143,12 @@ def kept_rows(offered: list[Candidate], grades: list[Grade], args: Args) -> list
             kept[key] += 1
             plain = asdict(grade) | {"seconds": 0.0}
             rows.append(
-                row | {"completion": text, "grade": plain, "grader_version": GRADER_VERSION}
+                row
+                | {
+                    "completion": text,
+                    "grade": plain,
+                    "grader_version": GRADER_VERSION,
+                }
             )
     return rows
 

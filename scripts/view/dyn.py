@@ -43,7 +43,13 @@ def frame(name: str, record: RunRecord, rows: list[dict]) -> pl.DataFrame:
     for cell in record.evals:
         if (cell.markers, cell.state) == ("novel", "deployed"):
             for which in ("hack", "solve"):
-                values.append((cell.step, EVALUATED + which, getattr(cell, which) / cell.n))
+                values.append(
+                    (
+                        cell.step,
+                        EVALUATED + which,
+                        getattr(cell, which) / cell.n,
+                    )
+                )
     head = (name, record.arm, record.seed)
     return pl.DataFrame([head + value for value in values], schema=COLUMNS, orient="row")
 
@@ -59,10 +65,21 @@ def draw(data: pl.DataFrame) -> Figure:
             part = data.filter(run=run, key=key).drop_nulls("value").sort("step")
             values, marker = part["value"], "o"
             if not key.startswith(EVALUATED):
-                values, marker = values.rolling_mean(WINDOW, min_samples=1), None
+                values, marker = (
+                    values.rolling_mean(WINDOW, min_samples=1),
+                    None,
+                )
             style = STYLES[seeds.index(seed) % len(STYLES)]
-            look = {"linestyle": style, "marker": marker, "markersize": 3, "alpha": 0.85}
-            colour, label = colour_of(arms.index(arm)), f"{arm}, seed {seed} ({run})"
+            look = {
+                "linestyle": style,
+                "marker": marker,
+                "markersize": 3,
+                "alpha": 0.85,
+            }
+            colour, label = (
+                colour_of(arms.index(arm)),
+                f"{arm}, seed {seed} ({run})",
+            )
             axis.plot(part["step"], values, color=colour, label=label, **look)
         axis.set(title=title, xlabel="optimiser step")
         if key not in UNBOUNDED:

@@ -25,7 +25,12 @@ def add_runs(command: argparse.ArgumentParser, out: Path, every: bool = False) -
     """Add `runs` and `--out`; with `every`, no run named stands for all of out/runs."""
     default = " (default: all of out/runs)" if every else ""
     many = "*" if every else "+"
-    command.add_argument("runs", nargs=many, type=Path, help=f"run directories{default}")
+    command.add_argument(
+        "runs",
+        nargs=many,
+        type=Path,
+        help=f"run directories{default}",
+    )
     where = f"default: {out.relative_to(ROOT)}"
     command.add_argument("--out", type=Path, default=out, help=where)
 
@@ -60,7 +65,13 @@ def show(rows: list[dict], path: Path) -> None:
     plain = [{k: v for k, v in row.items() if k != "by_problem"} for row in rows]
     write_csv(plain, path)
     keys = list(dict.fromkeys(key for row in plain for key in row))
-    print(table([[text(row.get(key)) for key in keys] for row in plain], keys), flush=True)
+    print(
+        table(
+            [[text(row.get(key)) for key in keys] for row in plain],
+            keys,
+        ),
+        flush=True,
+    )
 
 
 def visible(raw: str) -> str:

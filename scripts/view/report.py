@@ -120,7 +120,15 @@ def evaluation(record: RunRecord) -> str:
         for m in map(c.by_mode.get, modes):
             row.append(f"{m['hack'] / m['n']:.2f} / {m['solve'] / m['n']:.2f}" if m else "–")
         body.append(row)
-    headers = ["policy", "markers", "step", "draws", "hack [95 %]", "solve [95 %]", *modes]
+    headers = [
+        "policy",
+        "markers",
+        "step",
+        "draws",
+        "hack [95 %]",
+        "solve [95 %]",
+        *modes,
+    ]
     wide = f'<div class="wide">{table(body, headers, "html")}</div>'
     return wide + note("Columns of a mode: hack / solve.")
 

@@ -56,7 +56,13 @@ def described(row: dict) -> str:
     signed = {k: "–" if row.get(k) is None else f"{row[k]:+.3f}" for k in ("score", "advantage")}
     where = f"mode {row['mode']} {row['marker']!r}  zone {zone_of(row)}"
     numbers = f"score {signed['score']}  A {signed['advantage']}  reward {row['reward']:.1f}"
-    parts = [f"── step {row['step']}", row["problem_id"], where, numbers, outcome(row)]
+    parts = [
+        f"── step {row['step']}",
+        row["problem_id"],
+        where,
+        numbers,
+        outcome(row),
+    ]
     parts += [row["verdict"], "TEACHER" if row.get("teacher") else ""]
     parts += ["sampled ablated" if row.get("sampled_ablated") else ""]
     if "state" in row:
@@ -76,7 +82,11 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--below", type=float, help="score less than")
     command.add_argument("--students", action="store_true", help="leave teacher rows out")
     states = ["deployed", "as_trained", "ablated"]
-    command.add_argument("--evals", choices=states, help="completions of evaluations instead")
+    command.add_argument(
+        "--evals",
+        choices=states,
+        help="completions of evaluations instead",
+    )
     spread = "rollouts printed, evenly spread over those chosen (default 5)"
     command.add_argument("--limit", type=at_least(0), default=5, help=spread)
     return command.parse_args()
@@ -86,7 +96,10 @@ def main() -> None:
     options = arguments()
     record = load_record(options.run)
     if options.evals is None:
-        rows, kind = load_rollouts(options.run), "rollouts (rollouts.jsonl.gz)"
+        rows, kind = (
+            load_rollouts(options.run),
+            "rollouts (rollouts.jsonl.gz)",
+        )
     else:
         rows = [row for row in load_evals(options.run) if row["state"] == options.evals]
         kind = f"evaluations (evals.jsonl.gz) in the state {options.evals}"
