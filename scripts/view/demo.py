@@ -77,11 +77,8 @@ def wait(processes: Processes) -> None:
 def stop(processes: Processes) -> None:
     for process in processes.values():
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.send_signal(signal.SIGTERM)  # it stops at the end of its step
+            process.wait()
 
 
 def draw(records: dict[str, RunRecord], ceiling: Counts | None) -> None:

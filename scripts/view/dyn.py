@@ -89,11 +89,6 @@ def draw(data: pl.DataFrame) -> Figure:
     return figure
 
 
-def legend_height(data: pl.DataFrame) -> float:
-    """Of the figure's height: two runs stand on a line."""
-    return 0.03 + 0.012 * ((data["run"].n_unique() + 1) // 2)
-
-
 def main() -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "figs", every=True)
@@ -101,7 +96,8 @@ def main() -> None:
     folders: list[Path] = run_folders(options.runs)
     frames = [frame(f.name, load_record(f), load_metrics(f)) for f in folders]
     data = pl.concat(frames)
-    save(draw(data), options.out / "dyn.png", (0, legend_height(data), 1, 1))
+    legend = 0.03 + 0.012 * ((len(folders) + 1) // 2)  # of the height: two runs stand on a line
+    save(draw(data), options.out / "dyn.png", (0, legend, 1, 1))
     data.write_csv(options.out / "dyn.csv")
     print(f"{len(folders)} runs: dyn.png and dyn.csv in {options.out}")
 
