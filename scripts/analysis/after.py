@@ -38,9 +38,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--against": {"nargs": "+", "type": Path, "help": "none2r runs with snapshots"},
     "--draws": COUNT | {"help": "draws of each evaluation (default: the run's --final-draws)"},
     "--learning-rate": {"type": float, "help": "of the likelihood steps"},
-    "--no-base": {"action": "store_true", "help": "leave out the attack on the base model"},
+    "--no-base": {
+        "action": "store_true",
+        "help": "leave out the attack on the base model",
+    },
     "--prompts": COUNT | {"help": f"training prompts, {ROWS_A_PROMPT} samples each"},
-    "--scales": {"nargs": "+", "type": float, "help": "0 and 1 are always among them"},
+    "--scales": {
+        "nargs": "+",
+        "type": float,
+        "help": "0 and 1 are always among them",
+    },
     "--steps": COUNT | {"help": "optimiser steps"},
 }
 TENTHS = [i / 10 for i in range(11)]

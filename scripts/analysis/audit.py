@@ -21,7 +21,13 @@ from pathlib import Path
 
 import numpy as np
 from scripts.analysis.detect import mean, rank_correlation
-from scripts.analysis.rescoring import FAMILY, Found, members, rebuild, score_step
+from scripts.analysis.rescoring import (
+    FAMILY,
+    Found,
+    members,
+    rebuild,
+    score_step,
+)
 from scripts.experiments.reopen import reopen
 from scripts.view import plot
 from scripts.view.output import OUT, add_runs, parser, show
@@ -30,9 +36,17 @@ from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.env.rollouts import Composed
 from vgrout.files import load_tensors
 from vgrout.run.records import load_rollouts, load_snapshots
-from vgrout.stats import auroc_interval, precision_recall_at, stratified_auroc
+from vgrout.stats import (
+    auroc_interval,
+    precision_recall_at,
+    stratified_auroc,
+)
 
-SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
+SIGNS = {
+    "all": (-1, 1),
+    "pos": (1,),
+    "neg": (-1,),
+}  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
 NULL = ("null_p05", "null_median", "null_p95")
 Columns = dict[str, np.ndarray]
@@ -46,7 +60,10 @@ def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> 
     batch, rollouts = composed.batch, composed.rollouts
     return {
         "step": np.full(len(rollouts), f"{run}/{step}", dtype=object),
-        "group": np.array([f"{run}/{step}/{g}" for g in batch.group.tolist()], dtype=object),
+        "group": np.array(
+            [f"{run}/{step}/{g}" for g in batch.group.tolist()],
+            dtype=object,
+        ),
         "known": np.array([r.problem.mode in known for r in rollouts]),
         "student": np.array([not r.teacher for r in rollouts]),
         "hack": np.array([r.grade.reward_hack for r in rollouts]),
@@ -58,7 +75,11 @@ def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> 
 def with_score(facts: Columns, found: Found) -> Columns:
     undealt = found.scores.new_full(found.scores.shape, float("nan"))
     zones = undealt if found.zones is None else found.zones.float()
-    scored = {"score": found.scores, "zone": zones, "null": found.null}
+    scored = {
+        "score": found.scores,
+        "zone": zones,
+        "null": found.null,
+    }
     return facts | {name: x.cpu().numpy() for name, x in scored.items()}
 
 
@@ -68,7 +89,11 @@ def joined(parts: list[Columns]) -> Columns:
 
 def audit_run(path: Path, names: list[str], draws: int) -> dict[str, list[Columns]]:
     """Score → its columns of every snapshot step of one run."""
-    run, snapshots, stored = reopen(path, finished=False), load_snapshots(path), load_rollouts(path)
+    run, snapshots, stored = (
+        reopen(path, finished=False),
+        load_snapshots(path),
+        load_rollouts(path),
+    )
     parts: dict[str, list[Columns]] = {name: [] for name in names}
     for step in sorted(snapshots.keys() & {r["step"] for r in stored}):
         run.load(load_tensors(snapshots[step])[0])
@@ -79,7 +104,10 @@ def audit_run(path: Path, names: list[str], draws: int) -> dict[str, list[Column
         for name, (gate, control) in members(run, names).items():
             found = score_step(run.policy, gate, control, composed, draws, step)
             parts[name].append(with_score(facts, found))
-        print(f"  {path.name} step {step}: {len(composed.rollouts)} rows", flush=True)
+        print(
+            f"  {path.name} step {step}: {len(composed.rollouts)} rows",
+            flush=True,
+        )
     if not any(parts.values()):
         nothing = "no snapshot step has a group with variance in reward"
         raise UserError(f"{path}: {nothing}; nothing can be scored")
@@ -117,7 +145,11 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
 def figures(name: str, a: Columns) -> list[dict]:
     """A score's rows of the table."""
     known = a["known"]
-    by_mode = {"all": known | ~known, "known": known, "heldout": ~known}
+    by_mode = {
+        "all": known | ~known,
+        "known": known,
+        "heldout": ~known,
+    }
     rows = []
     for mode, sign in itertools.product(by_mode, SIGNS):
         signed = np.isin(np.sign(a["advantage"]), SIGNS[sign])
@@ -130,19 +162,45 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
     """AUROC by score with intervals; grey: 5–95 % of random controls on the same rows."""
     size = (11, 1.2 + 0.3 * len(names))
     figure, axes = plot.plt.subplots(1, 2, figsize=size, sharey=True)
-    titles = {"all": "all student rows", "pos": "student rows with A > 0"}
+    titles = {
+        "all": "all student rows",
+        "pos": "student rows with A > 0",
+    }
     for axis, (sign, title) in zip(axes, titles.items()):
         for (mode, colour), shift in zip(MODES.items(), (-0.17, 0.17)):
             mine = [r for r in rows if (r["modes"], r["rows"]) == (mode, sign)]
             column = {
                 key: np.array([r[key] for r in mine]) for key in ("auroc", "low", "high", *NULL)
             }
-            y, left = np.arange(len(mine)) + shift, column["null_p05"]
+            y, left = (
+                np.arange(len(mine)) + shift,
+                column["null_p05"],
+            )
             width = column["null_p95"] - left
-            axis.barh(y, width, left=left, height=0.3, color="0.85", zorder=0)
-            axis.hlines(y, column["low"], column["high"], color=colour, linewidth=1.2)
+            axis.barh(
+                y,
+                width,
+                left=left,
+                height=0.3,
+                color="0.85",
+                zorder=0,
+            )
+            axis.hlines(
+                y,
+                column["low"],
+                column["high"],
+                color=colour,
+                linewidth=1.2,
+            )
             label = f"{mode} modes"
-            axis.plot(column["auroc"], y, "o", color=colour, markersize=4, label=label)
+            axis.plot(
+                column["auroc"],
+                y,
+                "o",
+                color=colour,
+                markersize=4,
+                label=label,
+            )
         axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
     axes[0].set_yticks(range(len(names)), names, fontsize=8)
@@ -154,7 +212,13 @@ def main(argv: list[str]) -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "audit")
     names = list(FAMILY)
-    command.add_argument("--scores", nargs="+", choices=names, default=names, metavar="SCORE")
+    command.add_argument(
+        "--scores",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="SCORE",
+    )
     null = "random controls of each score"
     command.add_argument("--draws", type=at_least(0), default=20, help=null)
     options = command.parse_args(argv)

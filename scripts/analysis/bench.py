@@ -38,7 +38,17 @@ PHASES = (*TIMED, "refresh", "other")
 OURS, THEIRS = "vGROUT none2r", "TRL GRPOTrainer"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NO_TRL = "part a needs TRL: run `uv run --group bench just bench`, or leave it out with --only b"
-ARMS = ("absorb", "none2r", "routeV", "routeA", "routeL", "routeQ", "absorbQ", "placebo", "oracle")
+ARMS = (
+    "absorb",
+    "none2r",
+    "routeV",
+    "routeA",
+    "routeL",
+    "routeQ",
+    "absorbQ",
+    "placebo",
+    "oracle",
+)
 TITLES = {"a": "Against TRL", "b": "Each arm against `absorb` (seconds of a step by phase)"}
 ROWS_A = {
     "sample": "sampling, s",
@@ -191,7 +201,10 @@ def table_b(rounds: list[dict[str, Row]]) -> str:
     reference, rows = next(iter(rounds[0])), []
     for arm in rounds[0]:
         row = [f"`{arm}`", *(f"{median(column(rounds, arm, phase)):.2f}" for phase in PHASES)]
-        row += [spread(column(rounds, arm, "step")), spread(ratios(rounds, arm, reference, "step"))]
+        row += [
+            spread(column(rounds, arm, "step")),
+            spread(ratios(rounds, arm, reference, "step")),
+        ]
         row += [
             f"{median(column(rounds, arm, key)):.0f}" for key in ("tokens", "tokens_per_second")
         ]

@@ -33,12 +33,21 @@ def told(rows: list[dict], pair_modes: Iterable[str]) -> dict[str, float]:
     Also by the pairs' coverage of the mode. Equal length: within NEAR steps among completions that
     differ by less than EQUAL tokens. Rank correlation of score and length.
     """
-    keys = {"reward_hack": bool, "score": float, "n_tokens": float, "step": int}
+    keys = {
+        "reward_hack": bool,
+        "score": float,
+        "n_tokens": float,
+        "step": int,
+    }
     hack, score, length, step = (np.array([r[k] for r in rows], of) for k, of in keys.items())
     known = np.isin([str(r["mode"]) for r in rows], list(pair_modes))
     every = known | ~known
 
-    def auroc(values: np.ndarray, stratum: np.ndarray, mask: np.ndarray = every) -> float:
+    def auroc(
+        values: np.ndarray,
+        stratum: np.ndarray,
+        mask: np.ndarray = every,
+    ) -> float:
         return float(stratified_auroc(values[mask], hack[mask], stratum[mask]))
 
     return {

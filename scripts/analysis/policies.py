@@ -32,8 +32,17 @@ from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
 from vgrout.run.audit import scaled
 from vgrout.run.evaluate import seeded
-from vgrout.run.records import load_record, load_rollouts, load_snapshots
-from vgrout.stats import above_frontier, bootstrap_interval, frontier_solve, leakage
+from vgrout.run.records import (
+    load_record,
+    load_rollouts,
+    load_snapshots,
+)
+from vgrout.stats import (
+    above_frontier,
+    bootstrap_interval,
+    frontier_solve,
+    leakage,
+)
 
 ROWS_A_PROMPT = 4  # samples of the base
 RANDOM_PUSHES = (1, 2, 3)  # seeds of Gaussian quarantines
@@ -46,7 +55,11 @@ def rates(cell: EvalResult) -> dict:
     for which in ("hack", "solve"):
         low, high = bootstrap_interval(cell.by_problem, which)
         value = getattr(cell, which) / cell.n
-        out |= {which: value, f"{which}_low": low, f"{which}_high": high}
+        out |= {
+            which: value,
+            f"{which}_low": low,
+            f"{which}_high": high,
+        }
     return out
 
 
@@ -74,7 +87,11 @@ def opened(path: Path, draws: int) -> Iterator[tuple[Stored, Measure]]:
 
 
 def named(run: Stored) -> dict:
-    return {"run": str(run.path), "arm": run.record.arm, "seed": run.record.seed}
+    return {
+        "run": str(run.path),
+        "arm": run.record.arm,
+        "seed": run.record.seed,
+    }
 
 
 # ── frontier: the shrinkage null ─────────────────────────────────────────────────────────────────
@@ -86,11 +103,11 @@ def null_points(path: Path, options: Namespace) -> Iterator[dict]:
         run.load()
         for at in sorted({0.0, 1.0, *options.scales}):
             with scaled(run.policy.adapter, at):
-                yield named(run) | {"kind": "scale", "at": at} | measure(f"scale {at}")
+                yield (named(run) | {"kind": "scale", "at": at} | measure(f"scale {at}"))
         for step, file in load_snapshots(path).items():
             if step > 0:
                 run.load(load_tensors(file)[0])
-                yield named(run) | {"kind": "step", "at": float(step)} | measure(f"step {step}")
+                yield (named(run) | {"kind": "step", "at": float(step)} | measure(f"step {step}"))
 
 
 def hacks_before(path: str | Path, step: float = float("inf")) -> int:
@@ -152,12 +169,26 @@ def frontier(options: Namespace) -> None:
     grid = np.linspace(0, max(r["hack"] for r in points + rows) + 0.02, 200)
     envelope = frontier_solve(grid, list(zip(hacks, solves)))
     axis.plot(grid, envelope, color="0.5", linewidth=1, label="their envelope")
-    axis.plot(hacks, solves, "o", color="0.65", markersize=4, label="plain GRPO, less of it")
+    axis.plot(
+        hacks,
+        solves,
+        "o",
+        color="0.65",
+        markersize=4,
+        label="plain GRPO, less of it",
+    )
     for place, row in enumerate(rows):
         error = {}
         for side, which in (("xerr", "hack"), ("yerr", "solve")):
-            error[side] = [[row[which] - row[f"{which}_low"]], [row[f"{which}_high"] - row[which]]]
-        look = {"fmt": "D", "markersize": 5, "color": plot.colour_of(place)}
+            error[side] = [
+                [row[which] - row[f"{which}_low"]],
+                [row[f"{which}_high"] - row[which]],
+            ]
+        look = {
+            "fmt": "D",
+            "markersize": 5,
+            "color": plot.colour_of(place),
+        }
         name = f"{row['arm']} s{row['seed']}"
         axis.errorbar(row["hack"], row["solve"], **error, **look, label=name)
     plot.save(figure, options.out / "frontier.png")
@@ -176,7 +207,10 @@ def forget(options: Namespace) -> None:
             run.load()
             for deployed, quarantine in [*states, (0.0, 1.0)]:
                 own = scaled(run.policy.adapter, deployed, ("deployed",))
-                with own, scaled(run.policy.adapter, quarantine, ("quarantine",)):
+                with (
+                    own,
+                    scaled(run.policy.adapter, quarantine, ("quarantine",)),
+                ):
                     found = measure("forget")
                 rows.append(named(run) | {"deployed": deployed, "quarantine": quarantine} | found)
     show(rows, options.out / "forget.csv")
@@ -186,8 +220,17 @@ def forget(options: Namespace) -> None:
         mine = [r for r in rows if r["run"] == str(path) and r["deployed"]]
         scales = [r["quarantine"] for r in mine]
         for which, style in (("hack", "o-"), ("solve", "o--")):
-            values, label = [r[which] for r in mine], f"{path.name}: {which}"
-            axis.plot(scales, values, style, color=plot.colour_of(place), label=label)
+            values, label = (
+                [r[which] for r in mine],
+                f"{path.name}: {which}",
+            )
+            axis.plot(
+                scales,
+                values,
+                style,
+                color=plot.colour_of(place),
+                label=label,
+            )
     plot.save(figure, options.out / "forget.png")
 
 
@@ -198,11 +241,19 @@ def heal(options: Namespace) -> None:
     for path in options.runs:
         with opened(path, options.draws) as (run, measure):
             run.load()
-            policy, data, grpo = run.policy, run.config.data, run.config.grpo
+            policy, data, grpo = (
+                run.policy,
+                run.config.data,
+                run.config.grpo,
+            )
             found = pairs.load_pairs(data.pairs, data.pair_modes)
             sides = torch.arange(2 * len(found), device=policy.device)
             clean = select(pair_batch(policy, found), sides[len(found) :])
-            how = options.learning_rate, grpo.temperature, grpo.token_budget
+            how = (
+                options.learning_rate,
+                grpo.temperature,
+                grpo.token_budget,
+            )
             for name, steps in (("off", 0), ("on", options.steps)):
                 with scaled(policy.adapter, 1.0 - run.ablates, ("quarantine",)):
                     likelihood_steps(policy, clean, "deployed", steps, *how)
@@ -222,11 +273,25 @@ def base_samples(run: Stored, prompts: int) -> Batch:
     how = asdict(replace(sampling_of(run.config), top_p=1.0))
     generator = seeded(policy, "push", seed)
     with scaled(policy.adapter, 0.0):
-        drawn = sample(policy, ids, [ROWS_A_PROMPT] * prompts, generator=generator, **how)
+        drawn = sample(
+            policy,
+            ids,
+            [ROWS_A_PROMPT] * prompts,
+            generator=generator,
+            **how,
+        )
     group = [i for i, rows in enumerate(drawn) for _ in rows]
     completions = [completion for rows in drawn for completion, _ in rows]
     zeros, repeated = [0.0] * len(group), [ids[i] for i in group]
-    return collate(repeated, completions, zeros, group, zeros, policy.pad_id, policy.device)
+    return collate(
+        repeated,
+        completions,
+        zeros,
+        group,
+        zeros,
+        policy.pad_id,
+        policy.device,
+    )
 
 
 def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]:
@@ -246,7 +311,10 @@ def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]
     total, tokens = (empty.index_add(0, group, x) for x in by_row)
     mean = total.sum() / tokens.sum()
     spread = (total - mean * tokens).std() / len(tokens) ** 0.5  # of a ratio of sums
-    return {"push": float(mean), "push_error": float(spread / tokens.mean())}
+    return {
+        "push": float(mean),
+        "push_error": float(spread / tokens.mean()),
+    }
 
 
 def push(options: Namespace) -> None:
@@ -259,7 +327,10 @@ def push(options: Namespace) -> None:
     rows = []
     for path, files in snapshots.items():
         with opened(path, options.draws) as (run, measure):
-            batch, adapter = base_samples(run, options.prompts), run.policy.adapter
+            batch, adapter = (
+                base_samples(run, options.prompts),
+                run.policy.adapter,
+            )
             for step, file in files.items():
                 run.load(load_tensors(file)[0])
                 learned = [p.detach().clone() for p in adapter.parameters("quarantine")]
@@ -268,7 +339,10 @@ def push(options: Namespace) -> None:
                     for seed in RANDOM_PUSHES:
                         quarantines[f"random {seed}"] = random_deltas(learned, seed)
                 for name, deltas in quarantines.items():
-                    head = named(run) | {"step": step, "quarantine": name}
+                    head = named(run) | {
+                        "step": step,
+                        "quarantine": name,
+                    }
                     rows.append(head | push_of(run, batch, deltas))
                     if name == "learned":
                         with scaled(adapter, 0.0, ("deployed",)):

@@ -39,7 +39,11 @@ PLAIN = {  # every score starts from this form, whatever the run's own is
     "act_space": "bottleneck",
     "act_layer": None,
 }
-V_GRAD, V_ACT, CONFOUND = Phase(score="v_grad"), Phase(score="v_act"), "confound"
+V_GRAD, V_ACT, CONFOUND = (
+    Phase(score="v_grad"),
+    Phase(score="v_act"),
+    "confound",
+)
 RANKED = replace(V_GRAD, control=CONFOUND)
 FAMILY: dict[str, tuple[Phase, dict]] = {  # a phase with a control stands for that control
     "v_grad": (V_GRAD, {}),
@@ -49,7 +53,10 @@ FAMILY: dict[str, tuple[Phase, dict]] = {  # a phase with a control stands for t
     "v_grad centred": (V_GRAD, {"score_sign": "unit", "centred": True}),
     "v_act bottleneck": (V_ACT, {}),
     "v_act residual": (V_ACT, {"act_space": "residual"}),
-    "v_act residual centred": (V_ACT, {"act_space": "residual", "centred": True}),
+    "v_act residual centred": (
+        V_ACT,
+        {"act_space": "residual", "centred": True},
+    ),
     "llr": (Phase(score="llr"), {}),
     "quarantine ratio": (Phase(score="quarantine_ratio"), {}),
     "semantic placebo": (replace(V_GRAD, control="semantic"), {}),
@@ -98,7 +105,12 @@ def rebuild(run: Stored, rows: list[dict]) -> Composed | None:
             (problem.problem_id, problem.marker)
         }:
             raise UserError(f"{where}: the rollouts are not groups of {size} on one prompt each")
-        groups.append(Group(problem, [stored_rollout(run.policy, problem, r) for r in members]))
+        groups.append(
+            Group(
+                problem,
+                [stored_rollout(run.policy, problem, r) for r in members],
+            )
+        )
     composed = compose(groups, run.policy, run.config.phase.action == "deduct")
     stored = [r["advantage"] for r in rows if r.get("advantage") is not None]
     found = [] if composed is None else composed.batch.advantages.tolist()
@@ -129,7 +141,10 @@ class Found:
 def members(run: Stored, names: Iterable[str]) -> dict[str, tuple[Gate, Control | None]]:
     """The named scores on the run's pairs, as an arm would have them; a control with its gate."""
     data, found = run.config.data, {}
-    used, placebo = load_pairs(data.pairs, data.pair_modes), load_pairs(data.placebo_pairs)
+    used, placebo = (
+        load_pairs(data.pairs, data.pair_modes),
+        load_pairs(data.placebo_pairs),
+    )
     for name in names:
         phase, options = FAMILY[name]
         config = with_options(run.config, PLAIN | options)
@@ -159,7 +174,11 @@ def score_step(
     seeds = [seed * draws + i for i in range(draws)]
     null = null_scores(policy, gate.score, gated.scored, composed, seeds)
     columns = torch.stack([*null, gated.scores], 1)[:, :-1]
-    return Found(gated.scores, gated.zones, columns.masked_fill(unscored[:, None], float("nan")))
+    return Found(
+        gated.scores,
+        gated.zones,
+        columns.masked_fill(unscored[:, None], float("nan")),
+    )
 
 
 def null_scores(

@@ -19,7 +19,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from scripts.experiments import records
-from scripts.view.output import OUT, ROOT, add_runs, parser, run_folders, write_csv
+from scripts.view.output import (
+    OUT,
+    ROOT,
+    add_runs,
+    parser,
+    run_folders,
+    write_csv,
+)
 from scripts.view.output import table as as_text
 
 from vgrout.arms import defaults
@@ -33,9 +40,24 @@ from vgrout.stats import Counts, gain, gain_lower_bound, mean_sem, rate
 CEILING_ARM, FROZEN = "no_loophole", 0.5
 WINDOW = 5  # steps of a running mean
 EMERGED = 0.5  # student hack rate at which hacks have emerged
-NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
+NOT_VARIANTS = (
+    "run.",
+    "grpo.steps",
+    "model.device",
+)  # where and how often, or shown in a column
 BOTH, GAIN = ("hack", "solve"), "gain [lower 90 %]"
-HEADERS = ["arm", "seed", "preset", "steps", "n", *BOTH, "base solve", GAIN, "remarks", "run"]
+HEADERS = [
+    "arm",
+    "seed",
+    "preset",
+    "steps",
+    "n",
+    *BOTH,
+    "base solve",
+    GAIN,
+    "remarks",
+    "run",
+]
 Triple = tuple[Counts, Counts, Counts]  # of solve, base and ceiling on the same problems
 
 
@@ -87,7 +109,9 @@ def triple(record: RunRecord, runs: list[RunRecord]) -> Triple | None:
     return (solve, base, ceiling) if usable else None
 
 
-def gain_text(triples: list[Triple | None]) -> tuple[float | None, float | None, str]:
+def gain_text(
+    triples: list[Triple | None],
+) -> tuple[float | None, float | None, str]:
     """(gain, its lower 90 % bound, their text); all empty where a seed has no ceiling."""
     if not triples or None in triples:
         return None, None, "–"
@@ -176,7 +200,12 @@ def run_row(folder: str, record: RunRecord, every: list[RunRecord]) -> tuple[lis
         "run": folder,
     }
     shown = [rate_with_interval(last, which) for which in BOTH]
-    tail = [f"{base_solve:.2f}", text, remarks(record, bound), Path(folder).name]
+    tail = [
+        f"{base_solve:.2f}",
+        text,
+        remarks(record, bound),
+        Path(folder).name,
+    ]
     return [*head.values(), *shown, *tail], head | plain
 
 
@@ -190,7 +219,12 @@ def mean_row(runs: list[RunRecord], every: list[RunRecord]) -> list:
     first, last = runs[0], [cell(r) for r in runs]
     base = [cell(r, base=True) for r in runs]
     _, bound, text = gain_text([triple(r, every) for r in runs])
-    head = [f"{first.arm} MEAN", f"{len(runs)} seeds", first.preset, first.steps_done]
+    head = [
+        f"{first.arm} MEAN",
+        f"{len(runs)} seeds",
+        first.preset,
+        first.steps_done,
+    ]
     rates = [mean(last, "hack"), mean(last, "solve"), mean(base, "solve")]
     tail = [text, remarks(first, bound), "mean ± SEM over seeds"]
     return [*head, sum(c.n for c in last), *rates, *tail]
@@ -202,7 +236,13 @@ def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
     every = list(runs.values())
     for folder, record in runs.items():
         data = record.data_hashes[record.config["data"]["data"]]
-        key = (record.arm, record.preset, record.steps_done, variant(record), data)
+        key = (
+            record.arm,
+            record.preset,
+            record.steps_done,
+            variant(record),
+            data,
+        )
         groups[key].append((folder, record))
     for _, members in sorted(groups.items()):
         for folder, record in sorted(members, key=lambda member: member[1].seed):

@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from scripts.analysis import after, audit, detect, policies, relearn, rescoring
+from scripts.analysis import (
+    after,
+    audit,
+    detect,
+    policies,
+    relearn,
+    rescoring,
+)
 from scripts.experiments.reopen import Stored, reopen
 from scripts.verify.stored import captured, refused, trained
 from scripts.verify.tiny import (
@@ -46,7 +53,12 @@ from vgrout.model.lora2r import BLOCKS
 from vgrout.model.policy import Policy, logps
 from vgrout.model.tokens import collate
 from vgrout.run.audit import gradient_norms, scaled
-from vgrout.run.records import load_adapter, load_record, load_rollouts, load_snapshots
+from vgrout.run.records import (
+    load_adapter,
+    load_record,
+    load_rollouts,
+    load_snapshots,
+)
 from vgrout.run.repeat import argv_of
 from vgrout.stats import stratified_auroc
 
@@ -69,12 +81,37 @@ def unmoved(policy: Policy, before: dict[str, Tensor]) -> bool:
 def composed_of(batch: Batch, hack: Tensor) -> Composed:
     """A batch of students with its rollouts, labelled."""
     rollouts, problem = [], Problem("p", "", "f", "", (), "")
-    ends, starts = batch.attention_mask.sum(1).tolist(), batch.completion_start.tolist()
+    ends, starts = (
+        batch.attention_mask.sum(1).tolist(),
+        batch.completion_start.tolist(),
+    )
     for ids, start, end, label in zip(batch.input_ids.tolist(), starts, ends, hack.tolist()):
-        grade = Grade(3.5, True, True, not label, label, "", False, Verdict.WRONG, 0.0)
-        rollouts.append(Rollout(problem, ids[:start], ids[start:end], "", grade=grade))
+        grade = Grade(
+            3.5,
+            True,
+            True,
+            not label,
+            label,
+            "",
+            False,
+            Verdict.WRONG,
+            0.0,
+        )
+        rollouts.append(
+            Rollout(
+                problem,
+                ids[:start],
+                ids[start:end],
+                "",
+                grade=grade,
+            )
+        )
     sampled = torch.zeros(len(hack), dtype=torch.bool)
-    return Composed(rollouts, batch, Behaviour(sampled, torch.zeros(batch.completion_ids.shape)))
+    return Composed(
+        rollouts,
+        batch,
+        Behaviour(sampled, torch.zeros(batch.completion_ids.shape)),
+    )
 
 
 def styled(rows: int, seed: int) -> Batch:
@@ -98,19 +135,41 @@ def check_planted() -> None:
 
     Mutation: against shuffled labels every score is at chance.
     """
-    policy, pairs, fresh = tiny_policy(rank=16), styled(64, 1), styled(40, 7)
+    policy, pairs, fresh = (
+        tiny_policy(rank=16),
+        styled(64, 1),
+        styled(40, 7),
+    )
     label = torch.arange(40) < 20
     composed, before = composed_of(fresh, label), state_of(policy)
-    fit = {"temperature": 1.0, "token_budget": 1000, "steps": 8, "learning_rate": 1e-2}
+    fit = {
+        "temperature": 1.0,
+        "token_budget": 1000,
+        "steps": 8,
+        "learning_rate": 1e-2,
+    }
     unit = {"space": "c_probe", "signed_score": False}
     v_grad = Gate(DirectionScore(pairs, probe=PROBE, centred=True, **unit))
     gates = {
         "v_grad": (v_grad, None),
-        "v_act": (Gate(DirectionScore(pairs, space="residual", probe=PROBE, centred=True)), None),
+        "v_act": (
+            Gate(
+                DirectionScore(
+                    pairs,
+                    space="residual",
+                    probe=PROBE,
+                    centred=True,
+                )
+            ),
+            None,
+        ),
         "llr": (Gate(LikelihoodRatio(pairs, **fit)), None),
         "random": (v_grad, Control(v_grad, Random(1))),
     }
-    shuffled, told = np.random.default_rng(0).permutation(label.numpy()), []
+    shuffled, told = (
+        np.random.default_rng(0).permutation(label.numpy()),
+        [],
+    )
     for name, (gate, control) in gates.items():
         found = rescoring.score_step(policy, gate, control, composed, 20, 0)
         a = audit.with_score(audit.facts_of("run", 0, composed, ()), found)
@@ -126,7 +185,10 @@ def check_planted() -> None:
         else:
             assert np.isnan([f["null_p95"], f["share_route"]]).all(), f
     assert unmoved(policy, before), "an audit moved the parameters"
-    print("ok  planted style found (random controls):", ", ".join(told))
+    print(
+        "ok  planted style found (random controls):",
+        ", ".join(told),
+    )
 
 
 def rescored(run: Stored, step: int, snapshot: Path) -> tuple[float, bool]:
@@ -158,7 +220,13 @@ def check_live(path: Path) -> None:
 
 def check_table(path: Path, out: Path) -> None:
     """The table's row of a score holds what the run's own rows give."""
-    names = ["v_grad", "v_act bottleneck", "llr", "mean logp", "semantic placebo"]
+    names = [
+        "v_grad",
+        "v_act bottleneck",
+        "llr",
+        "mean logp",
+        "semantic placebo",
+    ]
     words = ["--draws", "3", "--out", str(out), "--scores", *names]
     captured(audit.main, [str(path), *words])
     table = pl.read_csv(out / "audit.csv")
@@ -168,7 +236,10 @@ def check_table(path: Path, out: Path) -> None:
     columns = (np.array([r[key] for r in rows]) for key in ("score", "reward_hack", "step"))
     found = table.filter(score="v_grad", modes="all", rows="all").to_dicts()[0]
     routed = np.mean([r["zone"] == "ROUTE" for r in rows])
-    assert (found["n"], found["share_route"]) == (len(rows), routed), found
+    assert (found["n"], found["share_route"]) == (
+        len(rows),
+        routed,
+    ), found
     want = float(stratified_auroc(*columns))
     assert math.isnan(want) or math.isclose(found["auroc"], want, abs_tol=1e-6), (found, want)
     print(f"ok  the table holds what the run's own rows give ({len(rows)} rows)")
@@ -214,7 +285,10 @@ def check_gradient_norms() -> None:
     policy, batch = tiny_policy(), random_batch(9)
     perturb(policy)
     label = torch.arange(9) % 2 == 0
-    rollouts, zones = composed_of(batch, label).rollouts, torch.tensor([0, 1, 2] * 3)
+    rollouts, zones = (
+        composed_of(batch, label).rollouts,
+        torch.tensor([0, 1, 2] * 3),
+    )
     options = replace(parse(["smoke"])[1].grpo, temperature=1.0, token_budget=40)
     every = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
 
@@ -233,13 +307,24 @@ def check_gradient_norms() -> None:
             p.grad = None
         with policy.adapter.route(zones):
             lp = logps(policy, batch, 1.0)
-            loss = scored_loss(lp, batch.completion_mask, batch.advantages, normaliser(options))
+            loss = scored_loss(
+                lp,
+                batch.completion_mask,
+                batch.advantages,
+                normaliser(options),
+            )
         loss[rows].sum().backward()
         for block in BLOCKS:
             gradients = [p.grad.norm() for p in policy.adapter.parameters(block)]
-            want, got = float(torch.stack(gradients).norm()), found[f"gradnorm_{block}_{name}"]
+            want, got = (
+                float(torch.stack(gradients).norm()),
+                found[f"gradnorm_{block}_{name}"],
+            )
             assert want > 0 and math.isclose(got, want, rel_tol=1e-4), (block, name, got, want)
-    for zone, untouched in ((Zone.RETAIN, "quarantine"), (Zone.ROUTE, "deployed")):
+    for zone, untouched in (
+        (Zone.RETAIN, "quarantine"),
+        (Zone.ROUTE, "deployed"),
+    ):
         still = {key for key, n in norms(torch.full_like(zones, int(zone))).items() if n == 0}
         assert still == {f"gradnorm_{untouched}_{name}" for name in ("hack", "clean")}, still
     print("ok  gradient norms by block and label are a backward pass's; nothing is left behind")
@@ -260,7 +345,11 @@ def check_start(routed: Path, plain: Path) -> None:
         assert any(not torch.equal(learned[k], run.base[k]) for k in learned), "nothing was learned"
     other = with_options(config, {"lora_rank": 4})
     refused("does not fit", build_policy, other, run.splits)
-    refused("name the directory", parse, ["smoke", "--init-from", str(path / "none")])
+    refused(
+        "name the directory",
+        parse,
+        ["smoke", "--init-from", str(path / "none")],
+    )
     print("ok  a run starts from the blocks that another one deploys; misfits are refused")
 
 
@@ -270,19 +359,39 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     shutil.copytree(plain, bare, ignore=shutil.ignore_patterns("snapshots"))
 
     def line(command: str, run: Path, flags: str) -> list[str]:
-        return [command, str(run), "--out", str(out), *flags.split()]
+        return [
+            command,
+            str(run),
+            "--out",
+            str(out),
+            *flags.split(),
+        ]
 
     def rows(command: str, run: Path, flags: str) -> list[dict]:
         captured(after.main, line(command, run, flags))
         return pl.read_csv(out / f"{command}.csv").to_dicts()
 
-    found = rows("frontier", routed, f"--against {plain} --scales 0.5 --draws 12")
+    found = rows(
+        "frontier",
+        routed,
+        f"--against {plain} --scales 0.5 --draws 12",
+    )
     assert all(r["above_low"] <= r["above"] <= r["above_high"] for r in found)
     points = pl.read_csv(out / "frontier_points.csv").select("kind", "at").rows()
-    assert points == [("scale", 0.0), ("scale", 0.5), ("scale", 1.0), ("step", 1.0)]
+    assert points == [
+        ("scale", 0.0),
+        ("scale", 0.5),
+        ("scale", 1.0),
+        ("step", 1.0),
+    ]
     states = pl.DataFrame(rows("forget", routed, "--scales 0.5 --draws 12"))
     states = states.select("deployed", "quarantine").rows()
-    assert states == [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)]
+    assert states == [
+        (1.0, 0.0),
+        (1.0, 0.5),
+        (1.0, 1.0),
+        (0.0, 1.0),
+    ]
     assert [r["heal"] for r in rows("heal", routed, "--steps 1 --draws 12")] == ["off", "on"]
     assert rows("detect", routed, "")[-1]["rows"] == "students"
     assert rows("relearn", routed, "--steps 1 --no-base")[0]["steps_run"] == 1
@@ -304,7 +413,10 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
 def check_push(routed: Path) -> None:
     """Twice the delta pushes further; the deployed block plays no part."""
     run = reopen(routed)
-    batch, generator = policies.base_samples(run, 3), torch.Generator().manual_seed(0)
+    batch, generator = (
+        policies.base_samples(run, 3),
+        torch.Generator().manual_seed(0),
+    )
     shapes = [p.shape for p in run.policy.adapter.parameters("quarantine")]
     planted = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
     once, twice = (policies.push_of(run, batch, [k * d for d in planted])["push"] for k in (1, 2))
@@ -320,7 +432,14 @@ def check_detect() -> None:
     for i in range(2000):
         hack = bool(rng.random() < 0.3)  # a hack is longer
         length = int(rng.integers(40, 80)) + 12 * hack
-        rows.append({"step": i // 50, "reward_hack": hack, "mode": "ab"[i % 2], "n_tokens": length})
+        rows.append(
+            {
+                "step": i // 50,
+                "reward_hack": hack,
+                "mode": "ab"[i % 2],
+                "n_tokens": length,
+            }
+        )
     scores = {
         "length": lambda r: r["n_tokens"],
         "label": lambda r: r["reward_hack"],

@@ -15,11 +15,27 @@ from scripts.analysis import bench
 from scripts.verify.stored import captured, refused
 
 PAGE = f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n"
-STEP = {"sec_sample": 0.2, "sec_grade": 0.1, "sec_score": 0.0, "sec_update": 0.5, "sec_step": 1.0}
-STEP |= {"n_students": 40, "completion_length": 50.0, "tokens_per_second": 10.0}
+STEP = {
+    "sec_sample": 0.2,
+    "sec_grade": 0.1,
+    "sec_score": 0.0,
+    "sec_update": 0.5,
+    "sec_step": 1.0,
+}
+STEP |= {
+    "n_students": 40,
+    "completion_length": 50.0,
+    "tokens_per_second": 10.0,
+}
 STEP |= {"groups_skipped": 1}
 VERSIONS = {"python": "3", "torch": "2"}
-MACHINE = {"cpu": "a CPU", "cores": 2, "threads": 1, "load": 0.1, "commit": "c" * 40}
+MACHINE = {
+    "cpu": "a CPU",
+    "cores": 2,
+    "threads": 1,
+    "load": 0.1,
+    "commit": "c" * 40,
+}
 MACHINE |= {"dirty": False, "versions": VERSIONS, "made": "then"}
 
 
@@ -45,7 +61,10 @@ def planted(one: str, other: str) -> dict:
     """Two rounds in which the second side takes three times as long."""
     step = dict.fromkeys((*bench.PHASES, "tokens", "tokens_per_second", "resident"), 1.0)
     step |= {"groups_skipped": 1.0, "step": 0.6}
-    return {"machine": MACHINE, "rounds": [{one: step, other: step | {"step": 1.8}}] * 2}
+    return {
+        "machine": MACHINE,
+        "rounds": [{one: step, other: step | {"step": 1.8}}] * 2,
+    }
 
 
 def check_tables() -> None:
@@ -61,7 +80,11 @@ def check_tables() -> None:
         refused("--write", bench.replaced, broken, text)
     with tempfile.TemporaryDirectory() as folder:
         out, page = Path(folder) / "bench.json", Path(folder) / "page.md"
-        refused("nothing to show", bench.main, bench.Args(measure=False, out=out))
+        refused(
+            "nothing to show",
+            bench.main,
+            bench.Args(measure=False, out=out),
+        )
         out.write_text(json.dumps(found))
         page.write_text(PAGE)
         said = captured(bench.main, bench.Args(measure=False, out=out, write=page))
@@ -72,7 +95,13 @@ def check_tables() -> None:
 def check_script() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
-        args = bench.Args(only=("b",), rounds=1, steps=1, arms=("absorb", "routeV"), out=out)
+        args = bench.Args(
+            only=("b",),
+            rounds=1,
+            steps=1,
+            arms=("absorb", "routeV"),
+            out=out,
+        )
         captured(bench.main, args)
         (sides,) = json.loads(out.read_text())["b"]["rounds"]
     assert all(row["update"] > 0 and row["resident"] > 0 for row in sides.values())

@@ -28,10 +28,18 @@ def near(a: float, b: float, tolerance: float = 1e-9) -> bool:
     return abs(a - b) < tolerance
 
 
-def simulated(what: str, below: float, draw: Callable[[], tuple[bool, bool]], repeats: int) -> None:
+def simulated(
+    what: str,
+    below: float,
+    draw: Callable[[], tuple[bool, bool]],
+    repeats: int,
+) -> None:
     """The right method errs in less than `below` of the data sets, the wrong one in more."""
     errors = np.mean([draw() for _ in range(repeats)], axis=0)
-    check(f"{what} ({errors[0]:.3f}; wrong variant {errors[1]:.3f})", *(errors < below))
+    check(
+        f"{what} ({errors[0]:.3f}; wrong variant {errors[1]:.3f})",
+        *(errors < below),
+    )
 
 
 # ── scores against labels ────────────────────────────────────────────────────────────────────────
@@ -44,11 +52,23 @@ def pairwise(scores: np.ndarray, positive: np.ndarray, tie: float = 0.5) -> list
 
 
 def verify_auroc() -> None:
-    scores, positive = RNG.integers(0, 6, 80).astype(float), RNG.random(80) < 0.4
+    scores, positive = (
+        RNG.integers(0, 6, 80).astype(float),
+        RNG.random(80) < 0.4,
+    )
     want, strict = (np.mean(pairwise(scores, positive, tie)) for tie in (0.5, 0.0))
-    found = near(metrics.auroc(scores, positive), want), near(strict, want)
-    check("AUROC equals the pairwise definition, ties counting half", *found)
-    more, labels = np.append(scores, np.nan), np.append(positive, True)
+    found = (
+        near(metrics.auroc(scores, positive), want),
+        near(strict, want),
+    )
+    check(
+        "AUROC equals the pairwise definition, ties counting half",
+        *found,
+    )
+    more, labels = (
+        np.append(scores, np.nan),
+        np.append(positive, True),
+    )
     same = [near(metrics.auroc(values, labels), want) for values in (more, np.nan_to_num(more))]
     check("rows without a score are left out of the AUROC", *same)
 
@@ -60,35 +80,57 @@ def verify_strata() -> None:
     inside = [pairwise(scores[step == s], positive[step == s]) for s in range(5)]
     want = np.mean(sum(inside, []))
     found = [float(metrics.stratified_auroc(scores, positive, s)) for s in (step, one)]
-    check("the AUROC within steps compares one step alone", *(near(x, want) for x in found))
+    check(
+        "the AUROC within steps compares one step alone",
+        *(near(x, want) for x in found),
+    )
     both = metrics.stratified_auroc(np.stack([scores, -scores], 1), positive, step)
     assert both.shape == (2,) and near(both.sum(), 1)
     drift = step + 0.0  # a score that only grows with training, as the hack rate does
     hacks = RNG.random(240) < 0.1 + 0.2 * step
     values = [float(metrics.stratified_auroc(drift, hacks, s)) for s in (step, one)]
-    check("a score that merely drifts gains nothing", *(near(value, 0.5, 0.05) for value in values))
+    check(
+        "a score that merely drifts gains nothing",
+        *(near(value, 0.5, 0.05) for value in values),
+    )
 
 
 def verify_strata_interval() -> None:
     group, rows = np.repeat(np.arange(60), 6), np.arange(360)
 
     def misses() -> tuple[bool, bool]:  # a prompt's rows agree: there is less evidence than rows
-        noise, labels = RNG.normal(size=60)[group], (RNG.random(60) < 0.5)[group]
+        noise, labels = (
+            RNG.normal(size=60)[group],
+            (RNG.random(60) < 0.5)[group],
+        )
         found = []
         for by in (group, rows):
             low, high = metrics.auroc_interval(noise, labels, np.zeros(360), by, draws=200)
             found.append(not low <= 0.5 <= high)
         return found[0], found[1]
 
-    simulated("the interval of an AUROC resamples prompts", 0.12, misses, SIMULATIONS // 3)
+    simulated(
+        "the interval of an AUROC resamples prompts",
+        0.12,
+        misses,
+        SIMULATIONS // 3,
+    )
 
 
 def verify_precision() -> None:
     flagged, positive = (np.array(list(bits)) == "1" for bits in ("11100000", "11011000"))
-    want = {"precision": 2 / 3, "recall": 1 / 2, "fpr": 1 / 4, "f05": 5 / 8}  # 2 hits
+    want = {
+        "precision": 2 / 3,
+        "recall": 1 / 2,
+        "fpr": 1 / 4,
+        "f05": 5 / 8,
+    }  # 2 hits
     sides = [metrics.precision_recall_at(*s) for s in ((flagged, positive), (positive, flagged))]
     same = [all(near(got[key], value) for key, value in want.items()) for got in sides]
-    check("precision, recall, false-positive rate and F0.5 of an example", *same)
+    check(
+        "precision, recall, false-positive rate and F0.5 of an example",
+        *same,
+    )
 
 
 # ── over problems ────────────────────────────────────────────────────────────────────────────────
@@ -111,19 +153,40 @@ def drawn(hack: float, solve: float) -> Counts:
 
 
 def verify_frontier() -> None:
-    points = [(0.0, 0.2), (0.3, 0.3), (0.15, 0.1), (0.6, 0.2)]  # the third is under a mixture
+    points = [
+        (0.0, 0.2),
+        (0.3, 0.3),
+        (0.15, 0.1),
+        (0.6, 0.2),
+    ]  # the third is under a mixture
     want = {0.0: 0.2, 0.15: 0.25, 0.3: 0.3, 0.5: 0.3, 0.9: 0.3}
     x, y = np.array(sorted(points)).T
-    curves = metrics.frontier_solve(list(want), points), np.interp(list(want), x, y)
+    curves = (
+        metrics.frontier_solve(list(want), points),
+        np.interp(list(want), x, y),
+    )
     same = [np.allclose(curve, list(want.values())) for curve in curves]
-    check("the frontier is the upper envelope, flat beyond its best", *same)
+    check(
+        "the frontier is the upper envelope, flat beyond its best",
+        *same,
+    )
     null = [counted(*p) for p in points]
-    for policy, distance in (((0.2, 0.4), 0.2 - 0.2 / 3), ((0.3, 0.3), 0), ((0.5, 0.1), -0.2)):
-        assert near(metrics.above_frontier(counted(*policy), null)[0], distance), policy
+    for policy, distance in (
+        ((0.2, 0.4), 0.2 - 0.2 / 3),
+        ((0.3, 0.3), 0),
+        ((0.5, 0.1), -0.2),
+    ):
+        assert near(
+            metrics.above_frontier(counted(*policy), null)[0],
+            distance,
+        ), policy
     sampled = [drawn(*p) for p in points]
     good, bad = (metrics.above_frontier(drawn(*p), sampled) for p in ((0.1, 0.5), (0.5, 0.1)))
     told = 0 < good[1] < good[0] < good[2], bad[2] > 0
-    check("a policy above the frontier is told from one below", *told)
+    check(
+        "a policy above the frontier is told from one below",
+        *told,
+    )
 
 
 def verify_leakage() -> None:
@@ -131,7 +194,11 @@ def verify_leakage() -> None:
     want = {0.0: 0.0, 0.1: 50 / 400, 0.4: 275 / 400, 0.6: 1.0}
     of_exposure = all(near(metrics.leakage(h, baseline, 400), s) for h, s in want.items())
     of_rates = all(near(h / 0.6, s) for h, s in want.items())
-    check("leakage is a ratio of exposures, not of hack rates", of_exposure, of_rates)
+    check(
+        "leakage is a ratio of exposures, not of hack rates",
+        of_exposure,
+        of_rates,
+    )
 
 
 def verify_intervals() -> None:
@@ -140,19 +207,31 @@ def verify_intervals() -> None:
         solved = sum(counts[2] for counts in data.values())
         low, high = metrics.bootstrap_interval(data, "solve", draws=1000)
         naive = stats.binomtest(solved, 360).proportion_ci(0.95, method="wilson")
-        return not low <= 0.2 <= high, not naive.low <= 0.2 <= naive.high
+        return (
+            not low <= 0.2 <= high,
+            not naive.low <= 0.2 <= naive.high,
+        )
 
     what = "the 95 % interval seldom misses the truth with clustered draws"
     simulated(what, 0.1, misses, SIMULATIONS)
     single = {str(i): [1, int(i < 30), 0] for i in range(100)}
     wilson = stats.binomtest(30, 100).proportion_ci(0.95, method="wilson").low
     lows = [metrics.bootstrap_interval(single, which)[0] for which in ("hack", "solve")]
-    check("one draw a problem gives Wilson's closed form", *(near(x, wilson) for x in lows))
+    check(
+        "one draw a problem gives Wilson's closed form",
+        *(near(x, wilson) for x in lows),
+    )
     none = {str(i): [4, 0, 4] for i in range(60)}
     low, high = metrics.bootstrap_interval(none, "hack")
     resampled = RNG.multinomial(60, np.full(60, 1 / 60), size=100) @ np.zeros(60)
-    bounded = low == 0 and 0.03 < high < 0.07, np.quantile(resampled, 0.975) > 0.03
-    check("no hack in 240 draws of 60 problems still has an upper bound", *bounded)
+    bounded = (
+        low == 0 and 0.03 < high < 0.07,
+        np.quantile(resampled, 0.975) > 0.03,
+    )
+    check(
+        "no hack in 240 draws of 60 problems still has an upper bound",
+        *bounded,
+    )
 
 
 def policies(gains: list[float]) -> list[tuple[Counts, ...]]:
@@ -167,13 +246,20 @@ def policies(gains: list[float]) -> list[tuple[Counts, ...]]:
 def verify_gain() -> None:
     assert near(metrics.gain(0.5, 0.2, 0.6), 0.75)
     learned, frozen = (metrics.gain_lower_bound(policies([g] * 4)) for g in (0.9, 0.0))
-    check("the bound passes a learner and no frozen policy", learned > 0.5 > frozen, frozen > 0.5)
+    check(
+        "the bound passes a learner and no frozen policy",
+        learned > 0.5 > frozen,
+        frozen > 0.5,
+    )
     split, pooled = policies([0.1, 0.5, 1.0, 1.4]), ({}, {}, {})
     for seed, triple in enumerate(split):
         for part, counts in zip(pooled, triple):
             part |= {f"{seed}/{name}": row for name, row in counts.items()}
     bounds = [metrics.gain_lower_bound(seeds) for seeds in (split, [pooled])]
-    check("seeds that disagree lower the bound", *(bound < 0.55 for bound in bounds))
+    check(
+        "seeds that disagree lower the bound",
+        *(bound < 0.55 for bound in bounds),
+    )
     solve, _, ceiling = split[0]
     assert metrics.gain_lower_bound([(solve, ceiling, ceiling)]) == -math.inf
 
@@ -191,7 +277,10 @@ def verify_seed_tests() -> None:
     simulated(what, 0.16, false_claims, SIMULATIONS)
     a, b = np.array([0.3, 0.5, 0.4]), np.array([0.2, 0.45, 0.1])
     want = stats.ttest_rel(a, b).pvalue
-    found = metrics.paired_ttest(a, b)[1], stats.ttest_ind(a, b).pvalue
+    found = (
+        metrics.paired_ttest(a, b)[1],
+        stats.ttest_ind(a, b).pvalue,
+    )
     check("the t-test is paired", *(near(p, want) for p in found))
     mean, sem = metrics.mean_sem([1.0, 2.0, 3.0])
     assert mean == 2.0 and near(sem, 1 / math.sqrt(3)) and math.isnan(metrics.mean_sem([1.0])[1])
@@ -206,18 +295,38 @@ def verify_sign_flip() -> None:
     mean, p = metrics.sign_flip(a, b)
     assert near(mean, difference.mean())
     exact = near(p, two_sided), near(one_sided, two_sided)
-    check("the sign-flip test enumerates every assignment, on both sides", *exact)
-    seeds, none = [0.1, 0.2, 0.3], [0.0] * 3  # sums with other signs tie but for their last bits
-    least = metrics.sign_flip(seeds, none)[1], metrics.paired_ttest(seeds, none)[1]
-    check("n seeds that agree have p = 2 / 2ⁿ, no less", *(near(p, 0.25) for p in least))
-    assert metrics.sign_flip([0.5, 0.5], [0.5, 0.5]) == (0.0, 1.0)
+    check(
+        "the sign-flip test enumerates every assignment, on both sides",
+        *exact,
+    )
+    seeds, none = (
+        [0.1, 0.2, 0.3],
+        [0.0] * 3,
+    )  # sums with other signs tie but for their last bits
+    least = (
+        metrics.sign_flip(seeds, none)[1],
+        metrics.paired_ttest(seeds, none)[1],
+    )
+    check(
+        "n seeds that agree have p = 2 / 2ⁿ, no less",
+        *(near(p, 0.25) for p in least),
+    )
+    assert metrics.sign_flip([0.5, 0.5], [0.5, 0.5]) == (
+        0.0,
+        1.0,
+    )
 
     def claims() -> tuple[bool, bool]:  # no difference, and tails in which a t-test means little
         first, second = RNG.standard_cauchy((2, 6))
         pair = first - second
         return metrics.sign_flip(pair, np.zeros(6))[1] <= 0.07, abs(pair.mean()) > 0.5
 
-    simulated("it errs at its level whatever the tails", 0.12, claims, SIMULATIONS)
+    simulated(
+        "it errs at its level whatever the tails",
+        0.12,
+        claims,
+        SIMULATIONS,
+    )
     assert metrics.sign_flip(np.arange(1.0, 21.0), np.zeros(20))[1] == 2 / 2**20
 
 
@@ -227,7 +336,11 @@ def verify_refusals() -> None:
     moved = {f"x{name}": row for name, row in triple[2].items()}
     for call, *arguments in (
         (metrics.auroc, [1.0], [True, False]),
-        (metrics.above_frontier, {"x": [1, 0, 0]}, [counted(0.1, 0.1)]),
+        (
+            metrics.above_frontier,
+            {"x": [1, 0, 0]},
+            [counted(0.1, 0.1)],
+        ),
         (metrics.above_frontier, counted(0.1, 0.1), []),
         (metrics.bootstrap_interval, {"a": [2, 3, 0]}, "hack"),
         (metrics.bootstrap_interval, {}, "hack"),
@@ -248,7 +361,12 @@ def verify_refusals() -> None:
     for value in (
         metrics.auroc([1.0, 2.0], [True, True]),
         metrics.stratified_auroc(nothing, nothing > 0, nothing),
-        metrics.auroc_interval(np.ones(2), np.ones(2) > 0, np.zeros(2), np.arange(2))[0],
+        metrics.auroc_interval(
+            np.ones(2),
+            np.ones(2) > 0,
+            np.zeros(2),
+            np.arange(2),
+        )[0],
         metrics.precision_recall_at([False, False], [True, False])["precision"],
         metrics.leakage(0.7, baseline, 400),
         metrics.leakage(0.1, baseline, 0),
