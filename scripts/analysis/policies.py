@@ -164,6 +164,10 @@ def frontier(options: Namespace) -> None:
     rows = [placed(path, record, points) for path, record in records.items()]
     print("\ndeployed policies; above: solve minus the frontier's at the same hack rate")
     show(rows, options.out / "frontier.csv")
+    draw_frontier(points, rows, options.out / "frontier.png")
+
+
+def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
     figure, axis = plot.panel("hack rate, novel markers", "solve rate")
     hacks, solves = ([p[which] for p in points] for which in ("hack", "solve"))
     grid = np.linspace(0, max(r["hack"] for r in points + rows) + 0.02, 200)
@@ -191,7 +195,7 @@ def frontier(options: Namespace) -> None:
         }
         name = f"{row['arm']} s{row['seed']}"
         axis.errorbar(row["hack"], row["solve"], **error, **look, label=name)
-    plot.save(figure, options.out / "frontier.png")
+    plot.save(figure, path)
 
 
 # ── forget, heal ─────────────────────────────────────────────────────────────────────────────────
@@ -214,15 +218,19 @@ def forget(options: Namespace) -> None:
                     found = measure("forget")
                 rows.append(named(run) | {"deployed": deployed, "quarantine": quarantine} | found)
     show(rows, options.out / "forget.csv")
+    draw_forget(rows, options.out / "forget.png")
+
+
+def draw_forget(rows: list[dict], path: Path) -> None:
     of_delta = "scale of the quarantine's delta (0: deployed)"
     figure, axis = plot.panel(of_delta, "rate, novel markers")
-    for place, path in enumerate(options.runs):
-        mine = [r for r in rows if r["run"] == str(path) and r["deployed"]]
+    for place, run in enumerate(dict.fromkeys(r["run"] for r in rows)):
+        mine = [r for r in rows if r["run"] == run and r["deployed"]]
         scales = [r["quarantine"] for r in mine]
         for which, style in (("hack", "o-"), ("solve", "o--")):
             values, label = (
                 [r[which] for r in mine],
-                f"{path.name}: {which}",
+                f"{Path(run).name}: {which}",
             )
             axis.plot(
                 scales,
@@ -231,7 +239,7 @@ def forget(options: Namespace) -> None:
                 color=plot.colour_of(place),
                 label=label,
             )
-    plot.save(figure, options.out / "forget.png")
+    plot.save(figure, path)
 
 
 def heal(options: Namespace) -> None:
