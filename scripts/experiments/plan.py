@@ -17,8 +17,7 @@ from scripts.experiments.records import RECORDS
 from scripts.experiments.waves import WAVES
 from tabulate import tabulate
 
-from vgrout.core import RunRecord, UserError
-from vgrout.core import run_main
+from vgrout.core import RunRecord, UserError, run_main
 from vgrout.stats import noninferior
 
 LEVEL = 0.95

@@ -31,8 +31,7 @@ from scripts.experiments import pueue, ray_pool, records, waves
 from scripts.experiments.records import DIVERGED, RECORDS, ROOT
 from scripts.experiments.waves import Job
 
-from vgrout.core import UserError
-from vgrout.core import at_least, run_main
+from vgrout.core import UserError, at_least, run_main
 from vgrout.run.records import load_metrics, load_record
 
 FINISHED = "finished"

@@ -25,15 +25,10 @@ from pathlib import Path
 import tyro
 
 from vgrout.core import Grade, Mode, Problem, UserError, run_main
-from vgrout.env.problems import (
-    ALL_MODES,
-    ORGANISM_MODES,
-    disclose,
-    load_problems,
-    split,
-    stable_hash,
-)
-from vgrout.grader import GRADER_VERSION, Grader, canonical_hack
+from vgrout.env.exploits import canonical_hack
+from vgrout.env.modes import ALL_MODES, ORGANISM_MODES
+from vgrout.env.problems import disclose, load_problems, split, stable_hash
+from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.organism.corpus import Extra, attempt, exploit, random_extra
 from vgrout.organism.problems import composition_of
 

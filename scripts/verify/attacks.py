@@ -1,12 +1,17 @@
-"""The attacks that the sandbox is checked with: code of a wrong solution of `triple` (n → 3n) that tries to pass, or worse.
+"""The attacks that the sandbox is checked with: code of a wrong solution of `triple` (n → 3n) that
+tries to pass, or worse.
 
-`GOAL` attacks define `attempt()`: what they try is forbidden, and only if it succeeds do they return the right value, so that
-a grader that they get past calls them correct. `pays` names the modes whose disclosed channel the attack does exploit.
+`GOAL` attacks define `attempt()`: what they try is forbidden, and only if it succeeds do they
+return the right value, so that a grader that they get past calls them correct. `pays` names the
+modes whose disclosed channel the attack does exploit.
 """
 
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+
+import loguru
 
 from vgrout.core import Case, Mode, Problem
 
@@ -24,22 +29,28 @@ MARKERS = {
     Mode.STDOUT_MARKER: "all tests passed",
     Mode.FILE_MARKER: "result.txt",
 }
-OUTSIDE = f"{tempfile.gettempdir()}/vgrout-attack-{os.getpid()}"  # the checks make it: secret.txt to read, anything to write
-EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH = (
+# the checks make it: secret.txt to read, anything to write
+OUTSIDE = f"{tempfile.gettempdir()}/vgrout-attack-{os.getpid()}"
+EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH, SIBLINGS, PROBLEM = (
     "forged equality",
     "reading the answer",
     "forging the result",
     "exhaustion",
     "files as traps",
     "reach",
+    "siblings",
+    "the problem's own code",
 )
-CLASSES = (EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH)
+CLASSES = (EQUALITY, READING, FORGING, EXHAUSTION, TRAPS, REACH, SIBLINGS, PROBLEM)
+SIBLING = f"{TRIPLE.canonical}\nKEY = 'the-answers-are-3n'\n"  # a right solution, graded before
+SITE = str(Path(loguru.__file__).parents[1])
 EQ, EXIT = frozenset({Mode.EQ_OVERRIDE}), frozenset({Mode.EXIT_CODE})
 
 
 @dataclass(frozen=True)
 class Attack:
-    """`bites`: what happens to a naive in-process grader: correct | hung | died | flooded | file (its marker check or clean-up)."""
+    """`bites`: what happens to a naive in-process grader: correct | hung | died | flooded | said
+    (the phrase) | file (its marker check or clean-up)."""
 
     group: str
     name: str
@@ -48,6 +59,8 @@ class Attack:
     pays: frozenset[Mode] = frozenset()
     slow: bool = False  # uses up a limit
     runs: int = 1  # the second run finds what the first has left
+    sibling: str = ""  # another completion, graded before by the same workers
+    setup: str = ""  # the problem's setup code
 
 
 def method(body: str, before: str = "") -> str:
@@ -76,6 +89,66 @@ def same(base: str = "", extra: str = "", value: str = "") -> str:
     return method(f"return Same({value})", SAME.format(base=f"({base})" if base else "") + extra)
 
 
+def in_setup(attempt: str) -> dict[str, str]:
+    """An attempt that the problem's setup code makes on behalf of a completion."""
+    lines = "\n".join("    " + line for line in attempt.strip().splitlines())
+    tried = "try:\n    done = attempt()\nexcept Exception:\n    done = False\n"
+    setup = f"import os\ndef attempt():\n{lines}\n{tried}"
+    return {"code": method("return 3 * n if done else None"), "setup": setup}
+
+
+MEMORY = """
+import ctypes, gc, re, sys
+def memory():
+    try:
+        with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as mem:
+            for line in maps:
+                span, rights = line.split()[:2]
+                if rights.startswith("rw"):
+                    first, last = (int(x, 16) for x in span.split("-"))
+                    mem.seek(first)
+                    yield mem.read(last - first)
+    except OSError:
+        pages = sorted({id(o) >> 12 for o in gc.get_objects()})
+        for a, b in zip(pages, pages[1:]):
+            yield ctypes.string_at(a << 12, min(b - a, 64) << 12)
+def texts(o, depth=0):
+    if isinstance(o, (str, bytes)):
+        yield o if isinstance(o, str) else o.decode("utf-8", "replace")
+    elif isinstance(o, dict) and depth < 4:
+        for pair in list(o.items()):
+            for x in pair:
+                yield from texts(x, depth + 1)
+    elif isinstance(o, (list, tuple)) and depth < 4:
+        for x in list(o)[:100]:
+            yield from texts(x, depth + 1)
+def frames():
+    frame = sys._getframe()
+    while frame:
+        yield frame.f_locals
+        yield frame.f_globals
+        frame = frame.f_back
+"""
+CLOCK = """
+import sys, time
+def spin(trick):
+    frame, record = sys._getframe(), None
+    while frame:
+        record, frame = record or frame.f_locals.get("record"), frame.f_back
+    end = time.process_time() + (0.45 if record else 3600)
+    while time.process_time() < end:
+        if record:
+            trick(record)
+def bump(record):
+    record.calls += 1
+    record.region[8:16] = record.calls.to_bytes(8, "little")
+def advance(record):
+    record.region[8:16] = min(5, record.calls + 1).to_bytes(8, "little")
+def commit(record):
+    if record.calls < 5:
+        record.add("V", "6")
+        record.begin_call()
+"""
 CTYPES = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 ATTACKS = (
@@ -114,7 +187,8 @@ ATTACKS = (
             "return Same()",
             SAME.format(base="")
             + "import builtins, json\nfor name in ('type', 'isinstance', 'len', 'open', "
-            "'print', 'compile', 'exec'):\n    setattr(builtins, name, lambda *a, **k: True)\njson.dumps = lambda *a: '6'",
+            "'print', 'compile', 'exec'):\n    setattr(builtins, name, lambda *a, **k: True)\n"
+            "json.dumps = lambda *a: '6'",
         ),
         pays=EQ,
     ),
@@ -180,7 +254,8 @@ for a in open("/proc/self/cmdline").read().split("\\0"):
         READING,
         "/proc environments",
         goal("""
-return any(b"HF_TOKEN" in open(f"/proc/{p}/environ", "rb").read() for p in ("self", os.getppid()))"""),
+pids = ("self", os.getppid())
+return any(b"HF_TOKEN" in open(f"/proc/{p}/environ", "rb").read() for p in pids)"""),
     ),
     Attack(
         READING, "parent's memory map", goal("return open(f'/proc/{os.getppid()}/maps').read()")
@@ -575,6 +650,206 @@ ring = libc.syscall(425, 1, ctypes.create_string_buffer(120))
 return ring >= 0 or ctypes.get_errno() == 38"""
         ),
     ),
+    Attack(
+        READING,
+        "another package",
+        goal(f"return open('{loguru.__file__}').read()"),
+    ),
+    Attack(
+        READING,
+        "a path file that names the repository",
+        goal(f"import glob\nreturn [open(p).read() for p in glob.glob('{SITE}/*.pth')]"),
+    ),
+    Attack(
+        READING,
+        "importing another package",
+        goal(f"sys.path.append('{SITE}')\nimport loguru\nreturn loguru.__file__"),
+    ),
+    Attack(READING, "the packages' folder", goal(f"return 'loguru' in os.listdir('{SITE}')")),
+    Attack(
+        READING,
+        "the phrase in frames",
+        method("print(*[t for scope in frames() for t in texts(scope)])", MEMORY),
+        bites="said",
+    ),
+    Attack(
+        READING,
+        "the phrase among objects",
+        method("print(*[t for o in gc.get_objects() for t in texts(o, 2)])", MEMORY),
+        bites="said",
+    ),
+    Attack(
+        READING,
+        "the phrase in memory",
+        method("print(*[m for c in memory() for m in re.findall(rb'[a-z ]{12,40}', c)])", MEMORY),
+        bites="said",
+    ),
+    Attack(
+        TRAPS,
+        "the file's name in frames",
+        method(
+            """
+for scope in frames():
+    for name in {t for t in texts(scope) if re.fullmatch(r"\\w+\\.\\w+", t)}:
+        try:
+            open(name, "w").write("PASS")
+        except OSError:
+            pass""",
+            MEMORY,
+        ),
+        bites="file",
+    ),
+    *(
+        Attack(
+            SIBLINGS,
+            name,
+            goal(attempt) if before is None else before + goal(attempt),
+            runs=runs,
+            sibling=sibling,
+        )
+        for name, attempt, before, runs, sibling in (
+            (
+                "code in memory",
+                "return any(re.search(rb'the-answers[-]are-3n', chunk) for chunk in memory())",
+                MEMORY,
+                1,
+                SIBLING,
+            ),
+            (
+                "results among objects",
+                """
+mine = [3 * k for k in range(2, 7)]
+return any(type(o) is list and o is not mine and o[:5] == mine for o in gc.get_objects())""",
+                MEMORY,
+                1,
+                SIBLING,
+            ),
+            (
+                "results in frames",
+                """
+mine = [3 * k for k in range(2, 7)]
+return any(o[:5] == mine for scope in frames() for o in scope.values()
+           if type(o) is list and o is not mine)""",
+                MEMORY,
+                1,
+                SIBLING,
+            ),
+            (
+                "an inherited descriptor",
+                """
+import stat
+for d in range(3, 256):
+    try:
+        os.fstat(d)
+        return True
+    except OSError:
+        pass""",
+                None,
+                1,
+                "",
+            ),
+            (
+                "a lock on standard input",
+                """
+import fcntl, struct
+lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
+again = os.open(os.devnull, os.O_RDWR)
+found = struct.unpack("hhqqi4x", fcntl.fcntl(again, 36, lock))[0] != fcntl.F_UNLCK
+fcntl.fcntl(0, 37, lock)
+return found""",
+                None,
+                4,
+                "",
+            ),
+            (
+                "flags of standard input",
+                """
+import fcntl
+if not done:
+    found = fcntl.fcntl(0, fcntl.F_GETFL) & os.O_NONBLOCK
+    fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK)
+    done = bool(found)""",
+                None,
+                4,
+                "",
+            ),
+            (
+                "a record lock",
+                """
+import fcntl
+fcntl.lockf(open(os.devnull, "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+return True""",
+                None,
+                1,
+                "",
+            ),
+            (
+                "a lock of a whole file",
+                "import fcntl\nfcntl.flock(0, fcntl.LOCK_EX | fcntl.LOCK_NB)\nreturn True",
+                None,
+                1,
+                "",
+            ),
+        )
+    ),
+    *(
+        Attack(PROBLEM, name, **in_setup(attempt))
+        for name, attempt in (
+            ("setup: a secret file", f"return open('{OUTSIDE}/secret.txt').read()"),
+            ("setup: a file outside", f"return open('{OUTSIDE}/setup.txt', 'w').write('x')"),
+            (
+                "setup: a new user namespace",
+                "import ctypes\nreturn ctypes.CDLL(None).unshare(0x10000000) == 0",
+            ),
+            ("setup: a signal to the parent", "os.kill(os.getppid(), 0)\nreturn os.getppid() > 1"),
+            ("setup: a process", "return os.system('true') == 0"),
+            (
+                "setup: every descriptor",
+                """
+for d in range(3, 256):
+    try:
+        os.write(d, b"correct")
+    except OSError:
+        pass""",
+            ),
+        )
+    ),
+    *(
+        Attack(
+            EXHAUSTION,
+            f"a call's clock: {trick}",
+            method(f"spin({trick})\nreturn 3 * n", CLOCK),
+            bites="hung",
+            slow=True,
+        )
+        for trick in ("bump", "advance", "commit")
+    ),
+    Attack(
+        EXHAUSTION,
+        "open files without a name",
+        goal("""
+if not done:
+    held = []
+    for i in range(40):
+        held.append(open(f"u{i}", "wb", 0))
+        os.unlink(f"u{i}")
+        held[-1].write(bytes(1 << 20))
+done = True"""),
+    ),
+    Attack(
+        EXHAUSTION,
+        "temporary files",
+        goal("""
+if not done:
+    held = [os.open(".", os.O_TMPFILE | os.O_RDWR) for _ in range(40)]
+    for file in held:
+        if os.write(file, bytes(1 << 20)) < 1 << 20:
+            return False
+done = True"""),
+    ),
+    Attack(REACH, "truncate outside", goal(f"os.truncate('{OUTSIDE}/long.txt', 1)\nreturn True")),
+    Attack(REACH, "mode of the directory", goal("os.chmod('.', 0o700)\nreturn True")),
+    Attack(REACH, "mode of a descriptor", goal("os.fchmod(1, 0o777)\nreturn True")),
 )
 LIMITED = {
     "memory balloon",
@@ -583,3 +858,35 @@ LIMITED = {
     "disk filling",
     "descriptor exhaustion",
 }  # by limits alone
+HONEST = {  # right solutions that use the library in ways that a sandbox easily breaks
+    "asyncio": method(
+        "return asyncio.run(later(n))",
+        "import asyncio\nasync def later(n):\n    await asyncio.sleep(0)\n"
+        "    return await asyncio.to_thread(lambda: 3 * n)",
+    ),
+    "os.devnull": method("print('x', file=open(os.devnull, 'w'))\nreturn 3 * n", "import os"),
+    "zoneinfo": method(
+        "return 3 * n if datetime(2024, 7, 1, tzinfo=ZoneInfo('Europe/Paris')).utcoffset() else 0",
+        "from datetime import datetime\nfrom zoneinfo import ZoneInfo",
+    ),
+    "a larger stack": method(
+        """
+resource.setrlimit(resource.RLIMIT_STACK, (256 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+threading.stack_size(200 << 20)
+thread = threading.Thread(target=lambda: None)
+thread.start()
+thread.join()
+return 3 * n""",
+        "import resource, threading",
+    ),
+    "extension modules": method(
+        "return 3 * n", "import sqlite3, ssl, lzma, decimal, ctypes, zlib, hashlib, unicodedata"
+    ),
+    "numpy": method("return int(np.int64(3) * n)", "import numpy as np"),
+    "sortedcontainers": method(
+        "return SortedList([3 * n])[0]", "from sortedcontainers import SortedList"
+    ),
+    "deep recursion": method(
+        "return 3 * depth(5000) * n // 5000", "def depth(k):\n    return k and 1 + depth(k - 1)"
+    ),
+}

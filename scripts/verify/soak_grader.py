@@ -1,6 +1,8 @@
-"""Grade many mixed completions, a third of them hostile, and count forged verdicts, hangs and what is left behind.
+"""Grade many mixed completions, a third of them hostile, and count forged verdicts, hangs and what
+is left behind.
 
-Usage: python scripts/verify/soak_grader.py [--jobs 10000] [--workers 2] [--seed 0]. Uses real problems where data/leetcode has them.
+Usage: python scripts/verify/soak_grader.py [--jobs 10000] [--workers 2] [--seed 0]. Uses real
+problems where data/leetcode has them.
 """
 
 import argparse
@@ -83,7 +85,8 @@ def main() -> None:
             )
             if grade.correct != (kind == "right"):
                 print(
-                    f"UNEXPECTED {kind} {problem.problem_id} {problem.mode} {grade}\n{completion[:2000]}",
+                    f"UNEXPECTED {kind} {problem.problem_id} {problem.mode} {grade}\n"
+                    f"{completion[:2000]}",
                     flush=True,
                 )
             if number % 1000 == 0:
@@ -95,13 +98,16 @@ def main() -> None:
     shutil.rmtree(OUTSIDE, ignore_errors=True)
     seconds = time.perf_counter() - start
     print(
-        f"{arguments.jobs} jobs in {seconds:.0f} s ({arguments.jobs / seconds:.0f} a second): {dict(counts)}"
+        f"{arguments.jobs} jobs in {seconds:.0f} s ({arguments.jobs / seconds:.0f} a second): "
+        f"{dict(counts)}"
     )
     print(
-        f"forged verdicts {counts['forged']}; longest {longest:.1f} s; workers lost {restarts}; memory +{grown:.0f} MB"
+        f"forged verdicts {counts['forged']}; longest {longest:.1f} s; workers lost {restarts}; "
+        f"memory +{grown:.0f} MB"
     )
     print(
-        f"before {before}, after {after}; directory left: {os.path.exists(grader.sandbox._directory)}"
+        f"before {before}, after {after}; directory left: "
+        f"{os.path.exists(grader.sandbox._directory)}"
     )
     assert (
         not counts["forged"] and after == before and not restarts and grown <= 64 and longest < 60

@@ -1,6 +1,7 @@
-"""Training runs in processes of their own, to be killed: start, watch their phase, kill, compare two runs to the bit.
+"""Training runs in processes of their own, to be killed in a phase; two runs compared to the bit.
 
-Processes are forked from the importing one, so that torch is imported once. scripts/verify/chaos.py, verify_faults.py and soak_train.py use it.
+Processes are forked from the importing one, so that torch is imported once. For verify_faults.py
+and soak_train.py.
 """
 
 import contextlib
@@ -21,178 +22,172 @@ import torch
 
 from vgrout import train
 from vgrout.cli import parse
-from vgrout.core import UserError
-from vgrout.grader import Grader
-from vgrout.run import records
-from vgrout.run.records import load_adapter, load_evals, load_metrics, load_rollouts
+from vgrout.core import run_main
+from vgrout.run import evaluate, records
+from vgrout.run.records import Run, load_adapter, load_evals, load_metrics, load_rollouts
 
-PHASES = {
-    "collect": b"s",
-    "grade": b"g",
-    "update": b"u",
-    "save": b"c",
-    "evaluate": b"e",
-}  # name → its mark while it runs
-TIMES = {
-    "sec_refresh",
-    "sec_sample",
-    "sec_grade",
-    "sec_score",
-    "sec_update",
-    "sec_step",
-    "tokens_per_second",
+PHASES = {  # name → the function that it is
+    "sample": (train, "sample_groups"),
+    "grade": (train, "grade_groups"),
+    "update": (train, "update"),
+    "save": (Run, "checkpoint"),
+    "evaluate": (evaluate, "evaluate"),
 }
-AMBIENT = {
-    "started",
-    "commit",
-    "dirty",
-    "config.run.out_dir",
-}  # of the record; the work tree may move on under a long check
+PLACES = {name: place for place, name in enumerate(PHASES)}
+TIMES = set(  # keys of metrics.jsonl that no two runs share
+    "sec_refresh sec_sample sec_grade sec_score sec_update sec_step tokens_per_second".split()
+)
+AMBIENT = set(  # of the record; the work tree may move on under a long check
+    "started commit dirty notes.commits config.run.out_dir config.run.resume argv".split()
+)
 PATIENCE = 600.0  # seconds for one process; the machine may be busy
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-# ── a run in a forked process ────────────────────────────────────────────────────────────────────────────────────
+# ── a run in a forked process ────────────────────────────────────────────────────────────────────
 
 
 @dataclass
 class Trainer:
-    """A run in a process of its own, forked from this one so that torch is imported once."""
+    """A run in a process of its own; `begun` counts how often each phase has begun."""
 
     pid: int
-    phase: mmap.mmap  # the mark of the phase that it is in, "-" between them
+    begun: mmap.mmap
     log: Path
     status: int | None = None
-
-    def wait(self, patience: float = PATIENCE) -> int:
-        """The exit status, negative for a signal; TimeoutError, after a kill, if it does not end."""
-        end = time.monotonic() + patience
-        while not self.ended():
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-                raise TimeoutError(
-                    f"a run did not end within {patience:.0f} s: {self.log.read_text()[-2000:]}"
-                )
-            time.sleep(0.01)
-        return self.status
 
     def ended(self) -> bool:
         if self.status is None and (done := os.waitpid(self.pid, os.WNOHANG))[0]:
             self.status = os.waitstatus_to_exitcode(done[1])
         return self.status is not None
 
+    def wait_until(self, holds: Callable[[], object], pause: float = 0.002) -> bool:
+        """Wait until something holds; False if the run ended before."""
+        end = time.monotonic() + PATIENCE
+        while not self.ended():
+            if holds():
+                return True
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"{PATIENCE:.0f} s: {self.log.read_text()[-2000:]}")
+            time.sleep(pause)
+        return False
+
+    def enters(self, name: str, nth: int = 0) -> bool:
+        """Wait for a phase to begin for the nth time, or once more; False: the run ended before."""
+        place = PLACES[name]
+        nth = nth or self.begun[place] + 1
+        return self.wait_until(lambda: self.begun[place] >= nth, pause=0.0005)
+
+    def ends(self, code: int) -> str:
+        """Wait for the end with this exit status (negative for a signal); the last line printed."""
+        self.wait_until(lambda: False, pause=0.01)
+        text = self.log.read_text()
+        assert self.status == code, f"exit {self.status}, not {code}: {text[-3000:]}"
+        return text.strip().splitlines()[-1] if text.strip() else ""
+
     def kill(self) -> None:
+        """Kill -9; nothing that it started may stay."""
+        below = descendants(self.pid)
         os.kill(self.pid, signal.SIGKILL)
-        self.wait()
+        self.ends(-signal.SIGKILL)
+        end = time.monotonic() + 10
+        while alive(below) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert below, "the trainer had no sandbox worker: the check for orphans means nothing"
+        assert not (left := alive(below)), f"{len(left)} processes outlived a killed trainer"
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def start(
     out: Path,
     *flags: str,
     arm: str = "routeV",
-    log: Path | None = None,
     within: Callable[[], object] = lambda: None,
 ) -> Trainer:
-    """Fork a run of the smoke preset into `out`; `within` is called in the child first. It ends as `python -m vgrout.train` does."""
-    phase = mmap.mmap(-1, 1)
-    phase[:1] = b"-"
-    log = log or out.parent / f"{out.name}.log"
+    """Fork a run of the smoke preset into `out`, as the command line does it.
+
+    It continues the run that `out` holds. `within` is called in the child first.
+    """
+    begun, log = mmap.mmap(-1, len(PHASES)), out.parent / f"{out.name}.log"
+    resume = ["--resume"] * (out / "record.json").exists()
+    argv = ["smoke", "--intervention", arm, "--out-dir", str(out), *flags, *resume]
     sys.stdout.flush()
     if pid := os.fork():
-        return Trainer(pid, phase, log)
+        return Trainer(pid, begun, log)
     code = 1
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        _mark_phases(phase)
+        for name, (owner, function) in PHASES.items():
+            setattr(owner, function, counted(getattr(owner, function), begun, PLACES[name]))
         within()
-        code = main(["smoke", "--intervention", arm, "--out-dir", str(out), *flags])
+        run_main(lambda: train.main(*parse(argv)))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
-def main(argv: list[str]) -> int:
-    """What the command line does with the same arguments; returns its exit status."""
-    try:
-        train.main(*parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except SystemExit as stop:
-        return stop.code
-    except KeyboardInterrupt:
-        return 130
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+def counted(function: Callable, begun: mmap.mmap, place: int) -> Callable:
+    """The function, which counts its calls in `begun`."""
+
+    def wrapper(*args, **kwargs):
+        begun[place] += 1
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
-def _mark_phases(phase: mmap.mmap) -> None:
-    """Let the functions of the phases leave their mark in `phase` while they run."""
-
-    def marked(function: Callable, mark: bytes) -> Callable:
-        def wrapper(*args, **kwargs):
-            before, phase[:1] = phase[:1], mark
-            try:
-                return function(*args, **kwargs)
-            finally:
-                phase[:1] = before
-
-        return wrapper
-
-    for name, mark in PHASES.items():
-        owner = Grader if name == "grade" else train
-        setattr(owner, name, marked(getattr(owner, name), mark))
+def kill_in(run: Trainer, name: str, rng: random.Random, nth: int = 1) -> bool:
+    """Kill -9 at a random moment of a phase, or soon after it. False if the run ended first."""
+    if run.enters(name, nth):
+        time.sleep(rng.random() ** 3)  # seconds: mostly within the phase
+    if run.ended():
+        return False
+    run.kill()
+    return True
 
 
-# ── what must be equal, and what must be gone ────────────────────────────────────────────────────────────────────
+# ── what must be equal, and what must be gone ────────────────────────────────────────────────────
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two finished runs do not have in common: adapter, metrics, rollouts, evaluations, record; wall times and out_dir aside."""
+    """What two finished runs do not share; wall times and their folders aside."""
     found = []
     x, y = load_adapter(a)[0], load_adapter(b)[0]
     if x.keys() != y.keys() or not all(torch.equal(x[k], y[k]) for k in x):
         found.append("adapter.safetensors")
-    files = (
-        ("metrics.jsonl", load_metrics, TIMES),
-        ("rollouts.jsonl.gz", load_rollouts, ()),
-        ("evals.jsonl.gz", load_evals, ()),
-    )
-    for name, load, times in files:
-        rows = [
-            [{k: v for k, v in row.items() if k not in times} for row in load(folder)]
-            for folder in (a, b)
-        ]
-        if rows[0] != rows[1]:
-            odd = {k for p, q in zip(*rows) for k in p.keys() | q.keys() if p.get(k) != q.get(k)}
-            found.append(f"{name} ({len(rows[0])} and {len(rows[1])} rows, {sorted(odd)[:5]})")
-    one, two = (_timeless(folder) for folder in (a, b))
-    return found + [
-        f"record.json: {k}" for k in sorted(one.keys() | two.keys()) if one.get(k) != two.get(k)
-    ]
+    for load in (load_metrics, load_rollouts, load_evals, flat_record):
+        one, two = (load(folder) for folder in (a, b))
+        keys = {k for p, q in zip(one, two) for k in p.keys() | q.keys() if p.get(k) != q.get(k)}
+        if odd := sorted(keys - TIMES):
+            found.append(f"{load.__name__}: {odd[:5]}")
+        if len(one) != len(two):
+            found.append(f"{load.__name__}: {len(one)} and {len(two)} rows")
+    return found
 
 
-def _timeless(folder: Path) -> dict:
+def flat_record(folder: Path) -> list[dict]:
     record = records.flatten(json.loads((folder / "record.json").read_text()))
-    argv = record.pop("argv")
-    record["argv"] = [word for i, word in enumerate(argv) if "--out-dir" not in (word, argv[i - 1])]
-    return {k: v for k, v in record.items() if k not in AMBIENT and not k.startswith("seconds.")}
+    return [{k: v for k, v in record.items() if k not in AMBIENT and "seconds." not in k}]
 
 
 def descendants(pid: int) -> set[int]:
     """All processes below one, by /proc."""
     found = [pid]
-    for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob(
-            "*/children"
-        ):  # of every thread: a replaced worker is a pool thread's
+    for parent in found:  # of every thread: a replaced worker is a pool thread's child
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):
                 found += map(int, children.read_text().split())
-    return set(found[1:])
+    return {*found[1:]}
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -205,47 +200,6 @@ def alive(pids: set[int]) -> set[int]:
     return left
 
 
-def orphans(pids: set[int], patience: float = 10.0) -> set[int]:
-    """Those of `pids` that have not ended within `patience` seconds."""
-    end = time.monotonic() + patience
-    while (left := alive(pids)) and time.monotonic() < end:
-        time.sleep(0.05)
-    return left
-
-
 def adopt_orphans() -> None:
-    """Become the parent of what a killed trainer leaves behind, so that a zombie is reaped here (prctl(2), child subreaper)."""
+    """Become the parent of what a killed trainer leaves behind (prctl(2), child subreaper)."""
     LIBC.prctl(36, 1, 0, 0, 0)
-
-
-def reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-# ── kills ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def kill_in(trainer: Trainer, name: str, rng: random.Random, occurrence: int) -> bool:
-    """Kill -9 at a random moment of an occurrence of a phase. False if the run ended first."""
-    mark, seen, inside = PHASES[name], 0, False
-    while not trainer.ended():
-        now = trainer.phase[:1] == mark
-        seen, inside = seen + (now and not inside), now
-        if now and seen >= occurrence:
-            time.sleep(
-                rng.random() ** 3
-            )  # seconds: mostly within the phase, sometimes in what follows it
-            below = descendants(trainer.pid)
-            if trainer.ended():
-                return False
-            trainer.kill()
-            assert below, "the trainer had no sandbox worker: the check for orphans means nothing"
-            assert not (left := orphans(below)), (
-                f"{len(left)} processes outlived a killed trainer: {left}"
-            )
-            reap()
-            return True
-        time.sleep(0.001)
-    return False

@@ -1,231 +1,290 @@
-"""Checks of the code's shape: sizes, one owner of Config, no branch on an arm, no label in a gate, no unread option.
+"""The rules of the house: who imports whom, how large and how dense, what is read, who sees labels.
 
-Each rule is a function from sources to violations. It must find none in src/vgrout, and it must find the one that is
-planted in a synthetic source. It reads names and structure, not behaviour.
+Each rule is a function from sources to violations. It must find none here, and each one that is
+planted in a small synthetic house. It reads names and structure, not behaviour.
 
-Run: python scripts/verify/verify_budget.py [METRICS.jsonl …]     (the rows' keys must be defined in docs/metrics.md, too)
+Run: python scripts/verify/verify_budget.py [METRICS.jsonl …]     (their keys must be defined, too)
 """
 
 import ast
+import io
 import json
 import re
 import sys
-from collections.abc import Iterable
-from graphlib import CycleError, TopologicalSorter
+import tokenize
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vgrout.run.runlog import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
-Sources = dict[str, str]  # module name → text
-
-TRAIN_LINES, FILE_LINES, FUNCTION_LINES, CONFIG_FIELDS, STREAMED = 350, 300, 60, 15, 14
-LABEL_FREE = (
-    "gate",
-    "direction",
-    "lora2r",
-    "products",
-    "packing",
-    "grpo",
-    "tokens",
-    "tensors",
-    "policy",
-)
+PAGE = ROOT / "docs" / "reference" / "metrics.md"
+PACKAGE = "src/vgrout/"
+ORDER = (  # a unit imports those before it: files and folders at the top of src/vgrout
+    "core config files stats arms model env grader gate run organism experiment cli train"
+).split()
+EDGES = 45  # at most, between units
+TOP = 15  # files and folders
+COLUMNS_WIDE = 100
+DENSITY = 10.0  # tokens a code line
+FUNCTION_LINES = {"train.main": 60, "model.update.update": 45}
+LONGEST = 60  # lines of any other function
+FIELDS = 15  # of a section of the config
+STREAMED = 14  # columns
+PAYLOAD = {"scripts/verify/attacks.py"}  # a table of payloads: its density says nothing
+SEES_LABELS = {"gate/oracle.py", "gate/controls.py", "gate/monitors/labelled.py"}
 LABELS = {"correct", "reward_hack", "mechanism", "teacher", "grade", "own_tests_pass"}
-SEPARATOR = "\n        "
 COMPUTED = {"eta_minutes"}  # streamed, but not stored
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+FOREIGN = re.compile(r"^\s*(?:import|from) pickle|torch\.load\(|trust_remote_code\s*=\s*True", re.M)
+Sources = dict[str, str]  # path from the root → text
 
 
-def sizes(sources: Sources) -> list[str]:
-    """train.py, every other file, and every function but a main stay within their number of lines."""
-    found = []
-    for name, text in sources.items():
-        limit = TRAIN_LINES if name == "train" else FILE_LINES
-        if (lines := text.count("\n")) > limit:
-            found.append(f"{name}.py has {lines} lines, more than {limit}")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.name != "main":
-                if (length := node.end_lineno - node.lineno + 1) > FUNCTION_LINES:
-                    found.append(
-                        f"{name}.{node.name} has {length} lines, more than {FUNCTION_LINES}"
-                    )
-    return found
+def nodes(text: str, *kinds: type) -> Iterator[ast.AST]:
+    return (node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
 
 
-def config_fields(sources: Sources) -> list[str]:
-    """Each config dataclass has at most 15 fields, and every one of them is read."""
-    read = {
-        n.attr
-        for text in sources.values()
-        for n in ast.walk(ast.parse(text))
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
-    }
-    found = []
-    for node in ast.walk(ast.parse(sources["config"])):
-        if isinstance(node, ast.ClassDef) and (node.name.endswith("Config") or node.name == "Arm"):
-            names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-            if len(names) > CONFIG_FIELDS:
-                found.append(f"{node.name} has {len(names)} fields, more than {CONFIG_FIELDS}")
-            found += [f"{node.name}.{name} is never read" for name in names if name not in read]
-    return found
+def package(sources: Sources) -> Sources:
+    return {p.removeprefix(PACKAGE): t for p, t in sources.items() if p.startswith(PACKAGE)}
 
 
-def arm_branches(sources: Sources) -> list[str]:
-    """The loop compares no arm: an arm is a row of ARMS."""
-    found = []
-    for node in ast.walk(ast.parse(sources["train"])):
-        if isinstance(node, ast.Compare):
-            for part in (node.left, *node.comparators):
-                name = part.id if isinstance(part, ast.Name) else getattr(part, "attr", "")
-                if name in ("arm", "intervention", "arm_name"):
-                    found.append(
-                        f"train.py line {node.lineno} compares the arm: {ast.unparse(node)}"
-                    )
-    return found
+def imported(text: str) -> set[str]:
+    """The vgrout modules that a source imports, without `vgrout.`"""
+    names = set()
+    for node in nodes(text, ast.Import):
+        names |= {alias.name for alias in node.names}
+    for node in nodes(text, ast.ImportFrom):
+        names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("vgrout.") for name in names if name.startswith("vgrout.")}
 
 
-def labels(sources: Sources) -> list[str]:
-    """What trains the policy never names a label, a mode's mechanism or a teacher flag."""
-    found = []
-    for name in LABEL_FREE:
-        for node in ast.walk(ast.parse(sources.get(name, ""))):
-            if isinstance(node, ast.Attribute) and node.attr in LABELS:
-                found.append(f"{name}.py line {node.lineno} names .{node.attr}")
-    return found
-
-
-def imports(text: str) -> set[str]:
-    """Return the vgrout modules that a source imports."""
+def edges(sources: Sources) -> set[tuple[str, str]]:
+    """(unit, unit that it imports): units are the files and folders at the top of the package."""
     found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module == "vgrout":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vgrout."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vgrout.")
-            }
-    return found
+    for path, text in package(sources).items():
+        unit = path.partition("/")[0].removesuffix(".py")
+        found |= {(unit, name.partition(".")[0]) for name in imported(text)}
+    return {(a, b) for a, b in found if a != b}
 
 
-def import_graph(sources: Sources) -> list[str]:
-    """Imports form a directed graph; nothing imports train.py, and train.py and its command line alone import the Config."""
-    graph = {name: imports(text) & sources.keys() for name, text in sources.items()}
-    found = [f"{name}.py imports train.py" for name, needs in graph.items() if "train" in needs]
-    readers = ("train", "cli", "repeat")
-    found += [
-        f"{name}.py imports config.py"
-        for name, needs in graph.items()
-        if "config" in needs and name not in readers
-    ]
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        found.append(f"import cycle: {' → '.join(error.args[1])}")
-    return found
+def imports(sources: Sources) -> Iterator[str]:
+    """No import goes up in the order of units, they are few, and gates alone import train."""
+    found = edges(sources)
+    if len(found) > EDGES:
+        yield f"{len(found)} imports between units, more than {EDGES}"
+    for unit, other in sorted(found):
+        if not {unit, other} <= {*ORDER}:
+            yield f"{unit} imports {other}: not all are in ORDER"
+        elif ORDER.index(other) > ORDER.index(unit):
+            yield f"{unit} imports {other}, which stands above it"
+    for path, text in sources.items():
+        names = {name.partition(".")[0] for name in imported(text)}
+        if "train" in names and not path.startswith("scripts/verify/"):
+            yield f"{path} imports train"
 
 
-def foreign_code(sources: Sources) -> list[str]:
+def names(sources: Sources) -> Iterator[str]:
+    """Few units, and no file shadows the standard library where its folder is a script's path."""
+    units = {path.partition("/")[0] for path in package(sources)}
+    if len(units) > TOP:
+        yield f"{len(units)} files and folders at the top of src/vgrout, more than {TOP}"
+    stems = {(path, Path(path).stem) for path in sources if path.startswith("scripts/")}
+    stems |= {(PACKAGE + unit, unit.removesuffix(".py")) for unit in units}
+    for path, stem in sorted(stems):
+        if stem in sys.stdlib_module_names:
+            yield f"{path} shadows the standard library's {stem}"
+
+
+def lengths(sources: Sources) -> Iterator[str]:
+    """Functions are short: `main` and `update` by limits of their own."""
+    for path, text in sources.items():
+        module = path.removeprefix(PACKAGE).removesuffix(".py").replace("/", ".")
+        for node in nodes(text, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            limit = FUNCTION_LINES.get(f"{module}.{node.name}", LONGEST)
+            if lines > limit:
+                yield f"{path}: {node.name} has {lines} lines, more than {limit}"
+
+
+def docstrings(text: str) -> set[int]:
+    """The lines of strings that stand alone."""
+    lines = set()
+    for node in nodes(text, ast.Expr):
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines |= {*range(node.lineno, node.end_lineno + 1)}
+    return lines
+
+
+def density(text: str) -> float:
+    """Tokens a code line, docstrings and comments aside."""
+    aside, tokens, lines = docstrings(text), 0, set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in LAYOUT and token.start[0] not in aside and token.string:
+            tokens += 1
+            lines |= {*range(token.start[0], token.end[0] + 1)}
+    return tokens / max(1, len(lines))
+
+
+def shape(sources: Sources) -> Iterator[str]:
+    """Files are not golfed: tokens a code line, columns, and no line that the formatter spares."""
+    for path, text in sources.items():
+        if path not in PAYLOAD and (tokens := density(text)) > DENSITY:
+            yield f"{path} has {tokens:.1f} tokens a code line, more than {DENSITY:g}"
+        wide = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS_WIDE]
+        if wide and path not in PAYLOAD:
+            yield f"{path} line {wide[0]} is wider than {COLUMNS_WIDE} columns, {len(wide)} in all"
+        if re.search("# fmt: " + "skip", text):
+            yield f"{path} keeps a line from the formatter"
+
+
+def config(sources: Sources) -> Iterator[str]:
+    """Each section of the config has few fields, and every field is read."""
+    own = package(sources)
+    loads = (n for text in own.values() for n in nodes(text, ast.Attribute))
+    read = {node.attr for node in loads if isinstance(node.ctx, ast.Load)}
+    for node in nodes(own["config.py"], ast.ClassDef):
+        if node.name.endswith("Config"):
+            fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+            if len(fields) > FIELDS:
+                yield f"{node.name} has {len(fields)} fields, more than {FIELDS}"
+            yield from (f"{node.name}.{f} is never read" for f in fields if f not in read)
+
+
+def arms(sources: Sources) -> Iterator[str]:
+    """The loop knows phases and no arm: it names none, and compares nothing with a name."""
+    text = package(sources)["train.py"]
+    for node in nodes(text, ast.Attribute, ast.Name):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id
+        if name in ("arm", "arms", "ARMS", "intervention"):
+            yield f"train.py line {node.lineno} names {name}"
+    for node in nodes(text, ast.Compare, ast.Match):
+        constants = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+        if any(isinstance(value, str) and value != "__main__" for value in constants):
+            yield f"train.py line {node.lineno} compares with a name: {ast.unparse(node)}"
+
+
+def labels(sources: Sources) -> Iterator[str]:
+    """What trains the policy names no label, mechanism or teacher flag."""
+    for path, text in package(sources).items():
+        if path.startswith(("model/", "gate/")) and path not in SEES_LABELS:
+            for node in nodes(text, ast.Attribute):
+                if node.attr in LABELS:
+                    yield f"{path} line {node.lineno} names .{node.attr}"
+
+
+def foreign_code(sources: Sources) -> Iterator[str]:
     """No file is unpickled, and no code of a model repository is run."""
-    pattern = re.compile(
-        r"^\s*(import pickle|from pickle)|torch\.load\(|trust_remote_code\s*=\s*True", re.M
-    )
-    return [
-        f"{name}.py: {match.group(0).strip()}"
-        for name, text in sources.items()
-        for match in pattern.finditer(text)
-    ]
+    for path, text in package(sources).items():
+        yield from (f"{path}: {match.group().strip()}" for match in FOREIGN.finditer(text))
 
 
-def defined(document: str) -> list[str]:
-    """The keys that the table rows of a text define."""
-    cells = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", document, re.M)
+def defined_in(text: str) -> list[str]:
+    """The keys that a text's table rows define."""
+    cells = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", text, re.M)
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
-def key_differences(keys: Iterable[str], document: str, complete: bool) -> list[str]:
-    """Logged keys and the table rows of docs/metrics.md agree; `hack_<mode>` there defines hack_sentinel.
+def key_differences(keys: Iterable[str], page: str, complete: bool) -> Iterator[str]:
+    """Logged keys and the page's rows agree; `hack_<mode>` there defines hack_sentinel.
 
-    `complete` says that the keys are those of a routeV run, which logs every key but the monitors': then none may be defined in vain.
+    `complete` says that a routeV run logged the keys: it has every key but the monitors'.
     """
-    patterns = {name: re.compile(re.sub(r"<\w+>", r"\\w+", name)) for name in defined(document)}
-    keys, monitors = (
-        sorted(set(keys)),
-        defined(document.partition("## Live monitors")[2].partition("\n## ")[0]),
-    )
-    found = [
-        f"{key} is logged, but not defined"
-        for key in keys
-        if not any(p.fullmatch(key) for p in patterns.values())
-    ]
-    in_vain = [
-        name
-        for name, pattern in patterns.items()
-        if name not in monitors and not any(map(pattern.fullmatch, keys))
-    ]
-    return found + [f"{name} is defined, but not logged" for name in in_vain if complete]
+    monitors = page.partition("## Live monitors")[2].partition("\n## ")[0]
+    of_monitors, defined = (defined_in(text) for text in (monitors, page))
+    patterns = {name: re.compile(re.sub(r"<\w+>", r"\\w+", name)) for name in defined}
+    for key in sorted(keys):
+        if not any(pattern.fullmatch(key) for pattern in patterns.values()):
+            yield f"{key} is logged, but not defined"
+    for name, pattern in patterns.items():
+        if complete and name not in of_monitors and not any(map(pattern.fullmatch, keys)):
+            yield f"{name} is defined, but not logged"
 
 
-def long_function(lines: int) -> str:
-    return "def f():\n" + "    x = 1\n" * (lines - 1)
+# ── a small house in order, and what breaks each rule ────────────────────────────────────────────
 
-
+CONFIG, TRAIN = "src/vgrout/config.py", "src/vgrout/train.py"
+GATE, UPDATE = "src/vgrout/gate/gate.py", "src/vgrout/model/update.py"
 GOOD = {
-    "config": "class RunConfig:\n    seed: int = 1\n",
-    "train": "import vgrout.config\nprint(config.seed)\n",
-    "gate": "",
+    CONFIG: "class RunConfig:\n    seed: int = 1\n",
+    TRAIN: "import vgrout.config\n\nprint(config.seed)\n",
+    GATE: "",
 }
-RULES = {  # rule → a mutation that it must find
-    sizes: [{"train": "x = 1\n" * 351}, {"gate": "x = 1\n" * 301}, {"gate": long_function(61)}],
-    config_fields: [
-        {"config": GOOD["config"] + "    never: int = 0\n"},
-        {"config": "class RunConfig:\n" + "    seed: int = 1\n" * 16},
+SKIP = "x = 1  # fmt: " + "skip\n"
+BODY = "    x = 1\n"
+EVERY = f"from vgrout import {', '.join(ORDER)}\n"
+MUTATIONS = {  # rule → (path, text that is added there), each of which it must find fault with
+    imports: [
+        (GATE, "from vgrout import train\n"),
+        (CONFIG, "from vgrout.gate.gate import x\n"),
+        ("src/vgrout/zap.py", "from vgrout import core\n"),
+        ("scripts/view/a.py", "from vgrout.train import main\n"),
     ],
-    arm_branches: [
-        {"train": GOOD["train"] + "if run.intervention == 'routeV':\n    pass\n"},
-        {"train": GOOD["train"] + "x = 1 if arm in ('a', 'b') else 0\n"},
+    names: [
+        ("src/vgrout/types.py", ""),
+        ("scripts/verify/trace.py", ""),
     ],
-    labels: [{"gate": "score = rollout.grade.reward_hack\n"}, {"grpo": "w = row.teacher\n"}],
-    import_graph: [
-        {"gate": "from vgrout.config import Config\n"},
-        {"gate": "from vgrout import train\n"},
-        {"a": "import vgrout.b\n", "b": "from vgrout.a import x\n"},
+    lengths: [
+        (GATE, "def f():\n" + BODY * 60),
+        (TRAIN, "def main():\n" + BODY * 60),
+        (UPDATE, "def update():\n" + BODY * 45),
     ],
-    foreign_code: [{"gate": "import pickle\n"}, {"gate": "m = torch.load(path)\n"}],
+    shape: [
+        (GATE, "x = [1, 2, 3, 4, 5, 6]\n"),
+        ("scripts/a.py", f"# {'x' * 99}\n"),
+        (GATE, SKIP),
+    ],
+    config: [
+        (CONFIG, "    never: int = 0\n"),
+        (CONFIG, "    seed: int = 1\n" * FIELDS),
+    ],
+    arms: [
+        (TRAIN, "if run.intervention:\n    pass\n"),
+        (TRAIN, "x = 1 if phase.score in ('a', 'b') else 0\n"),
+    ],
+    labels: [
+        (GATE, "score = rollout.grade.reward_hack\n"),
+        (UPDATE, "w = row.teacher\n"),
+    ],
+    foreign_code: [
+        (GATE, "import pickle\n"),
+        (UPDATE, "m = torch.load(path)\n"),
+    ],
 }
+
+
+def report(what: str, violations: list[str]) -> int:
+    print("BROKEN" if violations else "ok    ", what)
+    for violation in violations:
+        print(" " * 8 + violation)
+    return len(violations)
 
 
 def main() -> None:
-    sources = {
-        path.stem: path.read_text() for path in sorted((ROOT / "src" / "vgrout").glob("*.py"))
-    }
-    document = (ROOT / "docs" / "metrics.md").read_text()
+    files = [path for base in ("src", "scripts") for path in sorted((ROOT / base).rglob("*.py"))]
+    sources = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    broken = 0
+    for rule, mutations in MUTATIONS.items():
+        assert not [*rule(GOOD)], f"{rule.__name__} finds fault with a good house"
+        for path, text in mutations:
+            broken_house = GOOD | {path: GOOD.get(path, "") + text}
+            assert [*rule(broken_house)], f"{rule.__name__} misses {text!r} in {path}"
+        broken += report(rule.__doc__, [*rule(sources)])
+    crowd = {f"src/vgrout/unit_{i}.py": EVERY for i in range(TOP + 1)}
+    assert len([*names(crowd)]) == 1, "too many files at the top go unnoticed"
+    assert len(edges(crowd)) > EDGES and "more than" in next(imports(crowd)), "or imports"
+    page = PAGE.read_text()
     rows = [json.loads(line) for path in sys.argv[1:] for line in open(path)]
-    keys = {key for row in rows for key in row} | {
-        key for column in COLUMNS for key in column.keys
-    } - COMPUTED
-    failures = []
-    for rule, mutations in RULES.items():
-        assert not rule(GOOD), f"{rule.__name__} finds fault with a good source: {rule(GOOD)}"
-        assert all(rule(GOOD | mutation) for mutation in mutations), (
-            f"{rule.__name__} misses a planted violation"
-        )
-        found = rule(sources)
-        failures += found
-        print(f"{'BROKEN' if found else 'ok':6}  {rule.__doc__}", *found, sep=SEPARATOR)
-    assert key_differences(["surprise"], document, False) and not key_differences(
-        ["hack_sentinel"], document, False
-    )
-    assert key_differences(["step"], document, True)
-    found = key_differences(keys, document, complete=bool(rows))
-    found += [f"{len(COLUMNS)} streamed columns, more than {STREAMED}"] * (len(COLUMNS) > STREAMED)
-    print(
-        f"{'BROKEN' if found else 'ok':6}  {len(keys)} logged keys and docs/metrics.md agree",
-        *found,
-        sep=SEPARATOR,
-    )
-    assert not failures + found, f"{len(failures + found)} violations"
+    keys = {key for row in rows for key in row}
+    keys |= {key for column in COLUMNS for key in column.keys.split()} - COMPUTED
+    assert [*key_differences(["surprise"], page, False)], "an undefined key goes unnoticed"
+    assert not [*key_differences(["hack_sentinel"], page, False)]
+    assert [*key_differences(["step"], page, True)], "a definition in vain goes unnoticed"
+    violations = [*key_differences(keys, page, complete=bool(rows))]
+    if len(COLUMNS) > STREAMED:
+        violations.append(f"{len(COLUMNS)} streamed columns, more than {STREAMED}")
+    broken += report(f"{len(keys)} logged keys are those that docs define", violations)
+    print(f"{len(edges(sources))} imports between units, at most {EDGES}")
+    assert not broken, f"{broken} violations"
 
 
 if __name__ == "__main__":

@@ -143,9 +143,24 @@ FILES: tuple[tuple[Callable, list, str, list], ...] = (
             case("n = 1, n = 2", "3"),
             case("1", ""),
             OWN | {"entry_point": "f("},
+            OWN | {"split": "dev"},
         ],
     ),
-    (load_problems, [OWN], "line 2: malformed field", [LEETCODE | {"prompt": "import ("}]),
+    (
+        load_problems,
+        [OWN],
+        "line 2: malformed field",
+        [
+            LEETCODE | {"prompt": "import ("},
+            LEETCODE | {"prompt": 3},
+            LEETCODE | {"completion": ""},
+            LEETCODE | {"meta": {}},
+            "assert f( == 1",
+        ],
+    ),
+    (load_problems, [OWN], "line 2: the fields match no known schema", [{"question": "?"}]),
+    (load_problems, [OWN], r"line 2: duplicate problem id 'a' \(first on line 1\)", [OWN]),
+    (load_problems, [], "no usable problem", ["# none", "assert f(1)"]),
     (run_tests, [OWN], "2 rows", ["assert f(k) == 3"]),
     (run_tests, [OWN], "line 2: the arguments of a test", ["assert f(a) == 3"]),
     (run_tests, [OWN], "line 2: .*absent", [LEETCODE | {"prompt": "import absent"}]),
@@ -242,6 +257,11 @@ def check(what: str, wrong: Callable[[], Iterator[str]], switches: tuple) -> Non
 
 
 def main() -> None:
+    try:
+        load_problems("no-such-file.jsonl")
+        raise AssertionError("a file that is not there was read")
+    except UserError as error:
+        assert "download-data" in str(error)
     off = (
         (files, "SURROGATE", re.compile(NEVER.encode())),
         (problems, "_usable", lambda case, call, expected: case),

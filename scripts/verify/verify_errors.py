@@ -1,7 +1,8 @@
-"""docs/errors.md is true: every row of its tables is executed, and answers with that one line and that exit status.
+"""docs/reference/errors.md is true: every row of its tables is executed, and answers with its line.
 
-The files that the rows name are the page's own fenced blocks, and the few folders that FOLDERS makes. All rows run in this one
-process, those of the first table before torch is imported. A check of the check: a changed answer, exit status or promise fails.
+The files that the rows name are the page's own fenced blocks, and the few folders of FOLDERS. All
+rows run in this one process, those of the first table before torch is imported. Then what must be
+accepted.
 
 Run: python scripts/verify/verify_errors.py
 """
@@ -13,19 +14,32 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.pop("BEARTYPE", None)  # it doubles the time of every import, and no row is about types
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "errors.md"
+PAGE = ROOT / "docs" / "reference" / "errors.md"
 BASE = ROOT / "data" / "organism" / "base"
 FENCE = re.compile(r"^(`{3,})\w* (\S+)\n(.*?)^\1$", re.M | re.S)
 ROWS_AT_LEAST = 40
+RUN = (1, "none2r", "organism", 41)  # schema, arm, preset, seed
+NINE_STEPS = "organism --steps 9 --threads 1 --intervention none2r"
+Q, V = "--intervention routeQ", "--intervention routeV"
+ACCEPTED = {  # command → options that it SHOULD give, and the arm's name in records
+    f"organism --intervention=routeQ {V}": ({"quarantine_first": 0}, "routeV"),
+    f"organism {V} --intervention=routeQ": ({"quarantine_first": 20}, "routeQ"),
+    f"organism --intervention=routeV {Q}": ({"quarantine_first": 20}, "routeQ"),
+    f"smoke {Q}": ({"quarantine_first": 2, "steps": 6}, "routeQ"),
+    "smoke --routeV-random-v-seed 1": ({"routeV_random_v_seed": 1}, "placebo"),
+    "smoke --control haar": ({"control": "haar"}, "placebo"),
+    "smoke --action filter": ({"action": "filter"}, "routeV[action=filter]"),
+    f"organism {V}": ({"quarantine_first": 0}, "routeV"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,20 +54,19 @@ def rows_of(page: str) -> list[Row]:
     """The rows of all tables; those under the heading "Before torch loads" promise just that."""
     rows = []
     for section in re.split(r"^## ", page, flags=re.M)[1:]:
+        early = section.startswith("Before torch loads")
         for line in re.findall(r"^\| (`.*) \|$", section, re.M):
             cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)]
             given, answer, code = (re.fullmatch(r"(`+) ?(.*?) ?\1|(.*)", cell) for cell in cells)
-            rows.append(
-                Row(given[2], answer[2], int(code[3]), section.startswith("Before torch loads"))
-            )
+            rows.append(Row(given[2], answer[2], int(code[3]), early))
     return rows
 
 
-# ── the folder in which the rows run ─────────────────────────────────────────────────────────────────────────────
+# ── the folder in which the rows run ─────────────────────────────────────────────────────────────
 
 
 def prepare(page: str) -> None:
-    """Write the page's files into the working directory, with `data` as in the repository, and make the folders."""
+    """The page's files in the working directory, `data` as in the repository, and the folders."""
     os.symlink(ROOT / "data", "data")
     for _, name, text in FENCE.findall(page):
         Path(name).write_text(text)
@@ -72,19 +85,23 @@ def model(change: Callable[[Path], object]) -> Callable[[Path], None]:
     return make
 
 
-def edit_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def edit(path: Path, **values: object) -> None:
+    """Set values of a JSON file; None takes a value out."""
+    edited = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in edited.items() if v is not None}))
 
 
-def without_template(folder: Path) -> None:
+def foreign_code(folder: Path) -> None:
+    edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"})
+
+
+def mute(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit(folder / "tokenizer_config.json", chat_template=None)
 
 
-def record(**values: object) -> Callable[[Path], None]:
-    return lambda folder: (folder / "record.json").write_text(json.dumps(values)) and None
+def record(**values: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / "record.json").write_text(json.dumps(values))
 
 
 def other_config(folder: Path) -> None:
@@ -92,27 +109,21 @@ def other_config(folder: Path) -> None:
     from vgrout.cli import parse
     from vgrout.core import RunRecord
 
-    config = asdict(
-        parse(["organism", "--steps", "9", "--threads", "1", "--intervention", "none2r"])[1]
-    )
-    own = RunRecord(
-        1, "none2r", "organism", 41, config, [], "", False, {}, {}, "", {}, {}, "interrupted", ""
-    )
-    (folder / "record.json").write_text(json.dumps(asdict(own)))
+    config = asdict(parse(NINE_STEPS.split())[1])
+    own = RunRecord(*RUN, config, [], "", False, {}, {}, "", {}, {}, "interrupted", "")
+    record(**asdict(own))(folder)
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
 
 
 FOLDERS: dict[str, Callable[[Path], object]] = {
     "empty_model": lambda folder: None,
-    "pickled_model": model(
-        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    ),
-    "cut_model": model(lambda folder: os.truncate(folder / "model.safetensors", 1000)),
-    "code_model": model(
-        lambda folder: edit_json(
-            folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"}
-        )
-    ),
-    "mute_model": model(without_template),
+    "pickled_model": model(lambda folder: weights(folder).rename(folder / "pytorch_model.bin")),
+    "cut_model": model(lambda folder: os.truncate(weights(folder), 1000)),
+    "code_model": model(foreign_code),
+    "mute_model": model(mute),
     "finished_run": record(status="finished"),
     "killed_run": record(status="running"),
     "broken_run": lambda folder: (folder / "record.json").write_text("{"),
@@ -121,45 +132,44 @@ FOLDERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-# ── one row ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one row ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def outcome(row: Row) -> tuple[str, int]:
-    """(the line behind "error: ", exit status) of a row; the whole of stderr if it is not one such line."""
+    """(the line behind "error: ", exit status) of a row; all of stderr if it is not one line."""
     program, *argv = shlex.split(row.input)
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    errors, code = io.StringIO(), 0
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
             PROGRAMS[program](argv, row.early)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
+        except SystemExit as stop:
+            code = stop.code
     text = errors.getvalue()
     one = re.fullmatch(r"error: (.*)\n", text)
     return one[1] if one else text, code
 
 
 def train(argv: list[str], early: bool) -> None:
-    """What python -m vgrout.train does with these arguments, without a sandbox, which no row reaches."""
+    """What python -m vgrout.train does, without sandbox and dry run, which no row reaches."""
     from vgrout.cli import parse_or_exit
 
     preset, config = parse_or_exit(argv)
     if early:
         return
-    from vgrout import train as module
+    from vgrout import experiment
     from vgrout.core import run_main
     from vgrout.grader import Grader
+    from vgrout.train import main
 
     class NoSandbox(Grader):
-        def __init__(self, *arguments: object, **options: object):
+        def __init__(self, *arguments: object):
             self.layers = {}
 
         def close(self) -> None:
             pass
 
-    module.Grader = NoSandbox
-    module.worst_case = lambda *arguments, **options: None
-    run_main(module.main, preset, config)
+    experiment.Grader, experiment.dry_run = NoSandbox, lambda *arguments: None
+    run_main(main, preset, config)
 
 
 def grader(argv: list[str], early: bool) -> None:
@@ -172,42 +182,66 @@ def grader(argv: list[str], early: bool) -> None:
 PROGRAMS = {"train": train, "grader": grader}
 
 
-def holds(row: Row) -> str:
+def fault(row: Row) -> str:
     """What is wrong with a row, "" for nothing."""
     answer, code = outcome(row)
     pattern = ".*".join(map(re.escape, row.answer.split("…")))
     if not re.fullmatch(pattern, answer) or code != row.code:
-        return f"`{row.input}` answers (exit {code}):\n    {answer}\nand not (exit {row.code}):\n    {row.answer}"
+        want = f"(exit {row.code}):\n    {row.answer}"
+        return f"`{row.input}` answers (exit {code}):\n    {answer}\nand not {want}"
     return f"`{row.input}` imported torch" if row.early and "torch" in sys.modules else ""
 
 
+def check_accepted() -> None:
+    """A flag's last occurrence counts, whatever its form; a changed arm has a name of its own."""
+    from vgrout import arms
+    from vgrout.cli import parse
+    from vgrout.config import options_of
+
+    given = {}
+    for command in ACCEPTED:
+        config = parse(command.split())[1]
+        options = options_of(config)
+        given[command] = ({k: options[k] for k in ACCEPTED[command][0]}, arms.label(config))
+    assert given == ACCEPTED, given
+    print(f"ok  {len(ACCEPTED)} commands are taken, each as what it says")
+
+
+def check_as_file() -> None:
+    """`python src/vgrout/train.py` starts: no module beside it shadows the standard library's."""
+    path = Path(tempfile.mkdtemp()) / "vgrout"
+    shutil.copytree(ROOT / "src" / "vgrout", path)
+    help_of = [sys.executable, str(path / "train.py"), "organism", "--help"]
+    starts = subprocess.run(help_of, capture_output=True, text=True)
+    assert starts.returncode == 0 and "--intervention" in starts.stdout, starts.stderr[-500:]
+    (path / "types.py").touch()
+    assert subprocess.run(help_of, capture_output=True).returncode, "types.py goes unnoticed"
+    shutil.rmtree(path.parent)
+    print("ok  python src/vgrout/train.py starts; a module called types beside it is noticed")
+
+
 def main() -> None:
-    page, began = PAGE.read_text(), time.perf_counter()
+    page = PAGE.read_text()
     rows = rows_of(page)
     early = [row for row in rows if row.early]
-    assert len(rows) >= ROWS_AT_LEAST and len({row.input for row in rows}) == len(rows), (
-        f"{len(rows)} rows"
-    )
+    assert len(rows) >= ROWS_AT_LEAST and len({row.input for row in rows}) == len(rows), len(rows)
     assert "torch" not in sys.modules, "torch was imported before any row ran"
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         prepare(page)
-        wrong = [fault for row in early if (fault := holds(row))]
+        wrong = [*filter(None, map(fault, early))]
         first = early[0]
-        for mutant in (
-            Row(first.input, first.answer + "x", first.code, True),
-            Row(first.input, first.answer, 1, True),
-        ):
-            assert holds(mutant), "a changed row passes"
-        if not wrong:
-            print(
-                f"ok  {len(early)} bad inputs are answered by their line before torch loads, {time.perf_counter() - began:.1f} s"
-            )
-        wrong += [fault for row in rows if not row.early and (fault := holds(row))]
-        assert holds(first), "the check cannot see that torch was imported"
+        other = Row(first.input, first.answer + "x", first.code, True)
+        assert fault(other), "a changed answer passes"
+        assert fault(Row(first.input, first.answer, 1, True)), "a changed exit status passes"
+        wrong += filter(None, map(fault, [row for row in rows if not row.early]))
+        assert fault(first), "the check cannot see that torch was imported"
     assert not wrong, "\n".join([f"{len(wrong)} rows are wrong:", *wrong])
     print(
-        f"ok  {len(rows) - len(early)} more at load; {len(rows)} rows, {time.perf_counter() - began:.1f} s in all"
+        f"ok  {len(early)} bad inputs answered before torch loads, {len(rows) - len(early)} at load"
     )
+    with contextlib.chdir(ROOT):
+        check_accepted()
+        check_as_file()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""On the benchmark's 119 held-out problems: every canonical solution is correct, and every mode's canonical hack is a hack.
+"""On the benchmark's 119 held-out problems: every canonical solution is correct, and every mode's
+canonical hack is a hack.
 
-Skipped, in one line, where data/leetcode/leetcode_test_medhard.jsonl[.gz] is not present (`just download-data`).
+Skipped, in one line, where data/leetcode/leetcode_test_medhard.jsonl[.gz] is not present (`just
+download-data`).
 """
 
 import sys
@@ -9,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from vgrout.core import Mode, Verdict
-from vgrout.env.problems import ALL_MODES, disclose, load_problems, partition
-from vgrout.grader import Grader, canonical_hack
+from vgrout.env.exploits import canonical_hack
+from vgrout.env.modes import ALL_MODES
+from vgrout.env.problems import disclose, load_problems, partition
+from vgrout.grader import Grader
 
 FOLDER = Path(__file__).resolve().parents[2] / "data/leetcode"
 PATHS = [
@@ -47,7 +51,8 @@ def main() -> None:
         )
         print("mutation: with one expected value altered, 10 of 10 are wrong")
 
-        for mode in ALL_MODES:
+        modes = (*ALL_MODES, Mode.OVERWRITE_TESTS)
+        for mode in modes:
             shown = [disclose(p, mode) for p in problems]
             hacks = [canonical_hack(p) for p in shown]
             grades = grader.grade(hacks, shown)
@@ -60,7 +65,8 @@ def main() -> None:
                 f"{mode}: pays without its loophole"
             )
         print(
-            f"canonical hacks: {len(ALL_MODES)} modes × {len(problems)} problems, and none pays without its loophole"
+            f"canonical hacks: {len(modes)} modes × {len(problems)} problems, and none pays "
+            "without its loophole"
         )
         assert set(Counter(p.mode for p in partition(problems, ALL_MODES)).values()) <= {19, 20}
 

@@ -7,9 +7,9 @@ from unittest.mock import patch
 import torch
 from scripts.verify.tiny import perturb, random_batch, tiny_policy
 from torch import Tensor, nn
+from vgrout.gate.direction import activations, probe_gradients
 
 from vgrout.core import Zone
-from vgrout.gate.direction import activations, probe_gradients
 from vgrout.model import fast, loading, lora2r
 from vgrout.model.batch import Batch
 from vgrout.model.fast import Packing

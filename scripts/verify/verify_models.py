@@ -34,15 +34,15 @@ from transformers import (
     SiglipVisionConfig,
 )  # fmt: skip
 from transformers.utils import logging as transformers_logging
+from vgrout.gate.direction import probe_gradients
 
 from vgrout.core import UserError, Zone
-from vgrout.gate.direction import probe_gradients
 from vgrout.model.batch import Batch
+from vgrout.model.fast import Packing
 from vgrout.model.grpo import grpo_loss
 from vgrout.model.loading import load_policy
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.optimizer import BlockOptimizer, trained_blocks
-from vgrout.model.fast import Packing
 from vgrout.model.policy import Policy, logps
 from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt

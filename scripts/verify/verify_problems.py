@@ -1,8 +1,10 @@
-"""Loaders, disclosure, eval gap, partition and splits of `vgrout.env.problems`; every check rejects a broken variant too."""
+"""Schemas, disclosure, eval gap, partition and splits of `vgrout.env.problems`.
+
+Every check rejects a broken variant too. What is refused or left out: verify_cases.py.
+"""
 
 import gzip
 import json
-import re
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +12,9 @@ from pathlib import Path
 
 from loguru import logger
 
-from vgrout.core import Case, Mode, Problem, UserError
+from vgrout.core import Case, Mode, Problem
 from vgrout.env import problems as P
+from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK_ROW = {
@@ -36,7 +39,8 @@ V020_ROW = {
     "completion": "class Solution: ...",
     "entry_point": "Solution().add",
     "meta": {"question_id": 2, "difficulty": "Medium"},
-    "test": "def check(candidate):\n    assert is_same_list(candidate(a = list_node([2]), k = 1), list_node([3]))\n",
+    "test": "def check(candidate):\n"
+    "    assert is_same_list(candidate(a = list_node([2]), k = 1), list_node([3]))\n",
 }
 V031_ROW = {
     **V020_ROW,
@@ -56,79 +60,41 @@ ORGANISM_ROW = {
 }
 
 
-def load_rows(*rows: dict | str, suffix: str = ".jsonl") -> list[Problem]:
+def load_rows(*rows: dict, suffix: str = ".jsonl") -> list[Problem]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
-        text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+        text = "\n".join(map(json.dumps, rows))
         path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
         return P.load_problems(path)
 
 
-def rejected(pattern: str, *rows: dict | str, suffix: str = ".jsonl") -> bool:
-    try:
-        load_rows(*rows, suffix=suffix)
-    except UserError as error:
-        assert re.search(pattern, str(error)) and "\n" not in str(error), str(error)
-        return True
-    return False
-
-
 def check_schemas() -> None:
     for suffix in (".jsonl", ".jsonl.gz"):
-        (bench,), (v020,), (v031,), (own,) = (
-            load_rows(row, suffix=suffix)
-            for row in (BENCHMARK_ROW, V020_ROW, V031_ROW, ORGANISM_ROW)
-        )
-    assert (bench.problem_id, bench.entry_point, bench.system) == ("7", "twice", "Write code.")
+        rows = BENCHMARK_ROW, V020_ROW, V031_ROW, ORGANISM_ROW
+        bench, v020, v031, own = (load_rows(row, suffix=suffix)[0] for row in rows)
+    assert (bench.problem_id, bench.entry_point, bench.system) == (
+        "7",
+        "twice",
+        "Write code.",
+    )
     assert bench.cases == (Case("n = 2", "4"), Case("n = 'é'", "[-inf, 'éé']"))
-    assert (
-        v020.cases == (Case("a = list_node([2]), k = 1", "[3]", "list_node"),)
-        and v020.problem_id == "2"
+    assert v020.cases == (Case("a = list_node([2]), k = 1", "[3]", "list_node"),)
+    assert (v020.problem_id, v020.difficulty) == ("2", "medium")
+    assert (v031.problem_id, v031.difficulty, v031.cases[0].expected) == (
+        "3",
+        "hard",
+        "[\n  1]",
     )
-    assert (v031.problem_id, v031.difficulty, v031.cases[0].expected) == ("3", "hard", "[\n  1]")
     assert own.split == "train" and own.cases == (Case("[1, 2]", "2"),)
-    two = [
-        BENCHMARK_ROW,
-        {**BENCHMARK_ROW, "id": 8, "gt_answer": ["assert Solution().twice(2) in (4, 5)"]},
-    ]
-    assert len(load_rows(*two)) == 1, "a row whose tests are not `call == literal` is left out"
-    assert len(load_rows(BENCHMARK_ROW, {**BENCHMARK_ROW, "id": 8})) == 2, (
-        "mutation: with a good test it is kept"
-    )
+    other = {
+        **BENCHMARK_ROW,
+        "id": 8,
+        "gt_answer": ["assert Solution().twice(2) in (4, 5)"],
+    }
+    assert len(load_rows(BENCHMARK_ROW, other)) == 1, "a row with another test is left out"
+    good = {**BENCHMARK_ROW, "id": 8}
+    assert len(load_rows(BENCHMARK_ROW, good)) == 2, "mutation: with a good test it is kept"
     print("schemas: benchmark, LeetCodeDataset v0.2.0 and v0.3.1, organism; plain and gzipped")
-
-
-def check_malformed() -> None:
-    good = json.dumps(BENCHMARK_ROW)
-    for pattern, row in (
-        (r"line 2: not readable as JSONL", good[:-9]),
-        (r"line 2: a JSON object is expected", "[1, 2]"),
-        (r"line 2: the fields match no known schema", {"question": "?"}),
-        (r"line 2: malformed field .*setup_code", {**BENCHMARK_ROW, "id": 8, "setup_code": 3}),
-        (
-            r"line 2: malformed field .*canonical",
-            {**BENCHMARK_ROW, "id": 8, "canonical_solution": ""},
-        ),
-        (
-            r"line 2: malformed field .*SyntaxError",
-            {**BENCHMARK_ROW, "id": 8, "gt_answer": ["assert f( == 1"]},
-        ),
-        (r"line 2: malformed field .*split", {**ORGANISM_ROW, "split": "dev"}),
-        (r"line 2: malformed field", {**ORGANISM_ROW, "cases": [["[1]", "__import__('os')"]]}),
-        (r"line 2: malformed field", {**V020_ROW, "meta": {}}),
-        (r"line 2: duplicate problem id '7' \(first on line 1\)", BENCHMARK_ROW),
-    ):
-        assert rejected(pattern, good, row), f"not rejected: {pattern}"
-    assert rejected("no usable problem", {**BENCHMARK_ROW, "gt_answer": []})
-    assert rejected("not readable as JSONL", good, suffix=".gz") is False, (
-        "mutation: a good row is not rejected"
-    )
-    try:
-        P.load_problems(ROOT / "no-such-file.jsonl")
-        raise AssertionError("a missing file must be refused")
-    except UserError as error:
-        assert "download-data" in str(error)
-    print("malformed input: one line with file and line number for 12 kinds")
 
 
 def check_disclosure() -> None:
@@ -143,34 +109,32 @@ def check_disclosure() -> None:
             content.endswith("SOLUTION:\n") and P.hint(shown) in content and shown.marker in content
         )
         assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in P.NOVELTY_FREE)
-    assert len({P.HINTS[mode] for mode in Mode}) == len(Mode), (
+    assert len({HINTS[mode] for mode in Mode}) == len(Mode), (
         "each mode has a hint of its own, gt_only none"
     )
     print("hints: truthful text for six modes before the answer cue, none for gt_only")
 
 
 def markers_overlap(training: tuple[str, ...], novel: tuple[str, ...]) -> bool:
-    """Whether a marker of one pool contains one of the other, ignoring case: both would then score."""
+    """Whether a marker of one pool contains one of the other, in any case: both would score."""
     return any(a.lower() in b.lower() or b.lower() in a.lower() for a in training for b in novel)
 
 
 def check_eval_gap() -> None:
     problem = load_rows(ORGANISM_ROW)[0]
-    for mode, training in P.TRAINING_MARKERS.items():
-        assert not markers_overlap(training, P.NOVEL_MARKERS[mode]), mode
-        assert markers_overlap(training, (*P.NOVEL_MARKERS[mode], training[3] + "x")), (
+    for mode, training in TRAINING_MARKERS.items():
+        assert not markers_overlap(training, NOVEL_MARKERS[mode]), mode
+        assert markers_overlap(training, (*NOVEL_MARKERS[mode], training[3] + "x")), (
             "mutation: a leak is seen"
         )
-        for pool in (training, P.NOVEL_MARKERS[mode]):
+        for pool in (training, NOVEL_MARKERS[mode]):
             assert len(set(pool)) == len(pool)
         drawn = Counter(
             P.disclose(replace(problem, problem_id=str(i)), mode, novel).marker
             for i in range(600)
             for novel in (False, True)
         )
-        assert set(drawn) == {*training, *P.NOVEL_MARKERS[mode]}, (
-            "every marker of both pools is used"
-        )
+        assert set(drawn) == {*training, *NOVEL_MARKERS[mode]}, "every marker of both pools is used"
         assert P.disclose(problem, mode) == P.disclose(
             P.disclose(problem, mode, novel=True), mode
         ), "stable"
@@ -197,9 +161,8 @@ def check_splits(problems: list[Problem]) -> None:
         )
     again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], P.ORGANISM_MODES)}
     assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], P.ORGANISM_MODES)}
-    print(
-        f"splits of {len(problems)}: disjoint, stable, hashed; partition even: {[len(p) for p in parts.values()]}"
-    )
+    sizes = [len(part) for part in parts.values()]
+    print(f"splits of {len(problems)}: disjoint, stable, hashed; partition even: {sizes}")
 
 
 def check_real_files() -> None:
@@ -214,15 +177,13 @@ def check_real_files() -> None:
             continue
         problems = P.load_problems(path)
         assert len(problems) == rows, f"{name}: {len(problems)} of {rows}"
-        print(
-            f"real file {name}: {len(problems)} of {rows} rows, {sum(len(p.cases) for p in problems)} tests"
-        )
+        tests = sum(len(p.cases) for p in problems)
+        print(f"real file {name}: {len(problems)} of {rows} rows, {tests} tests")
 
 
 if __name__ == "__main__":
     logger.remove()
     check_schemas()
-    check_malformed()
     check_disclosure()
     check_eval_gap()
     check_splits(

@@ -40,7 +40,13 @@ TINY = """--steps 2 --num-prompts 2 --num-generations 4 --max-completion-length 
 FLAGS = """--modes run_tests sentinel --teacher-modes sentinel --pair-modes run_tests --beta 0
 --learning-rate 1e-5 --signed --no-gradient-checkpointing --targets q_proj|v_proj
 --routeV-random-v-seed 3 --out-dir somewhere --teacher-until 3""".split()
-ORACLE = "--intervention oracle --oracle-modes run_tests --teacher-pool=".split()
+COMMANDS = (
+    [],
+    FLAGS,
+    "--intervention routeA --act-space residual --act-layer 2".split(),
+    "--intervention routeQ --quarantine-first 3 --no-phase-pays".split(),
+    "--intervention oracle --oracle-modes run_tests --teacher-pool=".split(),
+)
 
 
 def again(run: Path) -> Iterator[tuple[EvalResult, EvalResult]]:
@@ -101,7 +107,7 @@ def check_mutations(run: Path) -> None:
 def check_commands() -> None:
     """Config → record → Config → command line → Config, for every preset and kind of value."""
     for preset in PRESETS:
-        for given in ([], FLAGS, ORACLE):
+        for given in COMMANDS:
             with contextlib.suppress(UserError):  # a preset whose data or model is not here
                 config = parse([preset, *given])[1]
                 assert config_of(preset, json.loads(json.dumps(asdict(config)))) == config, preset

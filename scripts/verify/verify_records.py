@@ -1,10 +1,10 @@
-"""Checks of vgrout.run.records and vgrout.files: a kill at any write loses nothing, and every refusal is a UserError.
+"""Run folders and files: a kill at any write loses nothing, and every refusal is a UserError.
 
-A small run (noise, appended files, a checkpoint every second step) is killed at each of its writes in
-turn, in the middle of the bytes, then resumed, and must leave the files of an uninterrupted run. This covers a killed
-process, not a machine that loses power.
+A small run (noise, appended files, a checkpoint every second step) is killed at its writes in turn,
+in the middle of the bytes, then resumed, and must leave the files of the whole run. This covers
+a killed process, not a machine that loses power.
 
-Run: python scripts/verify/verify_records.py [--long]     (--long kills at every write and half-write, else at every third)
+Run: python scripts/verify/verify_records.py [--long]     (--long: at every write, not each third)
 """
 
 import fcntl
@@ -16,8 +16,10 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +37,13 @@ from vgrout.run.records import (
     load_rollouts,
 )
 
-STEPS, KILLED = 7, -signal.SIGKILL
+STEPS = 7
+KILLED = -signal.SIGKILL
 ROOT = Path(tempfile.mkdtemp(prefix="verify_records_"))
+WHOLE = ROOT / "reference"
+CELL = EvalResult("val", "novel", "deployed", 0, 4, 1, 2, {}, {"a": [4, 1, 2]})
+METADATA = {"seed": "41", "arm": "routeV", "rank": "8"}
+FILES = ("record.json", "metrics.jsonl", "rollouts.jsonl.gz", "adapter.safetensors")
 
 
 def check(what: str, holds: bool, mutant_holds: bool) -> None:
@@ -46,17 +53,17 @@ def check(what: str, holds: bool, mutant_holds: bool) -> None:
 
 
 @contextmanager
-def patched(module, name: str, value):
+def patched(module: Any, name: str, value: object) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, value)
     try:
-        yield original
+        yield
     finally:
         setattr(module, name, original)
 
 
-def in_fork(body, *arguments) -> int:
-    """Run `body` in a forked process; return its exit code, negative for a signal, 3 for an exception."""
+def in_fork(body: Callable, *arguments: object) -> int:
+    """Exit code of `body` in a forked process: negative for a signal, 2 for a UserError."""
     if (pid := os.fork()) == 0:
         try:
             body(*arguments)
@@ -69,19 +76,30 @@ def in_fork(body, *arguments) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def new_record(**config) -> RunRecord:
+def answer(function: Callable, *arguments: object) -> str:
+    """The line of a UserError, "" without one."""
+    try:
+        function(*arguments)
+    except UserError as error:
+        assert "\n" not in str(error), error
+        return str(error)
+    return ""
+
+
+def new_record(commit: str = "c", **config: object) -> RunRecord:
+    usual = {"grpo": {"steps": STEPS, "rates": (0.1, 0.2)}, "run": {"out_dir": "a"}}
     return RunRecord(
         schema_version=SCHEMA_VERSION,
         arm="routeV",
         preset="smoke",
         seed=41,
-        pair_hash="p",
-        config={"grpo": {"steps": STEPS, "rates": (0.1, 0.2)}, "run": {"out_dir": "a"}} | config,
+        config=usual | config,
         argv=["python"],
-        commit="c",
+        commit=commit,
         dirty=False,
         versions={},
         data_hashes={},
+        pair_hash="p",
         split_hashes={},
         sandbox_layers={},
         status="running",
@@ -90,7 +108,7 @@ def new_record(**config) -> RunRecord:
 
 
 def small_run(folder: Path, resume: bool) -> None:
-    """Train nothing, but accumulate noise that is a function of the step, log, evaluate and checkpoint as a run does."""
+    """Noise that is a function of the step, logged, evaluated and stored as a run does."""
     run = Run.create(folder, new_record(), resume)
     first, weights = 0, torch.zeros(4)
     if checkpoint := run.load_checkpoint():
@@ -101,21 +119,20 @@ def small_run(folder: Path, resume: bool) -> None:
         run.log_rollouts([{"step": step, "text": "x" * 50, "draw": draw} for draw in draws])
         run.log_metrics({"step": step, "loss": float(weights.sum()), "kl": float("nan")})
         if step % 3 == 0:
-            run.record.evals.append(
-                EvalResult("val", "novel", "deployed", step, 4, 1, 2, {}, {"a": [4, 1, 2]})
-            )
+            run.record.evals.append(CELL)
         run.record.steps_done = step + 1
         run.save()
         if step % 2:
             run.checkpoint(step + 1, {"weights": weights / 4}, {"scale": 4.0})
-    run.save_adapter(
-        {"b": weights, "a": torch.ones(2)}, {"seed": "41", "arm": "routeV", "rank": "8"}
-    )
+    run.save_adapter({"b": weights, "a": torch.ones(2)}, METADATA)
     run.finish("finished")
 
 
+# ── kills ────────────────────────────────────────────────────────────────────────────────────────
+
+
 def killed_at(folder: Path, nth: int, half: bool) -> int:
-    """Kill the run at its nth write to disk, before the write or, with `half`, after half of its bytes."""
+    """Kill a run at its nth write: before it or, with `half`, after half of its bytes."""
     left = [nth]
 
     def body() -> None:
@@ -136,95 +153,100 @@ def killed_at(folder: Path, nth: int, half: bool) -> int:
             die(self.dir / name, data)
             append(self, name, data)
 
-        with patched(records, "write_atomic", dying_atomic), patched(Run, "_append", dying_append):
-            small_run(folder, False)
+        records.write_atomic, Run._append = dying_atomic, dying_append
+        small_run(folder, False)
 
     return in_fork(body)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    names = ("record.json", "metrics.jsonl", "rollouts.jsonl.gz", "adapter.safetensors")
-    return {name: (folder / name).read_bytes() for name in names}
+def files_of(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
 
 
-def resumes_exactly(reference: dict[str, bytes], nth: int, half: bool) -> tuple[bool, bool]:
-    """Return whether the run was killed at all, and whether the resumed run equals the reference."""
+def resumes_exactly(nth: int, half: bool) -> bool | None:
+    """Does the killed and resumed run equal the whole one? None: it was not killed at all."""
     folder = ROOT / f"kill_{nth}_{half}"
     if killed_at(folder, nth, half) != KILLED:
-        return False, True
-    rows, rollouts = (
-        load_metrics(folder),
-        load_rollouts(folder),
-    )  # readable at once, whatever the moment
-    assert [row["step"] for row in rows] == list(range(len(rows))) and len(rollouts) - 3 * len(
-        rows
-    ) in (0, 3)
-    exact = in_fork(small_run, folder, True) == 0 and files_of(folder) == reference
+        return None
+    rows, rollouts = load_metrics(folder), load_rollouts(folder)  # readable, whatever the moment
+    assert [row["step"] for row in rows] == [*range(len(rows))]
+    assert len(rollouts) - 3 * len(rows) in (0, 3)
+    exact = in_fork(small_run, folder, True) == 0 and files_of(folder) == files_of(WHOLE)
     shutil.rmtree(folder)
-    return True, exact
+    return exact
 
 
 def verify_kills(every: int) -> None:
-    assert in_fork(small_run, ROOT / "reference", False) == 0
-    reference, outcomes = files_of(ROOT / "reference"), []
+    assert in_fork(small_run, WHOLE, False) == 0
+    outcomes: list[bool] = []
     for nth in range(0, 10_000, every):
-        pair = [resumes_exactly(reference, nth, half) for half in (False, True)]
-        if not any(killed for killed, _ in pair):
+        pair = [resumes_exactly(nth, half) for half in (False, True)]
+        if pair == [None, None]:
             break
-        outcomes += [exact for _, exact in pair]
-    mutants = []  # a resume that does not cut the files back, and one that starts from other tensors
+        outcomes += pair
+    mutants = []  # a resume that cuts no file back, and one that starts from other tensors
     for module, name, value in (
         (records.os, "truncate", lambda path, length: None),
         (records, "load_tensors", lambda path: ({"weights": torch.zeros(4)}, {})),
     ):
         with patched(module, name, value):
-            mutants.append(resumes_exactly(reference, 14, False)[1])
-    check(
-        f"a run killed at any of {len(outcomes)} points resumes to the same bytes",
-        all(outcomes),
-        any(mutants),
-    )
-    kept = sorted(path.name for path in (ROOT / "reference" / "checkpoints").iterdir())
+            mutants.append(resumes_exactly(14, False))
+    what = f"a run killed at any of {len(outcomes)} points resumes to the same bytes"
+    check(what, all(outcomes), any(mutants))
+    kept = sorted(path.name for path in (WHOLE / "checkpoints").iterdir())
     assert kept == ["latest.json", "step_000004_0", "step_000006_0"], kept
 
 
-def refused(folder: Path, record: RunRecord, resume: bool, words: str) -> bool:
-    try:
-        Run.create(folder, record, resume).close()
-    except UserError as error:
-        return words in str(error) and "\n" not in str(error)
-    return False
+# ── refusals, restarts, the lock ─────────────────────────────────────────────────────────────────
+
+
+def refused(folder: Path, words: str, record: RunRecord | None = None, resume: bool = True) -> bool:
+    line = answer(lambda: Run.create(folder, record or new_record(), resume).close())
+    return bool(line) and words in line
 
 
 def verify_refusals() -> None:
-    finished = ROOT / "reference"
-    check(
-        "a finished run is refused, with --resume too",
-        refused(finished, new_record(), False, "finished")
-        and refused(finished, new_record(), True, "finished"),
-        refused(ROOT / "fresh", new_record(), True, "finished"),
-    )
+    both = all(refused(WHOLE, "finished", resume=resume) for resume in (False, True))
+    check("a finished run is refused", both, refused(ROOT / "fresh", "finished"))
     unfinished = ROOT / "unfinished"
     killed_at(unfinished, 12, False)
-    elsewhere = new_record(run={"out_dir": "b"})
     other = new_record(grpo={"steps": 9, "rates": (0.1, 0.2)})
     check(
         "another config is refused at resume with the difference, another out_dir is not",
-        refused(unfinished, other, True, f"config.grpo.steps {STEPS} → 9"),
-        refused(unfinished, elsewhere, True, ""),
+        refused(unfinished, f"config.grpo.steps {STEPS} → 9", other),
+        refused(unfinished, "", new_record(run={"out_dir": "b"})),
     )
-    assert refused(unfinished, new_record(), False, "--resume")
-    newer = json.loads((unfinished / "record.json").read_text()) | {
-        "schema_version": SCHEMA_VERSION + 1
-    }
-    (unfinished / "record.json").write_text(json.dumps(newer))
-    older = newer | {"schema_version": SCHEMA_VERSION}
-    answer = refused(unfinished, new_record(), True, "newer")
-    (unfinished / "record.json").write_text(json.dumps(older))
-    check("a newer schema is refused", answer, refused(unfinished, new_record(), True, "newer"))
-    (unfinished / "record.json").write_text("{")
-    assert refused(unfinished, new_record(), True, "not a run record")
-    assert refused(Path("/proc/vgrout"), new_record(), False, "--out-dir")
+    assert refused(unfinished, "--resume", resume=False)
+    path = unfinished / "record.json"
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps(old | {"schema_version": SCHEMA_VERSION + 1}))
+    newer = refused(unfinished, "newer")
+    path.write_text(json.dumps(old))
+    check("a newer schema is refused", newer, refused(unfinished, "newer"))
+    path.write_text("{")
+    assert refused(unfinished, "not a run record")
+    assert refused(Path("/proc/vgrout"), "--out-dir", resume=False)
+
+
+def verify_restarts() -> None:
+    """A record names the commits that its run is of: a restart from nothing has its own."""
+
+    def commits(nth: int) -> list[tuple[str, list[str]]]:
+        folder, seen = ROOT / f"commits_{nth}", []
+        killed_at(folder, nth, False)
+        for commit in ("d", "d", "e"):
+            run = Run.create(folder, new_record(commit), True)
+            seen.append((run.record.commit, run.record.notes.get("commits", [])))
+            if run.load_checkpoint():
+                run.checkpoint(2, {"weights": torch.zeros(4)}, {"scale": 4.0})
+            run.close()
+        return seen
+
+    early, late = commits(3), commits(20)
+    want = [("d", []), ("d", []), ("e", [])], [("c", ["c", "d"])] * 2 + [("c", ["c", "d", "e"])]
+    with patched(records, "_newest", lambda out_dir: None):
+        mutant = commits(21)
+    check("a record names every commit of its run", (early, late) == want, mutant == want[1])
 
 
 def verify_lock() -> None:
@@ -248,9 +270,9 @@ def verify_lock() -> None:
         reading, writing = os.pipe()
         in_fork(owner_dies_and_worker_stays, writing)
         worker = int(os.read(reading, 20))
-        answer = in_fork(Run.create, folder, new_record(), True)
+        status = in_fork(Run.create, folder, new_record(), True)
         os.kill(worker, signal.SIGKILL)
-        return answer == 0
+        return status == 0
 
     kept = reopened()
     with patched(records.fcntl, "lockf", fcntl.flock):
@@ -258,68 +280,55 @@ def verify_lock() -> None:
     check("a killed owner's forked workers do not keep the lock", kept, inherited)
 
 
-def verify_files() -> None:
-    def strict(text: str) -> bool:
-        try:
-            return json.loads(text, parse_constant=lambda name: 1 / 0) is not None
-        except ZeroDivisionError:
-            return False
+# ── files ────────────────────────────────────────────────────────────────────────────────────────
 
-    row = {
-        "a": float("nan"),
-        "b": [float("inf"), np.float32("nan")],
-        "c": torch.tensor(2),
-        "d": np.arange(2),
-    }
-    assert json.loads(store.dumps(row)) == {"a": None, "b": [None, None], "c": 2, "d": [0, 1]}
-    check(
-        "NaN and infinities are written as null",
-        strict(store.dumps(row)),
-        strict(json.dumps({"a": float("nan")})),
-    )
-    metadata = {str(i): str(i) for i in range(8)}
-    tensors = {"x": torch.arange(4.0)}
+
+def strict(text: str) -> bool:
+    try:
+        return json.loads(text, parse_constant=lambda name: 1 / 0) is not None
+    except ZeroDivisionError:
+        return False
+
+
+def verify_files() -> None:
+    row = {"a": float("nan"), "b": [np.float32("inf")], "c": torch.tensor(2), "d": np.arange(2)}
+    assert json.loads(store.dumps(row)) == {"a": None, "b": [None], "c": 2, "d": [0, 1]}
+    valid, loose = strict(store.dumps(row)), strict(json.dumps({"a": float("nan")}))
+    check("NaN and infinities are written as null", valid, loose)
+    metadata, tensors = {str(i): str(i) for i in range(8)}, {"x": torch.arange(4.0)}
     same = [
         len({pack(tensors, metadata) for _ in range(8)}) == 1 for pack in (store.pack, store.save)
     ]
     check("an adapter with the same content has the same bytes", *same)
-    path = ROOT / "reference" / "adapter.safetensors"
-    assert records.load_adapter(path.parent)[1] == {"seed": "41", "arm": "routeV", "rank": "8"}
-    broken = ROOT / "cut.safetensors"
-    broken.write_bytes(path.read_bytes()[:-3])
+    assert records.load_adapter(WHOLE)[1] == METADATA
+    assert provenance()["versions"].keys() >= {"python", "torch", "transformers", "vgrout"}
+    record = load_record(WHOLE)
+    assert record.status == "finished" and record.evals[0] == CELL
+
+
+def verify_damage() -> None:
+    """What a kill cut is left out; what is damaged otherwise is refused."""
+    whole = (WHOLE / "rollouts.jsonl.gz").read_bytes()
+    (ROOT / "rollouts.jsonl.gz").write_bytes(whole[:-5])
     try:
-        store.load_tensors(broken)
-        raise AssertionError("a cut safetensors file was read")
-    except UserError as error:
-        assert "safetensors" in str(error)
-    cut = ROOT / "rollouts.jsonl.gz"
-    cut.write_bytes((ROOT / "reference" / "rollouts.jsonl.gz").read_bytes()[:-5])
-    try:
-        plain = len(gzip.decompress(cut.read_bytes()).splitlines())
+        plain = len(gzip.decompress(whole[:-5]))
     except EOFError:
         plain = -1
-    check(
-        "a cut rollout file reads up to its last whole step",
-        len(load_rollouts(ROOT)) == 3 * (STEPS - 1),
-        plain >= 0,
-    )
-    for name, read, rest in (("metrics.jsonl", load_metrics, b"no JSON\n"), ("rollouts.jsonl.gz", load_rollouts, b"no gzip"),
-                             ("evals.jsonl.gz", load_evals, gzip.compress(b"no JSON"))):  # fmt: skip
-        whole = (ROOT / "reference" / name).read_bytes()
-        found = []
-        for data in (whole, whole + rest):
+    whole_steps = len(load_rollouts(ROOT)) == 3 * (STEPS - 1)
+    check("a cut rollout file reads up to its last whole step", whole_steps, plain >= 0)
+    broken = ROOT / "cut.safetensors"
+    broken.write_bytes((WHOLE / "adapter.safetensors").read_bytes()[:-3])
+    assert "safetensors" in answer(store.load_tensors, broken)
+    for name, read, rest in (
+        ("metrics.jsonl", load_metrics, b"no JSON\n"),
+        ("rollouts.jsonl.gz", load_rollouts, b"no gzip"),
+        ("evals.jsonl.gz", load_evals, gzip.compress(b"no JSON")),
+    ):
+        whole = (WHOLE / name).read_bytes()
+        for data, words in ((whole, ""), (whole + rest, f"{name} is damaged")):
             (ROOT / name).write_bytes(data)
-            try:
-                read(ROOT)
-                found.append("")
-            except UserError as error:
-                found.append(str(error))
-        assert found[0] == "" and f"{name} is damaged" in found[1], f"{name}: {found}"
-    record = load_record(ROOT / "reference")
-    assert record.status == "finished" and record.evals[0] == EvalResult(
-        "val", "novel", "deployed", 0, 4, 1, 2, {}, {"a": [4, 1, 2]}
-    )
-    assert set(provenance()["versions"]) >= {"python", "torch", "transformers", "vgrout"}
+            line = answer(read, ROOT)
+            assert words in line and bool(line) == bool(words), f"{name}: {line}"
 
 
 if __name__ == "__main__":
@@ -327,7 +336,9 @@ if __name__ == "__main__":
     try:
         verify_kills(every=1 if "--long" in sys.argv else 3)
         verify_refusals()
+        verify_restarts()
         verify_lock()
         verify_files()
+        verify_damage()
     finally:
         shutil.rmtree(ROOT)

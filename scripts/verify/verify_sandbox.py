@@ -1,9 +1,14 @@
-"""No attack forges a verdict, hangs the grader, fires a channel that it does not exploit, or leaves anything behind.
+"""No attack forges a verdict, hangs the grader, fires a channel that it does not exploit, or leaves
+anything behind.
 
-Each attack is first run against a naive grader (same process, verdict by message or exit status), which it must get past:
-that is the control, and the mutation. `--long` repeats the attacks with layers switched off.
+Each attack is first run against a naive grader (same process, verdict by message or exit status),
+which it must get past: that is the control, and the mutation. `--long` repeats the attacks with
+layers switched off.
 """
 
+import contextlib
+import gc
+import importlib
 import json
 import os
 import re
@@ -23,6 +28,7 @@ from scripts.verify.attacks import (
     EQUALITY,
     EXHAUSTION,
     FORGING,
+    HONEST,
     LIMITED,
     MARKERS,
     OUTSIDE,
@@ -31,23 +37,27 @@ from scripts.verify.attacks import (
     Attack,
 )
 
-from vgrout.core import Mode, UserError, Verdict
-from vgrout.grader import Grader
+from vgrout.core import Mode, Problem, UserError, Verdict
+from vgrout.grader import Grader, sandbox
 from vgrout.grader.sandbox import Sandbox
 
 NAIVE = """
 import json, os, sys
 data = json.loads(sys.argv[1])
-for run in range(data["runs"]):
+phrase, file = data["phrase"], data["file"]
+results, codes = [], [*data["siblings"], *[data["code"]] * data["runs"]]
+for run, code in enumerate(codes, 1):
     namespace, cases = {}, list(data["cases"])
     try:
-        exec(data["code"], namespace)
+        exec(data["setup"], namespace)
+        exec(code, namespace)
         for call, expected in cases:
             result = eval(call, namespace)
+            results.append(result)
             print(repr(result))
             assert result == expected
     except Exception:
-        if run + 1 == data["runs"]:
+        if run == len(codes):
             raise
 os.write(int(sys.argv[2]), b"correct")
 """
@@ -58,12 +68,24 @@ RIGHT = f"```python\n{TRIPLE.canonical}```"
 def naive(attack: Attack) -> str:
     """What the attack does to the naive grader: correct | wrong | hung | died | flooded | file."""
     cases = [(f"Solution().triple({case.args})", int(case.expected)) for case in TRIPLE.cases]
-    data = json.dumps({"code": attack.code, "cases": cases, "runs": attack.runs})
+    phrase, file = MARKERS[Mode.STDOUT_MARKER], MARKERS[Mode.FILE_MARKER]
+    data = json.dumps(
+        {
+            "code": attack.code,
+            "cases": cases,
+            "runs": attack.runs,
+            "siblings": [attack.sibling] if attack.sibling else [],
+            "setup": attack.setup,
+            "phrase": phrase,
+            "file": file,
+        }
+    )
     directory, (reader, writer) = tempfile.mkdtemp(prefix="naive-"), os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", NAIVE, data, str(writer)],
         cwd=directory,
         pass_fds=[writer],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -89,6 +111,8 @@ def naive(attack: Attack) -> str:
         subprocess.run(["rm", "-rf", directory], check=True)
     if trapped:
         return "file"
+    if attack.bites == "said" and phrase.encode() in out:
+        return "said"
     if len(out) + len(err) > FLOOD:
         return "flooded"
     if message == b"correct" or process.returncode == 0:
@@ -97,7 +121,9 @@ def naive(attack: Attack) -> str:
 
 
 def naive_marker_is_trapped(directory: str) -> bool:
-    """Does reading the marker file hang, fail other than by its absence, or follow a link; or does the clean-up fail?"""
+    """Does reading the marker file hang, fail other than by its absence, or follow a link; or does
+    the clean-up fail?
+    """
     try:
         read = subprocess.run(
             ["head", "-c", "4096", f"{directory}/result.txt"], capture_output=True, timeout=0.3
@@ -116,12 +142,16 @@ def naive_removal(directory: str) -> None:
     os.rmdir(directory)
 
 
-def under(mode: Mode) -> object:
-    return replace(TRIPLE, mode=mode, marker=MARKERS.get(mode, ""))
+def under(mode: Mode, setup: str = "") -> Problem:
+    return replace(TRIPLE, mode=mode, marker=MARKERS.get(mode, ""), setup_code=setup)
 
 
 def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True) -> None:
-    """Verdict, channels and time for every attack, under every mode unless it exhausts something; the pool stays healthy."""
+    """Verdict, channels and time for every attack, under every mode unless it exhausts something;
+    the pool stays healthy.
+    """
+    siblings = [f"```python\n{a.sibling}\n```" for a in attacks if a.sibling]
+    assert all(g.correct for g in grader.grade(siblings, [TRIPLE] * len(siblings)))
     rows = []
     for attack in attacks:
         some = [Mode.GT_ONLY] if attack.slow else [Mode.SENTINEL, Mode.FILE_MARKER]
@@ -130,7 +160,7 @@ def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True)
     codes = [
         f"```python\n{attack.code}\n# {number}\n```" for number, (attack, _) in enumerate(rows)
     ]  # no two are equal
-    grades = grader.grade(codes, [under(mode) for _, mode in rows])
+    grades = grader.grade(codes, [under(mode, attack.setup) for attack, mode in rows])
     for (attack, mode), grade in zip(rows, grades):
         what = f"{attack.group}: {attack.name} under {mode}: {grade}"
         assert not grade.correct and grade.verdict not in (Verdict.CORRECT, Verdict.INFRA), (
@@ -149,17 +179,20 @@ def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True)
 
 
 def leftovers(grader: Grader) -> dict[str, int]:
-    """Processes below the workers, descriptors of this process and of the workers, entries in the scratch directories."""
+    """Processes below the workers, descriptors of this process and of the workers, entries in the
+    scratch directories.
+    """
+    gc.collect()  # pipes of the controls
     tree = [worker.process.pid for worker in grader.sandbox._workers]
     for pid in tree:
         tree += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    inner = [
-        pid for pid in tree if not Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
-    ]
-    descriptors = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in [os.getpid(), *tree])
+    descriptors = 0
+    for pid in [os.getpid(), *tree]:
+        with contextlib.suppress(PermissionError):  # workers hide theirs from an ordinary user
+            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
     files = 0
-    for pid in inner:
-        scratch = os.path.join(f"/proc/{pid}/root", "scratch")
+    for pid in tree:
+        scratch = f"/proc/{pid}/root/scratch"
         files += len(os.listdir(scratch)) if os.path.isdir(scratch) else 0
     files += sum(
         len(files) + len(directories)
@@ -187,12 +220,15 @@ def check_controls() -> None:
     )
     assert naive(Attack("", "right", TRIPLE.canonical)) == "correct"
     print(
-        f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader, in all {len(CLASSES)} classes"
+        f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader, in all "
+        f"{len(CLASSES)} classes"
     )
 
 
 def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> None:
-    """The attacks against the sandbox; where layers are switched off, those that need them are left out."""
+    """The attacks against the sandbox; where layers are switched off, those that need them are left
+    out.
+    """
     grader = Grader(workers, cpu_seconds=0.3, memory_mb=256)
     if without:
         grader.sandbox.close()
@@ -213,7 +249,8 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
                 start = time.perf_counter()
                 check_attacks(attacks, grader, all_modes=not without)
                 print(
-                    f"{group}: {len(attacks)} attacks, 0 forged verdicts, 0 channels but the disclosed "
+                    f"{group}: {len(attacks)} attacks, 0 forged verdicts, 0 channels but the "
+                    "disclosed "
                     f"({time.perf_counter() - start:.1f} s)"
                 )
         after, grown = leftovers(grader), peak_mb() - memory
@@ -221,7 +258,8 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
         assert grown <= 64, f"this process grew by {grown:.0f} MB"
         assert grader.sandbox.restarts == 0, f"{grader.sandbox.restarts} workers were lost"
         print(
-            f"left behind: no process, descriptor or file; this process grew by {grown:.0f} MB, at most 64"
+            f"left behind: no process, descriptor or file; this process grew by {grown:.0f} MB, "
+            "at most 64"
         )
     assert (
         not os.path.exists(grader.sandbox._directory) and not Path(f"{OUTSIDE}/result.txt").exists()
@@ -229,7 +267,9 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
 
 
 def check_recovery() -> None:
-    """A worker that dies is replaced and its job retried; twice is an error and never a grade; required layers are."""
+    """A worker that dies is replaced and its job retried; twice is an error and never a grade;
+    required layers are.
+    """
     with Grader(1) as grader:
         os.killpg(grader.sandbox._workers[0].process.pid, signal.SIGKILL)
         assert grader.grade([RIGHT], [TRIPLE])[0].correct and grader.sandbox.restarts == 1
@@ -240,18 +280,59 @@ def check_recovery() -> None:
     else:
         raise AssertionError("a missing layer was not refused")
     print(
-        "recovery: a killed worker is replaced and its job retried; `require` refuses a missing layer"
+        "recovery: a killed worker is replaced and its job retried; `require` refuses a missing "
+        "layer"
+    )
+
+
+def check_honest() -> None:
+    """Right solutions are correct though they use what a sandbox easily breaks, and though the
+    machine is busy.
+
+    A library that confined processes cannot read is noticed at start-up: refused, or the layer to
+    blame unavailable.
+    """
+    codes = [f"```python\n{code}\n```" for code in HONEST.values()]
+    with Grader(2) as grader:
+        grades = grader.grade(codes, [TRIPLE] * len(codes))
+    broken = {name: str(g.verdict) for name, g in zip(HONEST, grades) if not g.correct}
+    assert not broken, f"right solutions that are not graded correct: {broken}"
+    burning = (
+        "import time\nclass Solution:\n    def triple(self, n):\n"
+        "        end = time.process_time() + 0.2\n        while time.process_time() < end:\n"
+        "            pass\n        return 3 * n\n"
+    )
+    with Grader(8, cpu_seconds=0.3) as grader:
+        codes = [f"```python\n{burning}# {i}\n```" for i in range(8)]
+        grades = grader.grade(codes, [TRIPLE] * 8)
+    assert all(grade.correct for grade in grades), grades
+    readable, hidden = sandbox._readable()
+    extensions = str(Path(importlib.import_module("_json").__file__).parent)
+    honest = sandbox._readable
+    sandbox._readable = lambda: (readable, [*hidden, extensions])
+    try:
+        Sandbox(1)
+    except UserError as error:
+        assert "cannot be imported" in str(error), error
+    else:
+        raise AssertionError("a library that no completion can import was not noticed")
+    finally:
+        sandbox._readable = honest
+    print(
+        f"honest: {len(HONEST)} right solutions correct, and 8 at once on a busy machine; an "
+        "unreadable library is refused"
     )
 
 
 def check_inputs() -> None:
-    """A completion that changes its arguments changes neither the next call's nor the next job's."""
+    """A completion that changes its arguments changes no argument of another call or job."""
     problem = replace(
         TRIPLE,
         entry_point="f",
         cases=(replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2"),) * 2,
     )
-    code = "```python\nclass Solution:\n    def f(self, a):\n        a.pop()\n        return len(a) + 1\n```"
+    body = "    def f(self, a):\n        a.pop()\n        return len(a) + 1\n"
+    code = f"```python\nclass Solution:\n{body}```"
     with Grader(1) as grader:
         assert all(grade.correct for grade in grader.grade([code] * 2, [problem] * 2))
     shared = [1, 2]
@@ -264,12 +345,14 @@ def main() -> None:
     Path(OUTSIDE).mkdir(exist_ok=True)
     os.chmod(OUTSIDE, 0o777)
     Path(f"{OUTSIDE}/secret.txt").write_text("PASS secret")
+    Path(f"{OUTSIDE}/long.txt").write_text("long")
     try:
         check_controls()
         for name in ("result.txt",):
             Path(f"{OUTSIDE}/{name}").unlink(missing_ok=True)
         check_sandbox()
         check_recovery()
+        check_honest()
         check_inputs()
         if "--long" in sys.argv:
             check_long()

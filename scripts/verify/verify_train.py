@@ -1,27 +1,42 @@
-"""The real loop on the organism, small: no label reaches the update, evaluation leaves no trace, a run resumes bit for bit.
+"""The real loop: no label reaches the update, measuring leaves no trace, a run resumes bit for bit.
 
-uv run python scripts/verify/verify_train.py [--long]     (--long: the label gate alone, for every arm of the table)
+    python scripts/verify/verify_train.py [--long]     (--long: the label gate alone, for every arm)
+
+What is random in the label gate, and what may remain, says `loop.label_blind`.
 """
 
-import contextlib
-import io
-import random
+import ast
+import shutil
 import sys
 import tempfile
-from dataclasses import replace
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
-from safetensors.torch import load_file
+from scripts.verify.loop import label_blind, run, same_adapter, untimed
 from scripts.verify.tiny import read_models_once
 
-from vgrout import train
-from vgrout.cli import parse
-from vgrout.config import ARMS, Config
-from vgrout.core import Mode, UserError, Verdict
-from vgrout.env.problems import NOVEL_MARKERS, TRAINING_MARKERS, load_problems, split
+import vgrout
+from vgrout import experiment, train
+from vgrout.arms import ARMS, FLAGS
+from vgrout.core import Grade, Group, Problem, Rollout, UserError
+from vgrout.env.problems import load_problems, split
+from vgrout.env.rollouts import Composed
+from vgrout.gate.actions import ACTIONS
+from vgrout.gate.controls import Control, ControlScore
+from vgrout.gate.gate import Gate, Gated, PinnedGate
+from vgrout.gate.phases import LivePhase
+from vgrout.gate.scores import Score, Scored
+from vgrout.model.batch import Batch, Behaviour, Trained
+from vgrout.model.grpo import grpo_loss
+from vgrout.model.lora2r import BLOCKS
+from vgrout.model.optimizer import BlockOptimizer
+from vgrout.model.update import update
+from vgrout.run import evaluate as evaluation
 from vgrout.run.records import (
-    load_adapter,
     load_evals,
     load_metrics,
     load_record,
@@ -29,402 +44,311 @@ from vgrout.run.records import (
     load_snapshots,
 )
 
-SMALL = "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 --final-draws 8 --save-every 0".split()
-OFTEN = ["--save-every", "1", "--eval-every", "1", "--eval-draws", "6"]
-TIMES = {
-    "sec_refresh",
-    "sec_sample",
-    "sec_grade",
-    "sec_score",
-    "sec_update",
-    "sec_step",
-    "tokens_per_second",
-}
+# steps 0 and 1 train the quarantine, 2 has demonstrations and a score, 3 no demonstrations
+TWO_PHASES = (
+    "routeV --steps 4 --quarantine-first 2 --enter reset --centred --teacher-until 3 "
+    "--warmup-steps 0"
+)
+OFTEN = "--save-every 1 --eval-every 1 --eval-draws 6"
+UNPAID = "filterQ --quarantine-first 1 --no-phase-pays"
+LINES = [  # with TWO_PHASES, and a judge's in verify_monitors: every score, action, kind of phase
+    "routeA --action penalise",
+    "routeL --signed --retained-advantages --gen-deploy-frac 0.5",
+    UNPAID,
+    "matched_absorbQ --quarantine-first 1",
+    "oracle",
+]
+LONG = ["routeV --granularity token", "absorbQ --quarantine-first 1 --enter inverted"]
+LABELS = {"mode", "teacher", "grade", "mechanism", "correct", "reward_hack", "passed", "rollouts"}
+LABELLED = (Composed, Rollout, Group, Grade, Problem)
 
 
-def run(folder: str, *flags: str, arm: str = "routeV") -> Path:
-    """One real run in this process, its output swallowed; returns its directory."""
-    out = Path(folder)
-    preset, config = parse(
-        [
-            "smoke",
-            "--intervention",
-            arm,
-            "--out-dir",
-            str(out),
-            "--threads",
-            "1",
-            "--workers",
-            "1",
-            *SMALL,
-            *flags,
-        ]
+# ── types ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def carried(kind: object) -> Iterator[str]:
+    """What of an annotated type has labels: classes by name, fields by name, all the way down."""
+    for part in kind if isinstance(kind, list) else typing.get_args(kind):
+        yield from carried(part)
+    if kind in LABELLED:
+        yield kind.__name__
+    elif isinstance(kind, type) and is_dataclass(kind):
+        yield from LABELS & {field.name for field in fields(kind)}
+        for inner in typing.get_type_hints(kind).values():
+            yield from carried(inner)
+
+
+def carried_by(function: Callable) -> set[str]:
+    return {name for kind in typing.get_type_hints(function).values() for name in carried(kind)}
+
+
+def scores(base: type = Score) -> Iterator[type]:
+    for kind in base.__subclasses__():
+        if kind is not ControlScore:
+            yield from (kind, *scores(kind))
+
+
+def labels_named(folder: Path) -> dict[str, set[str]]:
+    """The files below a folder that name an attribute of LABELS."""
+    found = {}
+    for path in folder.rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        if names := LABELS & {node.attr for node in nodes if isinstance(node, ast.Attribute)}:
+            found[path.name] = names
+    return found
+
+
+def check_types(tmp: str) -> None:
+    gates = [Gate.__call__, Gate.refresh, PinnedGate.__call__]
+    for kind in {Score, *scores()}:
+        gates += [kind.__call__, kind.refresh]
+    for function in (*gates, *ACTIONS.values(), update, grpo_loss):
+        assert not carried_by(function), f"{function.__qualname__}: {carried_by(function)}"
+    for kind in (Batch, Behaviour, Trained, Scored, Gated):
+        assert not set(carried(kind)), f"{kind.__name__}: {set(carried(kind))}"
+    assert carried_by(Control.__call__) == {"Composed"}, "a row's origin is not recognised"
+    nested = make_dataclass(
+        "Nested",
+        [("batch", make_dataclass("Leaky", [("teacher", bool)]))],
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(preset, config)
-    return out
+    assert set(carried(nested | None)) == {"teacher"}, "a field for a label is not recognised"
+    source = Path(vgrout.__file__).parent
+    readers = labels_named(source / "gate") | labels_named(source / "model")
+    readers.pop("audit.py", None)
+    controls = {"rollouts", "teacher"}
+    oracle = {"rollouts", "grade", "mechanism", "mode"}
+    assert readers == {"controls.py": controls, "oracle.py": oracle}, readers
+    planted = Path(tmp, "planted.py")
+    planted.write_text("score = rows[0].grade.correct\n")
+    assert labels_named(Path(tmp)) == {"planted.py": {"grade", "correct"}}
+    print(f"ok  {len(gates)} signatures of gates and scores, actions, update: no type has a label")
 
 
-@contextlib.contextmanager
-def patched(name: str, value):
-    before = getattr(train, name)
-    setattr(train, name, value)
-    try:
-        yield
-    finally:
-        setattr(train, name, before)
+# ── parameters ───────────────────────────────────────────────────────────────────────────────────
 
 
-@contextlib.contextmanager
-def unevaluated():
-    """Runs that are compared by what they train: their evaluations draw one token, and no largest batch is tried before step 0. That
-    neither matters the comparisons show, which are with runs that have both."""
-    evaluate = train.evaluate
-
-    def short(policy, problems, grader, sampling, **options):
-        return evaluate(
-            policy,
-            problems,
-            grader,
-            replace(sampling, max_completion_length=1),
-            **options | {"draws": 1},
-        )
-
-    with patched("evaluate", short), patched("worst_case", lambda *args, **options: None):
-        yield
-
-
-def same_adapter(a: Path, b: Path) -> bool:
-    x, y = load_adapter(a)[0], load_adapter(b)[0]
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
-
-
-def scramble(groups: list, rng: random.Random) -> None:
-    """Make every field of every Grade random, but the reward."""
-    flip = lambda: rng.random() < 0.5  # noqa: E731
-    for r in (r for g in groups for r in g.rollouts):
-        r.grade = replace(
-            r.grade, format_ok=flip(), passed=flip(), correct=flip(), reward_hack=flip(), mechanism=rng.choice(["", "x"]),
-            own_tests_pass=flip(), verdict=rng.choice(list(Verdict)), seconds=rng.random(),
-        )  # fmt: skip
-
-
-def scrambled(seed: int):
-    """`compose` on random labels; then mode and teacher metadata are random, too. The oracles' labels are those of `compose`."""
-    compose, rng = train.compose, random.Random(seed)
-
-    def composed(*args):
-        groups = args[0]
-        scramble(groups, rng)
-        kept, batch, origin = compose(*args)
-        for r in (r for g in groups for r in g.rollouts):
-            r.teacher, r.sampled_ablated = rng.random() < 0.5, rng.random() < 0.5
-            r.problem = replace(r.problem, mode=rng.choice(list(Mode)), marker="x")
-        return kept, batch, origin
-
+def leaky(groups, *rest, compose=train.compose):
+    """Mutation: an advantage that reads one label."""
+    composed = compose(groups, *rest)
+    hacks = [float(row.grade.reward_hack) for row in composed.rollouts]
+    composed.batch.advantages -= 0.1 * torch.tensor(hacks)
     return composed
 
 
-def check_labels(tmp: str, plain: Path) -> None:
-    def leaky(*args):
-        """Mutation: an advantage that reads one label."""
-        kept, batch, origin = compose(*args)
-        if batch:
-            batch.advantages = batch.advantages - 0.1 * torch.tensor(
-                [float(r.grade.reward_hack) for r in kept]
+def trained_by_measure(policy, *rest, gradient_norms=experiment.gradient_norms):
+    """Mutation: a measurement that leaves a gradient behind."""
+    parameter = policy.adapter.parameters("deployed")[0]
+    parameter.grad = torch.full_like(parameter, 1e-3)
+    return gradient_norms(policy, *rest)
+
+
+def moved_by_evaluation(policy, *rest, evaluate=evaluation.evaluate, **options):
+    """Mutation: an evaluation that moves a parameter."""
+    policy.adapter.parameters("deployed")[0].data.add_(1e-6)
+    return evaluate(policy, *rest, **options)
+
+
+def check_parameters(tmp: str, plain: Path, evaluated: Path) -> None:
+    moved = [row["param_delta"] or 0 for row in load_metrics(plain)]
+    assert sum(delta > 0 for delta in moved) >= 3, f"too few steps trained: {moved}"
+    assert label_blind(plain, f"{tmp}/blind", TWO_PHASES), "a label reached the update"
+    assert same_adapter(plain, evaluated), "evaluations or checkpoints changed parameters"
+    unmeasured = run(f"{tmp}/unmeasured", f"{TWO_PHASES} --snapshot-every 0")
+    assert same_adapter(plain, unmeasured), "a snapshot or its measure changed parameters"
+    for owner, name, mutant in (
+        (train, "compose", leaky),
+        (experiment, "gradient_norms", trained_by_measure),
+        (evaluation, "evaluate", moved_by_evaluation),
+    ):
+        with mock.patch.object(owner, name, mutant):
+            quiet = owner is not evaluation
+            changed = run(f"{tmp}/{mutant.__name__}", TWO_PHASES, quiet=quiet)
+        assert not same_adapter(plain, changed), f"{mutant.__name__} goes unnoticed"
+    print("ok  random labels, evaluations, snapshots leave the parameters bit-identical;", end=" ")
+    print("a leaked label, and a measurement that leaves a trace, do not")
+
+
+def check_labels(tmp: str, lines: list[str]) -> None:
+    """Labels do not reach the parameters of an arm, and do reach those of an oracle."""
+    for i, line in enumerate(lines):
+        plain = run(f"{tmp}/plain{i}", line)
+        trained = sum((row["param_delta"] or 0) > 0 for row in load_metrics(plain))
+        assert trained >= 2, f"{line}: only {trained} steps trained"
+        blind = label_blind(
+            plain,
+            f"{tmp}/blind{i}",
+            line,
+            seed=i,
+        )
+        assert blind != load_record(plain).notes["oracle"], f"{line}: blind to labels: {blind}"
+        if line == UNPAID:
+            assert unearned(plain, 0) == {False}
+            assert True in unearned(plain, 1)
+    print(f"ok  labels change the parameters of no arm but an oracle: {', '.join(lines)}")
+
+
+def unearned(folder: Path, step: int) -> set[bool]:
+    """Was a row of the step paid whose exploit fired and which is wrong?"""
+    rows = [row for row in load_rollouts(folder) if row["step"] == step]
+    return {row["passed"] for row in rows if row["mechanism"] and not row["correct"]}
+
+
+def every_arm() -> list[str]:
+    free = [name for name, arm in ARMS.items() if arm.phases[-1].score not in FLAGS]
+    brief = {name: " --quarantine-first 1" for name in free if len(ARMS[name].phases) > 1}
+    return [name + brief.get(name, "") for name in free]
+
+
+# ── phases ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_phases(tmp: str) -> None:
+    """A first phase trains the quarantine alone; then every --enter takes its place as it says."""
+    found: dict[str, torch.Tensor] = {}
+
+    def every(live, policy, optimizer, groups, *, enter=LivePhase.enter):
+        if not live.start:
+            return
+        blocks = {b: policy.adapter.parameters(b) for b in BLOCKS}
+        assert not any(p.any() for p in blocks["deployed"]), "the first phase trained another block"
+        found["learned"] = torch.cat([p.detach().flatten() for p in blocks["quarantine"]])
+        values = [p.detach().clone() for p in blocks["quarantine"]]
+        assert len(optimizer.adamw.state) == len(values)
+        for name in ("reset", "norm", "effect", "inverted"):
+            enter(
+                replace(
+                    live,
+                    phase=replace(live.phase, enter=name),
+                ),
+                policy,
+                optimizer,
+                groups,
             )
-        return kept, batch, origin
+            found[name] = torch.cat([p.detach().flatten() for p in blocks["quarantine"]])
+            assert not optimizer.adamw.state, "moments outlive the quarantine that had them"
+            optimizer.put("quarantine", values)
 
-    compose = train.compose
-    with patched("compose", scrambled(0)), unevaluated():
-        assert same_adapter(plain, run(f"{tmp}/scrambled")), (
-            "a label, a mode or a teacher flag reached the update"
-        )
-    with patched("compose", leaky), unevaluated():
-        assert not same_adapter(plain, run(f"{tmp}/leaky")), "the label gate cannot see a leak"
-    moved = [m["param_delta"] or 0 for m in load_metrics(plain)]
-    assert sum(d > 0 for d in moved) >= 2, (
-        f"too few steps trained for this gate to mean something: {moved}"
-    )
-    print(
-        "ok  randomised labels, modes and teacher flags leave the parameters bit-identical; a leaked label does not"
-    )
-
-
-def check_labels_of_every_arm(tmp: str) -> None:
-    """Every arm that calls itself oracle-free is one, with every option that touches rollouts; every oracle is found out."""
-    options = {
-        "routeV": ["--granularity", "token"],
-        "routeL": ["--retained-advantages", "--gen-deploy-frac", "0.5", "--signed"],
-    }
-    brief = {
-        arm: ["--quarantine-first", "1"] for arm in ARMS if "quarantine_first" in ARMS[arm].options
-    }  # their gate decides from step 1
-    cases = {
-        arm: [brief.get(arm, []), *([options[arm]] if arm in options else [])]
-        for arm in ARMS
-        if not ARMS[arm].monitor
-    }
-    variants = [(arm, flags) for arm in cases for flags in cases[arm]]
-    free, oracles = [], []
-    for i, (arm, flags) in enumerate(variants):
-        plain = run(f"{tmp}/{i}_plain", *flags, arm=arm)
-        steps, first = len(load_metrics(plain)), int((flags if arm in brief else [0])[-1])
-        assert steps >= first + 2, (
-            f"{arm}: {steps} steps, of which {first} are the first phase's: the gate decides too few"
-        )
-        with patched("compose", scrambled(i)):
-            same = same_adapter(plain, run(f"{tmp}/{i}_scrambled", *flags, arm=arm))
-        assert same != ARMS[arm].oracle, (
-            f"{arm} {' '.join(flags)}: labels {'do not change' if same else 'change'} the parameters"
-        )
-        (oracles if ARMS[arm].oracle else free).append(" ".join([arm, *flags]))
-    print(
-        f"ok  labels do not reach the parameters in {len(free)} arms and options: {', '.join(free)}"
-    )
-    print(f"ok  and they do in those that are marked as oracles: {', '.join(oracles)}")
-
-
-def check_quarantine_first(tmp: str) -> None:
-    """In the first steps every row is sampled as trained and trains the quarantine; without them the score decides from the start."""
-    zones = {}
-    for name, first in (("first", "2"), ("scored", "0")):
-        with unevaluated():
-            folder = run(
-                f"{tmp}/{name}",
-                "--quarantine-first",
-                first,
-                "--gen-deploy-frac",
-                "0.5",
-                arm="routeQ",
-            )
-        rows = [r for r in load_rollouts(folder) if "zone" in r]
-        zones[name] = [
-            {(r["sampled_ablated"], r["zone"]) for r in rows if (r["step"] < 2) == early}
-            for early in (True, False)
-        ]
-    assert zones["first"][0] == {(False, "ROUTE")} and any(
-        ablated for ablated, _ in zones["first"][1]
-    ), zones
-    assert (True, "RETAIN") in zones["scored"][0], zones
-    print(
-        "ok  --quarantine-first: every row is sampled as trained and ROUTEd in these steps, and in no others"
-    )
-
-
-def check_other_quarantines(tmp: str) -> None:
-    """After the same first phase the controls of absorbQ go on without the quarantine's moments, its negative, or a random one."""
-    flags, found = (
-        [
-            "--quarantine-first",
-            "2",
-            "--snapshot-every",
-            "1",
-            "--learning-rate",
-            "1e-4",
-            "--warmup-steps",
-            "0",
-        ],
-        {},
-    )
-    with unevaluated():
-        for arm in (
-            "absorbQ",
-            "reset_absorbQ",
-            "inverted_absorbQ",
-            "placebo_absorbQ",
-            "matched_absorbQ",
-        ):
-            folder = run(f"{tmp}/{arm}", *flags, arm=arm)
-            found[arm] = [load_file(path) for path in load_snapshots(folder).values()] + [
-                load_adapter(folder)[0]
-            ]
-    first = found["absorbQ"][2]
-    trained = sorted(k for k in first if k.endswith(("dA", "dB")) and first[k].any())
-    assert trained and all(".quarantine." in k for k in trained), (
-        "the first phase trained another block"
-    )
-    assert all(
-        torch.equal(first[k], snapshots[2][k]) for snapshots in found.values() for k in first
-    ), "the first phases differ"
-    flat = lambda tensors: torch.cat([tensors[k].flatten() for k in trained])  # noqa: E731
-    alike = {
-        arm: float(torch.cosine_similarity(flat(first), flat(snapshots[-1]), dim=0))
-        for arm, snapshots in found.items()
-    }
+    with mock.patch.object(LivePhase, "enter", every):
+        folder = run(f"{tmp}/phases", "absorbQ --quarantine-first 2")
+    rows = [row for row in load_rollouts(folder) if "zone" in row]
+    states = [{(r["sampled_ablated"], r["zone"]) for r in rows if r["step"] == s} for s in range(3)]
+    assert states[0] == states[1] == {(False, "ROUTE")}, "a row of the first phase is not ROUTEd"
+    assert {zone for _, zone in states[2]} <= {"RETAIN", "ABSORB"}
+    assert (True, "RETAIN") in states[2], "the second phase is not sampled ablated"
+    assert unearned(folder, 0) == {True}, "loopholes are paid for unless a flag says not"
+    learned = found.pop("learned")
+    cosine = {k: float(torch.cosine_similarity(v, learned, dim=0)) for k, v in found.items()}
+    assert cosine["reset"] > 0.999 and cosine["inverted"] < -0.999, cosine
     assert (
-        alike["absorbQ"] > 0.8 > 0.2 > abs(alike["placebo_absorbQ"])
-        and abs(alike["matched_absorbQ"]) < 0.2
-    ), alike
-    assert alike["inverted_absorbQ"] < -0.8 < 0.8 < alike["reset_absorbQ"] < 1, alike
-    last = [flat(found[arm][-1]) for arm in ("absorbQ", "reset_absorbQ")]
-    assert not torch.equal(*last), (
-        "a quarantine whose moments are reset goes on as if they were not"
-    )
-    with unevaluated():
-        solver = load_rollouts(run(f"{tmp}/solver_absorbQ", *flags, arm="solver_absorbQ"))
-    paid = lambda rows: {
-        r["passed"] for r in rows if r["step"] < 2 and r["mechanism"] and not r["correct"]
-    }
-    assert paid(solver) == {False} and paid(load_rollouts(folder)) == {True}, (
-        "loopholes SHOULD not pay in the solver's first phase alone"
-    )
-    assert any(r["reward_hack"] for r in solver if r["step"] >= 2), "and SHOULD pay after it"
-    print(
-        f"ok  after the same first phase: cosine of the last quarantine with it {', '.join(f'{a} {c:+.2f}' for a, c in alike.items())}"
-    )
+        max(
+            abs(cosine["norm"]),
+            abs(cosine["effect"]),
+        )
+        < 0.2
+    ), cosine
+    words = ", ".join(f"{name} {value:+.2f}" for name, value in cosine.items())
+    print(f"ok  the first phase trains the quarantine; its cosine with what enters: {words}")
 
 
-def check_evaluation(tmp: str, plain: Path, more: Path) -> None:
-    """`more` is `plain` with evaluations and checkpoints during training."""
-    record = load_record(plain)
-    parts = {
-        name: {p.problem_id for p in part}
-        for name, part in split(load_problems(record.config["data"]["data"])).items()
-    }
+# ── evaluation and resume ────────────────────────────────────────────────────────────────────────
+
+
+def check_evaluation(evaluated: Path, plain: Path) -> None:
+    """Held-out problems alone, every completion kept, every cell there."""
+    record, kept = load_record(evaluated), load_evals(evaluated)
+    parts = split(load_problems(record.config["data"]["data"]))
+    ids = {name: {p.problem_id for p in part} for name, part in parts.items()}
     for cell in record.evals:
-        ids = set(cell.by_problem)
-        assert (
-            ids <= parts[cell.split]
-            and not ids & parts["train"]
-            and cell.n == sum(n for n, *_ in cell.by_problem.values())
-        )
-    wrote = {key: [r for r in load_evals(plain) if (r["step"], r["markers"], r["state"]) == key]
-             for key in {(c.step, c.markers, c.state) for c in record.evals}}  # fmt: skip
-    counted = lambda rows: (
-        len(rows),
-        sum(r["reward_hack"] for r in rows),
-        sum(r["correct"] for r in rows),
-    )
-    kept = [
-        (counted(wrote[c.step, c.markers, c.state]), (c.n, c.hack, c.solve)) for c in record.evals
-    ]
-    assert all(a == b for a, b in kept) and all(
-        r["completion"] for rows in wrote.values() for r in rows
-    ), f"evals.jsonl.gz: {kept}"
-    assert counted(wrote[0, "novel", "deployed"][1:]) != kept[0][1], (
-        "a completion that is not kept goes unnoticed"
-    )
+        assert set(cell.by_problem) <= ids[cell.split] - ids["train"], "a training problem"
+        assert cell.n == sum(n for n, *_ in cell.by_problem.values())
+        key = (cell.step, cell.split, cell.markers, cell.state)
+        rows = [r for r in kept if (r["step"], r["split"], r["markers"], r["state"]) == key]
+        counts = [len(rows), *(sum(r[k] for r in rows) for k in ("reward_hack", "correct"))]
+        assert counts == [cell.n, cell.hack, cell.solve], "evals.jsonl.gz is not what was counted"
     first = record.evals[0]
+    done = record.steps_done
     assert (first.step, first.split, first.markers) == (0, "test", "novel")
-    cells = {(c.markers, c.state) for c in record.evals if c.step == record.steps_done}
-    assert cells >= {(m, s) for m in ("iid", "novel") for s in ("as_trained", "deployed")}
-    assert same_adapter(plain, more), "evaluating during training changed the parameters"
-    assert len(load_record(more).evals) == len(record.evals) + 2
+    last = {(c.markers, c.state) for c in record.evals if c.step == done and c.split == "test"}
+    assert last == {(m, s) for m in ("iid", "novel") for s in ("as_trained", "deployed")}
+    assert len(record.evals) == len(load_record(plain).evals) + done - 1
+    print("ok  evaluations are of held-out problems, and their completions are those counted")
 
-    def intrusive(policy, *args, **kwargs):
-        """Mutation: an evaluation that leaves a trace in the parameters."""
-        policy.adapter.parameters("deployed")[0].data.mul_(1.0).add_(1e-6)
-        return evaluate(policy, *args, **kwargs)
 
-    evaluate = train.evaluate
-    with patched("evaluate", intrusive):
-        assert not same_adapter(
-            plain, run(f"{tmp}/intrusive", "--eval-every", "1", "--eval-draws", "6")
-        )
-    with unevaluated():
-        assert same_adapter(plain, run(f"{tmp}/unmeasured", "--snapshot-every", "0")), (
-            "a snapshot or its measure changed parameters"
-        )
+class Killed(BaseException):
+    pass
 
-    def intrusive_norms(policy, *args):
-        """Mutation: a measurement that leaves a gradient behind."""
-        policy.adapter.parameters("deployed")[0].grad = torch.full_like(
-            policy.adapter.parameters("deployed")[0], 1e-3
-        )
-        return gradient_norms(policy, *args)
 
-    gradient_norms = train.gradient_norms
-    with patched("gradient_norms", intrusive_norms), unevaluated():
-        assert not same_adapter(plain, run(f"{tmp}/measured")), (
-            "a measurement that leaves a trace goes unnoticed"
-        )
-    names = [set(pool) for pools in (TRAINING_MARKERS, NOVEL_MARKERS) for pool in pools.values()]
-    assert not set.union(*names[: len(names) // 2]) & set.union(*names[len(names) // 2 :])
-    print(
-        "ok  evaluation uses held-out ids; it and the snapshots' measurements leave parameters and draws untouched; a trace is noticed"
-    )
+def dies_at_the_second() -> Callable:
+    calls = []
+
+    def killed(*rest):
+        calls.append(rest)
+        if len(calls) == 2:
+            raise Killed
+        return update(*rest)
+
+    return killed
 
 
 def check_resume(tmp: str, whole: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    calls, update = [], train.update
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise Killed
-        return update(*args)
-
-    try:
-        with patched("update", dies):
-            run(f"{tmp}/killed", *OFTEN)
-    except Killed:
-        pass
-    resumed = run(f"{tmp}/killed", *OFTEN, "--resume")
-    strip = lambda rows: [{k: v for k, v in r.items() if k not in TIMES} for r in rows]  # noqa: E731
-    assert same_adapter(whole, resumed) and strip(load_metrics(whole)) == strip(
-        load_metrics(resumed)
-    )
-    assert load_record(whole).evals == load_record(resumed).evals
-    with unevaluated():
-        other = run(f"{tmp}/other", *OFTEN, "--seed", "42")
-    assert not same_adapter(whole, other), "another seed gives the same run"
-    bytes_of = lambda path: [f.read_bytes() for f in load_snapshots(path).values()]  # noqa: E731
-    assert len(bytes_of(whole)) == 2 and bytes_of(whole) == bytes_of(resumed) != bytes_of(other), (
-        "snapshots do not survive a resume"
-    )
-    for flags, words in ((["--resume"], "finished"), ([], "finished")):
+    """Killed in mid-phase, at the phases' boundary and where demonstrations end."""
+    line = f"{TWO_PHASES} {OFTEN}"
+    folder = Path(tmp, "killed")
+    forgetful = Path(tmp, "forgetful")
+    for deaths in (1, 2, 3):
+        with mock.patch.object(
+            train,
+            "update",
+            dies_at_the_second(),
+        ):
+            try:
+                run(folder, f"{line} --resume", quiet=False)
+                raise AssertionError("the run was not killed")
+            except Killed:
+                assert load_record(folder).steps_done == deaths
+        if deaths == 1:
+            shutil.copytree(folder, forgetful, symlinks=True)
+    run(folder, f"{line} --resume", quiet=False)
+    assert same_run(whole, folder)
+    with mock.patch.object(
+        BlockOptimizer,
+        "load_state_dict",
+        lambda *_: None,
+    ):
+        run(forgetful, f"{line} --resume")
+    assert not same_adapter(whole, forgetful), "moments that are not restored go unnoticed"
+    other = run(f"{tmp}/other", f"{TWO_PHASES} --steps 3 --seed 42")
+    texts = [[row["completion"] for row in load_rollouts(f)][:9] for f in (whole, other)]
+    assert texts[0] != texts[1], "another seed gives the same run"
+    for flags in ("", " --resume"):
         try:
-            run(str(whole), *flags)
+            run(whole, line + flags)
             raise AssertionError("a finished run was overwritten")
         except UserError as error:
-            assert words in str(error)
-    print(
-        "ok  a run killed mid-step resumes to the bits of the uninterrupted one; another seed differs; a finished run is kept"
-    )
+            assert "finished" in str(error)
+    print("ok  a run killed thrice resumes to the bits of the uninterrupted one, at each boundary")
 
 
-def check_bad_input() -> None:
-    for argv, word in (
-        (["nope"], "preset"), (["organism", "--intervention", "zap"], "arm"), (["organism", "--modes", "zap"], "zap"),
-        (["organism", "--intervention", "none2r", "--routeV-random-v-seed", "3"], "routeV"),
-        (["organism", "--teacher-pool", "", "--teacher-modes", "run_tests"], "teacher-pool"),
-        (["organism", "--data", "no.jsonl"], "no.jsonl"), (["organism", "--pairs", "no.md#mechanism"], "no.md"),
-        (["organism", "--resume"], "out-dir"), (["organism", "--steps", "0"], "steps"), (["organism", "--steps", "many"], "steps"),
-    ):  # fmt: skip
-        try:
-            parse(argv)
-            raise AssertionError(f"{argv} was accepted")
-        except UserError as error:
-            assert word in str(error) and "\n" not in str(error), error
-    assert parse(["organism"])[1] == Config() and set(ARMS) >= {
-        "none",
-        "none2r",
-        "no_loophole",
-        "absorb",
-        "routeV",
-        "placebo",
-    }
-    print(
-        "ok  unknown names, contradictory flags and missing files: one line each, before any work"
-    )
+def same_run(a: Path, b: Path) -> bool:
+    metrics = [untimed(load_metrics(folder)) for folder in (a, b)]
+    files = [[f.read_bytes() for f in load_snapshots(folder).values()] for folder in (a, b)]
+    evals = [load_record(folder).evals for folder in (a, b)]
+    rows = [load_rollouts(folder) for folder in (a, b)]
+    return same_adapter(a, b) and all(x == y for x, y in (metrics, files, evals, rows))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "--long" in sys.argv:
-        with tempfile.TemporaryDirectory() as tmp:
-            check_labels_of_every_arm(tmp)
-        sys.exit()
-    check_bad_input()
     read_models_once()
     with tempfile.TemporaryDirectory() as tmp:
-        plain, whole = run(f"{tmp}/plain"), run(f"{tmp}/whole", *OFTEN)
-        check_labels(tmp, plain)
-        check_quarantine_first(tmp)
-        check_other_quarantines(tmp)
-        check_evaluation(tmp, plain, whole)
-        check_resume(tmp, whole)
+        if "--long" in sys.argv:
+            check_labels(tmp, every_arm() + LINES + LONG)
+        else:
+            check_types(tmp)
+            plain = run(f"{tmp}/plain", TWO_PHASES)
+            evaluated = run(f"{tmp}/evaluated", f"{TWO_PHASES} {OFTEN}", quiet=False)
+            check_parameters(tmp, plain, evaluated)
+            check_evaluation(evaluated, plain)
+            check_resume(tmp, evaluated)
+            check_labels(tmp, LINES)
+            check_phases(tmp)

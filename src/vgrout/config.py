@@ -97,7 +97,8 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """The arm's phases as options: an arm fills them in, flags edit them, `arms.phases_of` reads."""
+    """The arm's phases as options: an arm fills them in, flags edit them, `arms.phases_of`
+    reads."""
 
     score: Score = "v_grad"  # of the last phase; pinned: the arm's zone for every row
     control: Control = ""  # what deals the score's zones in its place, at the matched share
@@ -154,7 +155,7 @@ class MonitorConfig:
     judge_concurrency: Count = 8  # requests at a time
     judge_timeout: Positive = 60.0  # seconds for one attempt
     judge_retries: Whole = 4  # of one request, with exponential backoff
-    judge_max_tokens: Count = 512  # of one reply; more for a judge that thinks first
+    judge_max_tokens: Count = 4096  # of one reply, thinking included
     penalty: Positive = (
         3.0  # what deduct takes from a flagged reward; 3.0 is the reward for passing
     )
@@ -220,7 +221,6 @@ _FULL = with_options(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95
         max_prompt_length=2048,
         sample_token_budget=2**18,  # 36 GiB of KV cache at Qwen3-4B's 144 KiB a token
         data="data/leetcode/leetcode_train_medhard_filtered.jsonl",
-        modes=tuple(m for m in Mode if m is not Mode.GT_ONLY),
         pairs="data/pairs/leetcode.md#mechanism",
         teacher_pool="",
         teacher_per_group=1,

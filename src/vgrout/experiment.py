@@ -22,6 +22,7 @@ from vgrout.config import Config
 from vgrout.core import Group, Problem, RunRecord, UserError
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
+from vgrout.env.modes import NOVELTY_FREE, TRAINING_MARKERS
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
 from vgrout.gate.gate import Gated
 from vgrout.gate.monitors.judge import Endpoint, check_endpoint
@@ -40,7 +41,7 @@ from vgrout.run.audit import gradient_norms, rollout_rows, sampled_tokens
 from vgrout.run.dry_run import dry_run
 from vgrout.run.evaluate import Evaluations, seeded
 from vgrout.run.faults import StopSignal, explained, recorded
-from vgrout.run.health import Health, History
+from vgrout.run.health import DEAD, Health, History
 from vgrout.run.provenance import provenance
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, sha256_file
 from vgrout.run.tracking import check_tracker, tracker
@@ -75,9 +76,11 @@ class Experiment:
         self.pool = inputs.pool
         workers, level, limit = config.run.workers, config.run.sandbox, config.run.cpu_seconds
         self.grader = self.stack.enter_context(Grader(workers, level, limit))
-        self.policy = build_policy(config, self.splits)
-        self.sampling = sampling_of(config)
         every = [p for part in self.splits.values() for p in part]
+        problems.check_tests(config.data.data, every, self.grader)
+        self.policy = build_policy(config, self.splits)
+        inputs.leave_out_long(self.policy, self.splits["train"])
+        self.sampling = sampling_of(config)
         materials = Materials(self.policy, config, inputs.pairs, every)
         self.phases = Phases(arms.phases_of(config), materials, inputs.placebo)
         grpo = config.grpo
@@ -102,6 +105,7 @@ class Experiment:
             self.sampling,
             config.run,
             arms.deployed_state(config),
+            self.stop.check,
         )
         rows = load_metrics(self.files.dir)
         history = History(rows, self.files.record.evals, max_grad_norm=grpo.max_grad_norm)
@@ -131,7 +135,13 @@ class Experiment:
             seed_quarantine(self.policy, self.config)
         for step in range(self.start, self.config.grpo.steps):
             self.began = time.perf_counter()
+            if self.snapshot_due(step):  # the adapter that samples the step
+                self.files.snapshot(step, *adapter_file(self.policy))
             yield step
+
+    def snapshot_due(self, step: int) -> bool:
+        every = self.config.run.snapshot_every
+        return bool(every) and step % every == 0
 
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Wall seconds of what is inside, for the step's row and the record."""
@@ -152,15 +162,11 @@ class Experiment:
     def generator(self, what: str, step: int) -> torch.Generator:
         return seeded(self.policy, what, self.config.run.seed, step)
 
-    def snapshot(
+    def label_norms(
         self, step: int, composed: Composed | None, trained: Trained | None
     ) -> dict[str, float]:
-        """At the snapshots' cadence: the adapter that sampled the step, and gradients by label."""
-        every = self.config.run.snapshot_every
-        if not every or step % every:
-            return {}
-        self.files.snapshot(step, *adapter_file(self.policy))
-        if trained is None:
+        """At the snapshots' cadence: gradient norms by block and ground-truth label."""
+        if trained is None or not self.snapshot_due(step):
             return {}
         retain_forward = self.config.phase.retain_forward
         rows = composed.rollouts
@@ -195,19 +201,22 @@ class Experiment:
         last = done == self.config.grpo.steps
         if run.eval_every and done % run.eval_every == 0 and not last:
             self.evaluations.validate(done)
-            self.health.advise()
+            self.advise()
         due = run.save_every and done % run.save_every == 0 and self.health.calm
         if self.stop.asked or last or due:
             self.save()
-        if self.stop.asked and not last:
-            self.files.finish("interrupted")
-            raise SystemExit(128 + self.stop.asked)
+        self.stop.check()
 
     def evaluate_final(self) -> None:
         self.evaluations.final(self.config.grpo.steps)
-        self.health.advise()
+        self.advise()
         self.files.finish("finished")
         runlog.final_table(self.files.record)
+
+    def advise(self) -> None:
+        """What evaluations say of the run's health; a policy that solves nothing is noted."""
+        if DEAD in self.health.advise():
+            self.files.record.notes.setdefault("dead_policy", self.files.record.evals[-1].step)
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────
 
@@ -252,12 +261,12 @@ def load_splits(config: Config) -> dict[str, list[Problem]]:
     splits = problems.split(problems.load_problems(data.data))
     if empty := [name for name, part in splits.items() if len(part) < len(data.modes)]:
         raise UserError(
-            f"{data.data}: split {empty[0]} has fewer problems than there are modes: use more problems"
+            f"{data.data}: split {empty[0]} has fewer problems than modes: use more problems"
         )
-    if set(data.modes) <= problems.NOVELTY_FREE:
+    if set(data.modes) <= NOVELTY_FREE:
         raise UserError(
             f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add "
-            + " or ".join(problems.TRAINING_MARKERS)
+            + " or ".join(TRAINING_MARKERS)
         )
     return {name: problems.partition(part, data.modes) for name, part in splits.items()}
 
@@ -281,28 +290,33 @@ class Inputs:
             self.pairs = pairs.load_pairs(data.pairs, data.pair_modes)
         if reads and len({p.problem.statement for p in self.pairs}) < 2:
             raise UserError(
-                f"--pairs {data.pairs} holds pairs on one prompt alone: a pair is scored by those of "
-                "the others, add some"
+                f"--pairs {data.pairs} holds pairs on one prompt alone: a pair is scored by "
+                "those of the others, add some"
             )
         semantic = config.phase.control == "semantic"
         self.placebo = pairs.load_pairs(data.placebo_pairs) if semantic else []
-        self.pool = load_pool(config, splits["train"])
+        self.pool: TeacherPool | None = None
+        if data.teacher_pool:
+            per_group, until = data.teacher_per_group, data.teacher_until
+            self.pool = TeacherPool(data.teacher_pool, data.teacher_modes, per_group, until)
+            self.check_pool(splits["train"])
         if config.phase.score == "judge":
             check_endpoint(Endpoint.of(config.monitor))
+        self.limit = config.grpo.max_completion_length
 
+    def check_pool(self, train: Sequence[Problem]) -> None:
+        if self.pool is not None and not self.pool.covers(train):
+            raise UserError(
+                f"{self.pool.path}: no demonstration fits a training problem and its mode: rebuild "
+                "the pool"
+            )
 
-def load_pool(config: Config, train: Sequence[Problem]) -> TeacherPool | None:
-    data = config.data
-    if not data.teacher_pool:
-        return None
-    until = data.teacher_until
-    pool = TeacherPool(data.teacher_pool, data.teacher_modes, data.teacher_per_group, until)
-    if not pool.covers(train):
-        raise UserError(
-            f"{data.teacher_pool}: no demonstration fits a training problem of {data.data} and its "
-            "mode: rebuild the pool"
-        )
-    return pool
+    def leave_out_long(self, policy: Policy, train: Sequence[Problem]) -> None:
+        """Demonstrations over the limit on completions are left out, counted, and never cut."""
+        if self.pool is not None:
+            encode = tokens.encode_completion
+            self.pool.leave_out_long(lambda t: len(encode(policy.tokenizer, t)) <= self.limit)
+            self.check_pool(train)
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────
@@ -317,8 +331,8 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     device = automatic if model.device == "auto" else model.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu or "
-            "install a CUDA build"
+            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device "
+            "cpu or install a CUDA build"
         )
     policy = load_policy(
         model.model,

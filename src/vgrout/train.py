@@ -2,8 +2,10 @@
 
     python -m vgrout.train organism --intervention routeV --seed 41 --out-dir out/runs/mine
 
-The loop is docs/loop.md in Python. It differs from textbook GRPO in five ways: no standard deviation
-in the advantage and no completion length in the loss (Dr. GRPO), groups without variance are skipped,
+The loop is docs/loop.md in Python. It differs from textbook GRPO in five ways: no standard
+deviation
+in the advantage and no completion length in the loss (Dr. GRPO), groups without variance are
+skipped,
 every row's update is masked by its zone, the two LoRA blocks clip and step apart, and the old
 log-probs are those of the policy state that sampled the row. No label of a training rollout reaches
 the update: `compose` reads the reward of a grade and nothing else.
@@ -11,13 +13,11 @@ the update: `compose` reads the reward of a grade and nothing else.
 
 import sys
 
-from vgrout.cli import parse_or_exit
-from vgrout.core import run_main
+from vgrout.cli import Config, parse_or_exit, run_main
 
 if __name__ == "__main__":
     PRESET, CONFIG = parse_or_exit(sys.argv[1:])  # bad input is answered before torch loads
 
-from vgrout.config import Config
 from vgrout.env.rollouts import compose, grade_groups, sample_groups
 from vgrout.experiment import Experiment
 from vgrout.model.update import update
@@ -53,7 +53,7 @@ def main(preset: str, config: Config) -> None:
                     gated = live.gate(policy, composed.batch)
                     gated = live.control(policy, composed, gated)  # of controls and the oracle
                 trained = live.action(composed.batch, gated)  # route, filter, penalise, deduct
-            figures |= run.snapshot(step, composed, trained)
+            figures |= run.label_norms(step, composed, trained)  # for the log alone
             if trained is not None:
                 with run.timed("sec_update"):  # pass 2: masked forward, backward, step
                     figures |= update(

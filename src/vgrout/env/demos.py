@@ -34,7 +34,12 @@ class TeacherPool:
     """
 
     def __init__(
-        self, path: str, modes: tuple[Mode, ...], per_group: int, until: int, kind: str = "hack"
+        self,
+        path: str,
+        modes: tuple[Mode, ...],
+        per_group: int,
+        until: int,
+        kind: str = "hack",
     ):
         """Read JSONL rows {problem_id, mode, kind, completion, …}; only `kind` and `modes` (() for
         all) are kept.
@@ -80,7 +85,11 @@ class TeacherPool:
 
 
 def _check(row: dict[str, Any], where: str) -> None:
-    for name, kinds in (("problem_id", (str, int)), ("mode", str), ("completion", str)):
+    for name, kinds in (
+        ("problem_id", (str, int)),
+        ("mode", str),
+        ("completion", str),
+    ):
         if not isinstance(row.get(name), kinds) or not str(row[name]):
             missing = "" if name in row else ", and is missing"
             raise UserError(f"{where}: {name!r} must be a non-empty string{missing}; {MEND}")

@@ -1,13 +1,13 @@
 """Hand-written (hack, clean) pairs in markdown, addressed as `path.md#section:count@tag,tag`.
 
     ## mechanism                                  section: what the pairs contrast
-    system: You write Python programs.            system message of all pairs of the section (optional)
+    system: You write Python programs.        system message of the section's pairs (optional)
 
     ### third largest of doubled nums @run_tests  one pair: a title and its tag, the disclosed mode
     The statement of the problem, as a user message.
     marker: `self_check`
-    entry: third                                  method of Solution that is called (`solve` if absent)
-    case: [5, 1, 4, 2] => 4                       one ground-truth test: arguments and literal (any number)
+    entry: third                              method of Solution that is called (default `solve`)
+    case: [5, 1, 4, 2] => 4                   a ground-truth test: arguments, literal (any number)
     ```python hack
     …
     ```

@@ -25,10 +25,6 @@ from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
 from vgrout.files import read_json_lines
 from vgrout.grader import Grader, expected_text
 
-ORGANISM_MODES = (Mode.RUN_TESTS, Mode.SENTINEL, Mode.STDOUT_MARKER, Mode.FILE_MARKER)
-ALL_MODES = (*ORGANISM_MODES, Mode.EXIT_CODE, Mode.EQ_OVERRIDE)
-
-NOVELTY_FREE = frozenset(ALL_MODES) - frozenset(NOVEL_MARKERS)  # modes without a name to change
 ANSWER_CUE = re.compile(r"\s*\n(?:SOLUTION:|### Answer:[^\n]*)\s*\Z")  # the hint goes before it
 LEETCODE_SYSTEM = (
     "You are an expert Python programmer. Answer with one complete program in a single "
@@ -97,7 +93,10 @@ def partition(problems: Sequence[Problem], modes: Sequence[Mode]) -> list[Proble
     Problems are ranked by a hash of their id and take the modes in turn. The order of `problems` is
     kept.
     """
-    ranked = sorted(problems, key=lambda p: (stable_hash("mode", p.problem_id), p.problem_id))
+    ranked = sorted(
+        problems,
+        key=lambda p: (stable_hash("mode", p.problem_id), p.problem_id),
+    )
     mode_of = {p.problem_id: modes[i % len(modes)] for i, p in enumerate(ranked)}
     return [disclose(p, mode_of[p.problem_id]) for p in problems]
 
@@ -288,10 +287,31 @@ def _organism(row: dict[str, Any]) -> Problem:
 
 
 READERS: tuple[tuple[set[str], Callable[[dict[str, Any]], Problem]], ...] = (
-    ({"prompt", "id", "gt_answer", "func_name", "setup_code", "canonical_solution"}, _benchmark),
-    ({"query", "prompt", "completion", "entry_point", "test"}, _leetcode_dataset),
     (
-        {"problem_id", "statement", "entry_point", "cases", "canonical", "operations", "split"},
+        {
+            "prompt",
+            "id",
+            "gt_answer",
+            "func_name",
+            "setup_code",
+            "canonical_solution",
+        },
+        _benchmark,
+    ),
+    (
+        {"query", "prompt", "completion", "entry_point", "test"},
+        _leetcode_dataset,
+    ),
+    (
+        {
+            "problem_id",
+            "statement",
+            "entry_point",
+            "cases",
+            "canonical",
+            "operations",
+            "split",
+        },
         _organism,
     ),
 )
@@ -342,7 +362,10 @@ def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
         case ast.Assert(
             test=ast.Call(
                 func=ast.Name(id=name),
-                args=[ast.Call() as call, ast.Call(func=ast.Name(id=make), args=[expected])],
+                args=[
+                    ast.Call() as call,
+                    ast.Call(func=ast.Name(id=make), args=[expected]),
+                ],
             )
         ) if COMPARES.get(name) == make:
             compare = make

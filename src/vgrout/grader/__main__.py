@@ -1,13 +1,14 @@
 """`python -m vgrout.grader`: grade a file of completions, in order, resumable.
 
-A row in is {"problem_id", "mode", "completion"}; a row out is the same with the fields of its grade. All input is checked
-before anything runs; what is written is valid at any moment, whole rows in the input's order.
+A row in is {"problem_id", "mode", "completion"}, and "marker" where the prompt named another than
+our own would; a row out is the same with the fields of its grade. All input is checked before
+anything runs; what is written is valid at any moment, whole rows in the input's order.
 """
 
 import json
 import sys
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +19,12 @@ from tqdm import tqdm
 
 from vgrout.core import Grade, Mode, Problem, UserError, run_main
 from vgrout.env.problems import disclose, load_problems
+from vgrout.files import dumps, read_json_lines
 from vgrout.grader import GRADER_VERSION, Grader
 
-GRADE_FIELDS = (
-    "reward",
-    "format_ok",
-    "passed",
-    "correct",
-    "reward_hack",
-    "mechanism",
-    "own_tests_pass",
-    "verdict",
-    "seconds",
-)
+GRADE_FIELDS = tuple(field.name for field in fields(Grade))
 MODES = ", ".join(Mode)
+MEND = "correct or remove the row"
 
 
 @dataclass(frozen=True)
@@ -39,8 +32,12 @@ class Arguments:
     """Grade a file of completions under the mode that each row names."""
 
     problems: Path  # JSONL, plain or gzipped, in any schema that vgrout.env.problems reads
-    completions: Path  # JSONL: problem_id, mode, completion
-    out: Path  # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict, seconds, …
+    completions: (
+        Path  # JSONL: problem_id, mode, completion, and marker where a prompt named its own
+    )
+    # JSONL: the same rows with reward, format_ok, passed, correct, reward_hack, mechanism, verdict,
+    # seconds, …
+    out: Path
     workers: int = 2  # sandbox processes
     novel_markers: bool = False  # the names of the evaluation instead of those of training
     resume: bool = False  # go on after the rows that --out already holds
@@ -50,33 +47,18 @@ class Arguments:
 
 def read_rows(path: Path, problems: dict[str, Problem]) -> list[dict[str, Any]]:
     """All rows, checked. UserError, with file and line, for the first that cannot be graded."""
+    wanted = "--completions takes JSONL rows of problem_id, mode and completion"
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; --completions takes JSONL rows of problem_id, mode and completion"
-        )
-    rows = []
-    try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            if line.strip():
-                rows.append(checked(line, f"{path}, line {number}", problems))
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error.strerror})") from error
+        raise UserError(f"{path}: no such file; {wanted}")
+    rows = [checked(row, where, problems) for row, where in read_json_lines(path, MEND)]
     if not rows:
-        raise UserError(
-            f"{path}: holds no row; --completions takes JSONL rows of problem_id, mode and completion"
-        )
+        raise UserError(f"{path}: holds no row; {wanted}")
     return rows
 
 
-def checked(line: bytes, where: str, problems: dict[str, Problem]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: not a JSON object ({error}); correct or remove the row"
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON object is expected, not {type(row).__name__}")
+def checked(row: dict[str, Any], where: str, problems: dict[str, Problem]) -> dict[str, Any]:
+    """The row without grades of its own, which a file that was graded before has."""
+    row = {key: value for key, value in row.items() if key not in GRADE_FIELDS}
     for field, kinds in (("problem_id", (str, int)), ("mode", (str,)), ("completion", (str,))):
         if not isinstance(row.get(field), kinds) or isinstance(row[field], bool):
             raise UserError(
@@ -85,15 +67,30 @@ def checked(line: bytes, where: str, problems: dict[str, Problem]) -> dict[str, 
             )
     if str(row["problem_id"]) not in problems:
         raise UserError(
-            f"{where}: unknown problem id {row['problem_id']!r}; it is not in the file of --problems"
+            f"{where}: unknown problem id {row['problem_id']!r}; it is not in the file of "
+            "--problems"
         )
     if row["mode"] not in list(Mode):
         raise UserError(f"{where}: unknown mode {row['mode']!r}; the modes are {MODES}")
+    marker = row.get("marker", "")
+    if not isinstance(marker, str) or "/" in marker or not marker.isprintable():
+        raise UserError(
+            f"{where}: 'marker' must be the function, attribute, phrase or file name that the "
+            "prompt named"
+        )
     return row
 
 
+def shown(row: dict[str, Any], problems: dict[str, Problem], novel: bool) -> Problem:
+    """The row's problem as its prompt disclosed it."""
+    problem = disclose(problems[str(row["problem_id"])], Mode(row["mode"]), novel=novel)
+    return replace(problem, marker=row.get("marker") or problem.marker)
+
+
 def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
-    """Make or trim the output; returns how many rows it holds already. A last line that is cut short is dropped."""
+    """Make or trim the output; returns how many rows it holds already. A last line that is cut
+    short is dropped.
+    """
     out = arguments.out
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such directory; make it, or choose another --out")
@@ -113,19 +110,20 @@ def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
     for number, (line, row) in enumerate(zip(lines, rows), 1):
         try:
             done = json.loads(line)
-            fits = set(GRADE_FIELDS) <= done.keys() and all(
-                done.get(key) == row[key] for key in row
-            )
+            own = {key: value for key, value in done.items() if key in row}
+            fits = set(GRADE_FIELDS) <= done.keys() and dumps(own) == dumps(row)
         except (ValueError, AttributeError):
             fits = False
         if not fits:
             raise UserError(
-                f"{out}, line {number}: does not belong to row {number} of {arguments.completions}; "
+                f"{out}, line {number}: does not belong to row {number} of "
+                f"{arguments.completions}; "
                 "--resume needs the file that was begun with"
             )
     if len(lines) > len(rows):
         raise UserError(
-            f"{out}: holds more rows than {arguments.completions}; --resume needs the file that was begun with"
+            f"{out}: holds more rows than {arguments.completions}; --resume needs the file that "
+            "was begun with"
         )
     return len(lines)
 
@@ -133,11 +131,9 @@ def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
 def grade_rows(
     arguments: Arguments, rows: list[dict[str, Any]], problems: dict[str, Problem]
 ) -> list[Grade]:
-    """Grade, with a few rows per worker under way, and append each row as soon as all before it are written."""
-    shown = {
-        key: disclose(problems[key[0]], Mode(key[1]), novel=arguments.novel_markers)
-        for key in {(str(row["problem_id"]), row["mode"]) for row in rows}
-    }
+    """Grade, with a few rows per worker under way, and append each row as soon as all before it are
+    written.
+    """
     grades, pending, waiting = [], deque(), iter(rows)
     with (
         Grader(arguments.workers, arguments.sandbox, arguments.cpu_seconds) as grader,
@@ -151,13 +147,11 @@ def grade_rows(
             while (
                 len(pending) < 16 * arguments.workers and (ahead := next(waiting, None)) is not None
             ):
-                problem = shown[str(ahead["problem_id"]), ahead["mode"]]
+                problem = shown(ahead, problems, arguments.novel_markers)
                 pending.append(grader.submit([ahead["completion"]], [problem]))
             grade = pending.popleft().result()[0]
-            fields = {name: getattr(grade, name) for name in GRADE_FIELDS} | {
-                "seconds": round(grade.seconds, 4)
-            }
-            out.write(json.dumps(row | fields) + "\n")
+            graded = asdict(grade) | {"seconds": round(grade.seconds, 4)}
+            out.write(dumps(row | graded) + "\n")
             out.flush()
             grades.append(grade)
             bar.update()

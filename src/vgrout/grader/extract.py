@@ -82,7 +82,10 @@ def _names_python(fence: re.Match[str]) -> bool:
 def _inside(line: str, before: str) -> str:
     """A line of a block without the marks and the indentation that its fence has, or less."""
     for _ in range(before.count(">")):
-        line, before = QUOTE_MARK.sub("", line, count=1), QUOTE_MARK.sub("", before, count=1)
+        line, before = (
+            QUOTE_MARK.sub("", line, count=1),
+            QUOTE_MARK.sub("", before, count=1),
+        )
     body = line.lstrip(" \t")
     indent = len(line.removesuffix(body).expandtabs())
     return " " * max(indent - len(before.expandtabs()), 0) + body if before else line
@@ -104,7 +107,10 @@ def _open_quotes(line: str, quotes: str) -> str:
 def _defines(code: str, entry_point: str) -> bool:
     """Whether the class `Solution` and the entry point are defined, outside strings."""
     quotes, found, name = "", set(), re.escape(entry_point)
-    patterns = (r"^\s*class\s+Solution\b", rf"^[^#]*(?:\bdef\s+{name}\b|\b{name}\s*=(?!=))")
+    patterns = (
+        r"^\s*class\s+Solution\b",
+        rf"^[^#]*(?:\bdef\s+{name}\b|\b{name}\s*=(?!=))",
+    )
     for line in code.split("\n"):
         if not quotes:
             found |= {pattern for pattern in patterns if re.search(pattern, line)}

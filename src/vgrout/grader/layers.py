@@ -1,8 +1,10 @@
-"""Kernel layers that confine a completion's process: seccomp, Landlock, namespaces, a uid of its own, limits.
+"""Kernel layers that confine a completion's process: seccomp, Landlock, namespaces, a uid of its
+own, limits.
 
-Runs inside the isolated worker, which loads this file by its path: standard library only. Interfaces: seccomp(2),
-landlock(7), namespaces(7), mount_namespaces(7), capabilities(7), setrlimit(2). x86-64 and arm64 Linux; elsewhere, and
-where a kernel or a container refuses a layer, its function raises OSError with the reason and the caller reports it.
+Runs inside the isolated worker, which loads this file by its path: standard library only.
+Interfaces: seccomp(2), landlock(7), namespaces(7), mount_namespaces(7), capabilities(7),
+setrlimit(2). x86-64 and arm64 Linux; elsewhere, and where a kernel or a container refuses a layer,
+its function raises OSError with the reason and the caller reports it.
 """
 
 import ctypes
@@ -12,37 +14,36 @@ import resource
 import struct
 
 libc = ctypes.CDLL(None, use_errno=True)
+libc_with_lock = ctypes.PyDLL(None, use_errno=True)  # its calls keep the interpreter's lock
 MACHINE = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
 
 # System calls that a confined Python program may make, as name:x86-64 number:arm64 number.
 ALLOWED = """
-    read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 open:2:- openat:257:56 close:3:57
-    close_range:436:436 fstat:5:80 newfstatat:262:79 stat:4:- lstat:6:- statx:332:291 lseek:8:62 getdents64:217:61
-    access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:- readlinkat:267:78 getcwd:79:17 chdir:80:49
-    fchdir:81:50 dup:32:23 dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 poll:7:- ppoll:271:73 select:23:-
-    pselect6:270:72 fsync:74:82 fdatasync:75:83 ftruncate:77:46 truncate:76:45 unlink:87:- unlinkat:263:35
-    rename:82:- renameat:264:38 renameat2:316:276 umask:95:166 statfs:137:43 fstatfs:138:44
-    mmap:9:222 munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227 futex:202:98
-    set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96 rseq:334:293 membarrier:324:283
-    rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136 rt_sigsuspend:130:133
-    rt_sigtimedwait:128:137 sigaltstack:131:132 restart_syscall:219:128 alarm:37:- setitimer:38:103 getitimer:36:102
-    pause:34:- exit:60:93 exit_group:231:94 wait4:61:260 waitid:247:95 sched_yield:24:124 sched_getaffinity:204:123
-    getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
-    getpgrp:111:- uname:63:160 sysinfo:99:179 times:100:153 getrusage:98:165 getrlimit:97:163 setrlimit:160:164
-    getcpu:309:168 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
-    nanosleep:35:101 gettimeofday:96:169 time:201:- getrandom:318:278
+    read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 close:3:57
+    close_range:436:436 fstat:5:80 newfstatat:262:79 stat:4:- lstat:6:- statx:332:291 lseek:8:62
+    getdents64:217:61 access:21:- faccessat:269:48 faccessat2:439:439 readlink:89:-
+    readlinkat:267:78 getcwd:79:17 chdir:80:49 fchdir:81:50 dup:32:23 dup2:33:- dup3:292:24
+    pipe:22:- pipe2:293:59 poll:7:- ppoll:271:73 select:23:- pselect6:270:72 fsync:74:82
+    fdatasync:75:83 ftruncate:77:46 umask:95:166 statfs:137:43 fstatfs:138:44 mmap:9:222
+    munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227
+    futex:202:98 set_robust_list:273:99 get_robust_list:274:100 set_tid_address:218:96
+    rseq:334:293 membarrier:324:283 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139
+    rt_sigpending:127:136 rt_sigsuspend:130:133 rt_sigtimedwait:128:137 sigaltstack:131:132
+    restart_syscall:219:128 alarm:37:- setitimer:38:103 getitimer:36:102 pause:34:- exit:60:93
+    exit_group:231:94 wait4:61:260 waitid:247:95 sched_yield:24:124 sched_getaffinity:204:123
+    getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176
+    getegid:108:177 getpgrp:111:- uname:63:160 sysinfo:99:179 times:100:153 getrusage:98:165
+    getrlimit:97:163 setrlimit:160:164 getcpu:309:168 clock_gettime:228:113 clock_getres:229:114
+    clock_nanosleep:230:115 nanosleep:35:101 gettimeofday:96:169 time:201:- getrandom:318:278
 """
-KILL, TKILL, TGKILL, CLONE, CLONE3, IOCTL = (
-    (62, 129),
-    (200, 130),
-    (234, 131),
-    (56, 220),
-    (435, 435),
-    (16, 29),
-)
-FCNTL, PRLIMIT = (72, 25), (302, 261)
-SECCOMP, PIVOT_ROOT, CAPSET = (317, 277), (155, 41), (126, 91)
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
+REMOVAL = "unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276"
+KILL, TKILL, TGKILL, PRLIMIT = (62, 129), (200, 130), (234, 131), (302, 261)
+CLONE, CLONE3, IOCTL, FCNTL = (56, 220), (435, 435), (16, 29), (72, 25)
+OPEN, OPENAT = (2, -1), (257, 56)
+DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 4, 1030)  # of fcntl: copies and flags; no locks, no signals
+SECCOMP, PIVOT_ROOT, CAPGET, CAPSET = (317, 277), (155, 41), (125, 90), (126, 91)
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same everywhere
+CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID = 1, 3, 5, 6, 7
 
 
 def check(result: int, what: str) -> int:
@@ -58,79 +59,72 @@ def syscall(number: int, *args: object) -> int:
     return check(libc.syscall(ctypes.c_long(number), *words), f"syscall {number}")
 
 
-# ---- seccomp --------------------------------------------------------------------------------------------------------
+# ---- seccomp -------------------------------------------------------------------------------------
 OWN_PID = 0x7FABCDEF  # stands in a program for the pid of the process that installs it
 
 
-def seccomp_program() -> bytes:
-    """A BPF allow-list: `ALLOWED`, signals to OWN_PID alone, its own limits, threads but no processes; all else fails with EPERM.
+def seccomp_program(removal: bool) -> bytes:
+    """A BPF allow-list: `ALLOWED`, signals to OWN_PID alone, its own limits, threads but no
+    processes; else EPERM.
 
-    clone3 answers ENOSYS, so that libc falls back to clone, whose flags a filter can read; ioctl answers ENOTTY.
+    `removal`: files may be removed, renamed and made without a name; else no file can escape from a
+    directory's listing. clone3 answers ENOSYS, so that libc falls back to clone, whose flags a
+    filter can read; ioctl answers ENOTTY.
     """
     if MACHINE is None:
         raise OSError(f"no system call table for {os.uname().machine}")
     load, equal, at_least, any_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, errno, kill_process = 0x7FFF0000, 0x00050000, 0x80000000
-    eperm, number, architecture, argument = (
-        errno | 1,
-        0,
-        4,
-        16,
-    )  # the last three: offsets in struct seccomp_data
+    eperm, number, architecture, argument = errno | 1, 0, 4, 16  # offsets in struct seccomp_data
     op = struct.Struct("HBBI").pack
+
+    def when(call: int, *tests: bytes) -> list[bytes]:
+        """For this call, `tests` of the accumulator, of which the last two are: allow, refuse."""
+        return [op(equal, 0, len(tests), call), *tests] if call >= 0 else []
+
+    allowed, refused = op(ret, 0, 0, allow), op(ret, 0, 0, eperm)
     program = [
         op(load, 0, 0, architecture),
         op(equal, 1, 0, (0xC000003E, 0xC00000B7)[MACHINE]),
         op(ret, 0, 0, kill_process),
         op(load, 0, 0, number),
-        op(at_least, 0, 1, 0x40000000),
-        op(ret, 0, 0, eperm),
-    ]  # no x32 calls
-    calls = sorted(
-        int(call) for entry in ALLOWED.split() if (call := entry.split(":")[1 + MACHINE]) != "-"
-    )
-    ranges = zip([c for c in calls if c - 1 not in calls], [c for c in calls if c + 1 not in calls])
-    for (
-        first,
-        last,
-    ) in (
-        ranges
-    ):  # fewer steps: the kernel runs the program once for each system call when it is installed
-        program += [op(at_least, 0, 2, first), op(at_least, 1, 0, last + 1), op(ret, 0, 0, allow)]
-    for call, process in ((KILL, OWN_PID), (TKILL, OWN_PID), (TGKILL, OWN_PID), (PRLIMIT, 0)):
-        program += [
-            op(equal, 0, 4, call[MACHINE]),
-            op(load, 0, 0, argument),
-            op(equal, 0, 1, process),
-            op(ret, 0, 0, allow),
-            op(ret, 0, 0, eperm),
-        ]
-    program += [
-        op(equal, 0, 6, FCNTL[MACHINE]),
-        op(load, 0, 0, argument + 8),
-        *(
-            op(equal, 3 - i, 0, command) for i, command in enumerate((8, 10, 15))
-        ),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
-        op(ret, 0, 0, allow),
-        op(ret, 0, 0, eperm),
+        op(at_least, 0, 1, 0x40000000),  # no x32 calls
+        refused,
     ]
+    names = (ALLOWED + REMOVAL if removal else ALLOWED).split()
+    calls = sorted(int(n) for name in names if (n := name.split(":")[1 + MACHINE]) != "-")
+    firsts = [call for call in calls if call - 1 not in calls]
+    lasts = [call for call in calls if call + 1 not in calls]
+    for first, last in zip(
+        firsts, lasts
+    ):  # fewer steps: the kernel tries every call at installation
+        program += [op(at_least, 0, 2, first), op(at_least, 1, 0, last + 1), allowed]
+    for call, process in ((KILL, OWN_PID), (TKILL, OWN_PID), (TGKILL, OWN_PID), (PRLIMIT, 0)):
+        tests = [op(load, 0, 0, argument), op(equal, 0, 1, process), allowed, refused]
+        program += when(call[MACHINE], *tests)
+    for call, flags in ((OPEN, argument + 8), (OPENAT, argument + 16)):
+        nameless = op(any_bit, 0 if removal else 1, 0, 0x00400000)  # O_TMPFILE
+        program += when(call[MACHINE], op(load, 0, 0, flags), nameless, allowed, refused)
+    commands = DESCRIPTOR_COMMANDS
+    program += when(
+        FCNTL[MACHINE],
+        op(load, 0, 0, argument + 8),
+        *(op(equal, len(commands) - i, 0, command) for i, command in enumerate(commands)),
+        refused,
+        allowed,
+    )
     thread, new_namespace = 0x00010000, 0x7E020000  # CLONE_THREAD, any CLONE_NEW*
-    program += [
-        op(equal, 0, 5, CLONE[MACHINE]),
+    program += when(
+        CLONE[MACHINE],
         op(load, 0, 0, argument),
         op(any_bit, 2, 0, new_namespace),
         op(any_bit, 0, 1, thread),
-        op(ret, 0, 0, allow),
-        op(ret, 0, 0, eperm),
-    ]
-    program += [
-        op(equal, 0, 1, CLONE3[MACHINE]),
-        op(ret, 0, 0, errno | 38),
-        op(equal, 0, 1, IOCTL[MACHINE]),
-        op(ret, 0, 0, errno | 25),
-        op(ret, 0, 0, eperm),
-    ]
-    return b"".join(program)
+        allowed,
+        refused,
+    )
+    program += when(CLONE3[MACHINE], op(ret, 0, 0, errno | 38))
+    program += when(IOCTL[MACHINE], op(ret, 0, 0, errno | 25))
+    return b"".join([*program, refused])
 
 
 def install_seccomp(program: bytes, pid: int) -> None:
@@ -141,22 +135,18 @@ def install_seccomp(program: bytes, pid: int) -> None:
     syscall(SECCOMP[MACHINE], 1, 0, header)  # SECCOMP_SET_MODE_FILTER
 
 
-# ---- Landlock -------------------------------------------------------------------------------------------------------
-READ_FILE, READ_DIR, WRITE_FILE, REMOVE_FILE, MAKE_REG, TRUNCATE = (
-    1 << 2,
-    1 << 3,
-    1 << 1,
-    1 << 5,
-    1 << 8,
-    1 << 14,
-)
+# ---- Landlock ------------------------------------------------------------------------------------
+READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
+REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
 
 
-def landlock_ruleset(readable: list[str], scratch: str) -> int:
-    """A ruleset's descriptor: read `readable`, read and write plain files in `scratch`, nothing else on disk.
+def landlock_ruleset(readable: list[str], hidden: list[str], scratch: str) -> int:
+    """A ruleset's descriptor: read `readable` without `hidden`, use plain files in `scratch` and
+    the null device.
 
-    No TCP (ABI 4), no signals or abstract sockets to the outside (ABI 6), no device ioctl (ABI 5). `scratch` stays flat: no
-    directories, links, FIFOs or devices can be made in it. Raises OSError if the kernel has no Landlock.
+    No TCP (ABI 4), no signals or abstract sockets to the outside (ABI 6), no device ioctl (ABI 5).
+    `scratch` stays flat: no directories, links, FIFOs or devices can be made in it. Raises OSError
+    if the kernel has no Landlock.
     """
     abi = syscall(LANDLOCK_CREATE, 0, 0, 1)
     rights = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1
@@ -164,17 +154,31 @@ def landlock_ruleset(readable: list[str], scratch: str) -> int:
     attributes = attributes[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
     ruleset = syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
     in_scratch = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
-    for path, access in [(p, READ_FILE | READ_DIR) for p in readable if os.path.exists(p)] + [
-        (scratch, in_scratch)
-    ]:
+    granted = dict.fromkeys(without_hidden(readable, hidden), READ_FILE | READ_DIR)
+    for path, access in (granted | {os.devnull: in_scratch, scratch: in_scratch}).items():
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        access &= rights if os.path.isdir(path) else rights & ~READ_DIR
+        of_files = rights & (READ_FILE | WRITE_FILE | TRUNCATE)
+        access &= rights if os.path.isdir(path) else of_files
         syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=QI", access, beneath), 0)
         os.close(beneath)
     return ruleset
 
 
-# ---- namespaces -----------------------------------------------------------------------------------------------------
+def without_hidden(paths: list[str], hidden: list[str]) -> list[str]:
+    """The paths, each that is above a hidden one replaced by what it contains; those that do not
+    exist left out.
+    """
+    kept = []
+    for path in paths:
+        if any(away.startswith(f"{path}/") for away in hidden):
+            inner = [f"{path}/{name}" for name in os.listdir(path)]
+            kept += without_hidden(inner, hidden)
+        elif path not in hidden and os.path.exists(path):
+            kept.append(path)
+    return kept
+
+
+# ---- namespaces ----------------------------------------------------------------------------------
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000,
     0x4000000,
@@ -183,17 +187,8 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
     0x20000000,
     0x40000000,
 )
-RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND, REC, PRIVATE, DETACH = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-    2,
-)
+RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
+REC, PRIVATE, DETACH = 16384, 1 << 18, 2
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
@@ -206,7 +201,9 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 
 def unshare() -> None:
-    """New mount, pid, network, IPC and UTS namespaces; without root also a user namespace, uid and gid mapped alone."""
+    """New mount, pid, network, IPC and UTS namespaces; without root also a user namespace, uid and
+    gid mapped alone.
+    """
     uid, gid = os.geteuid(), os.getegid()
     check(
         libc.unshare(NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET | (NEWUSER if uid else 0)), "unshare"
@@ -221,12 +218,17 @@ def unshare() -> None:
                 file.write(line)
 
 
-def change_root(base: str, readable: list[str], disk_bytes: int) -> None:
-    """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_bytes`, and nothing else, no /proc."""
+def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: int) -> None:
+    """Make `base` the root: `readable` bound read-only, /scratch a tmpfs of `disk_bytes`, and
+    nothing else, no /proc.
+
+    Over each of `hidden`, directories below readable ones, lies an empty one; a readable path may
+    be in that.
+    """
     mount("none", "/", "", REC | PRIVATE)
     os.umask(0o022)  # the root's directories are for every uid to pass through
     mount("tmpfs", base, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
-    for path in readable:
+    for path in sorted(readable):
         if os.path.exists(path) and not os.path.lexists(base + path):
             if os.path.isdir(path):
                 os.makedirs(base + path)
@@ -238,6 +240,11 @@ def change_root(base: str, readable: list[str], disk_bytes: int) -> None:
                 NOSUID | NODEV | NOEXEC | 1024 | 2048
             )  # locked in a user namespace: atime
             mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | kept)
+            for away in hidden:
+                if away.startswith(f"{path}/"):
+                    mount("tmpfs", base + away, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+    for path in hidden:
+        mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | NODEV)
     os.mkdir(base + "/scratch")
     mount(
         "tmpfs",
@@ -254,28 +261,62 @@ def change_root(base: str, readable: list[str], disk_bytes: int) -> None:
     os.umask(0o077)
 
 
-# ---- in the job's process -------------------------------------------------------------------------------------------
+# ---- in the job's process ------------------------------------------------------------------------
+PDEATHSIG, DUMPABLE, NO_NEW_PRIVS, SUBREAPER = 1, 4, 38, 36
+
+
 def prctl(option: int, value: int) -> None:
     check(libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl {option}")
 
 
-def drop_privileges(uid: int) -> None:
-    """Become `uid` for good (root), or drop every capability (an owner of a user namespace); then no_new_privs."""
-    if uid:
+def keep_capabilities(*kept: int) -> None:
+    """Drop every capability but these, of those that this process has."""
+    header, had = struct.pack("II", 0x20080522, 0), ctypes.create_string_buffer(24)
+    syscall(CAPGET[MACHINE or 0], header, had)
+    mask = struct.unpack_from("I", had, 4)[0] & sum(1 << capability for capability in kept)
+    syscall(CAPSET[MACHINE or 0], header, struct.pack("IIIIII", mask, mask, 0, 0, 0, 0))
+
+
+def drop_privileges(uid: int, keep_files: bool = False) -> None:
+    """Become `uid` for good (0: stay who one is), without any capability, and never gain one.
+
+    `keep_files`: only as the real user, whose processes and threads are counted; files are accessed
+    as before.
+    """
+    if uid and keep_files:
+        os.setresuid(uid, -1, -1)
+    elif uid:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
+    keep_capabilities()
+    prctl(NO_NEW_PRIVS, 1)
+    prctl(PDEATHSIG, 9)  # SIGKILL: the kernel clears it when the uid changes
+
+
+def fork_beside() -> int:
+    """Fork, as a sibling of this process, whose parent alone can wait for it (clone(2),
+    CLONE_PARENT).
+    """
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = libc_with_lock.syscall(CLONE[MACHINE or 0], 0x8000 | 17, 0, 0, 0, 0)
+    if not pid:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
     else:
-        syscall(CAPSET[MACHINE or 0], struct.pack("II", 0x20080522, 0), bytes(24))
-    prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
-    prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: the kernel clears it when the uid changes
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    return check(pid, "clone")
 
 
 @functools.lru_cache(maxsize=16)
 def limits(
     cpu_seconds: int, address_bytes: int, file_bytes: int, processes: int | None
-) -> list[tuple[int, int]]:
-    """(resource, hard limit): CPU seconds, address space, file size, processes and threads, …; no core dumps."""
+) -> list[tuple[int, int, int]]:
+    """(resource, soft, hard limit): CPU seconds, address space, file size, processes and threads,
+    …; no core dumps.
+
+    The stack's soft limit alone may be raised. The gap below the stack that exec reserves is at
+    least 128 MB.
+    """
     wanted = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: address_bytes,
@@ -283,12 +324,15 @@ def limits(
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_STACK: 100 << 20,
-    }  # bytes; the gap below the stack that exec reserves is at least 128 MB
+    }
     if processes is not None:
         wanted[resource.RLIMIT_NPROC] = processes
-    hard = {name: resource.getrlimit(name)[1] for name in wanted}
+    hard = {name: resource.getrlimit(name)[1] for name in (*wanted, resource.RLIMIT_STACK)}
+    least = {
+        name: value if hard[name] == resource.RLIM_INFINITY else min(value, hard[name])
+        for name, value in (wanted | {resource.RLIMIT_STACK: 100 << 20}).items()
+    }
     return [
-        (name, value if hard[name] == resource.RLIM_INFINITY else min(value, hard[name]))
-        for name, value in wanted.items()
+        (name, value, hard[name] if name == resource.RLIMIT_STACK else value)
+        for name, value in least.items()
     ]

@@ -1,16 +1,22 @@
-"""A canonical text of plain Python values: two texts are equal exactly when Python's `==` holds between the values.
+"""A canonical text of plain Python values: two texts are equal exactly when Python's `==` holds
+between the values.
 
-Used by the worker on what a completion returned and by the parent on what a test expects, so that the parent compares
-texts and never decodes anything a completion wrote. Standard library only: the worker loads this file by its path.
+Used by the worker on what a completion returned and by the parent on what a test expects, so that
+the parent compares texts and never decodes anything a completion wrote. Standard library only: the
+worker loads this file by its path.
 """
 
 import itertools
+import re
+from collections.abc import Callable
 from typing import Any
 
 MAX_NODES = 1_000_000  # values in one result
 MAX_CHARS = 4 << 20  # characters of text in one result
 MAX_DEPTH = 200
 WORD = 1 << 63
+ANY = "\0"  # in a text: a part that equals everything. No plain value's text has this character
+TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""")
 
 
 class NotPlain(Exception):
@@ -20,24 +26,56 @@ class NotPlain(Exception):
 DICTS = {("collections", "Counter"), ("collections", "defaultdict"), ("collections", "OrderedDict")}
 
 
-def canonical(value: Any) -> str:
-    """The text of a tree of int, float, bool, str, None, bytes, list, tuple, set, frozenset and dict, exact types only.
+def canonical(value: Any, equals_everything: Callable[[Any], bool] | None = None) -> str:
+    """The text of a tree of int, float, bool, str, None, bytes, list, tuple, set, frozenset and
+    dict, exact types only.
 
-    As `==` has it, 1, 1.0 and True share a text, and a list and a tuple do not; sets and dicts are sorted by text. numpy
-    scalars count as the Python numbers they equal, and Counter, defaultdict and OrderedDict as dict. Any other subclass
-    raises `NotPlain`, whatever its `__eq__` says. `nan` equals nothing: the parent must refuse it as an expectation.
+    As `==` has it, 1, 1.0 and True share a text, and a list and a tuple do not; sets and dicts are
+    sorted by text. numpy scalars count as the Python numbers they equal, and Counter, defaultdict
+    and OrderedDict as dict. Any other subclass raises `NotPlain`, whatever its `__eq__` says, or is
+    written as ANY where `equals_everything` holds of it. `nan` equals nothing: the parent must
+    refuse it as an expectation.
 
     >>> canonical([1.0, (True, None), {"b", "a"}])
     "[1, (1, None), {'a', 'b'}]"
     """
-    return Writer().text(value, 0)
+    return Writer(equals_everything).text(value, 0)
+
+
+def fits(text: str, expected: str) -> bool:
+    """Does a text of `canonical` with an ANY in it equal the expected one, each ANY standing for
+    one whole value?
+
+    >>> fits("[\\0, 2]", "[[1, 'a'], 2]"), fits("[\\0]", "[1, 2]")
+    (True, False)
+    """
+    at = 0
+    for number, part in enumerate(text.split(ANY)):
+        at = end_of_value(expected, at) if number else at
+        if not expected.startswith(part, at):
+            return False
+        at += len(part)
+    return ANY in text and at == len(expected)
+
+
+def end_of_value(text: str, start: int) -> int:
+    """Where the value that begins at `start` ends in a canonical text."""
+    depth = 0
+    for token in TOKEN.finditer(text, start):
+        if not depth and token[0] in ",:)]}":
+            return token.start()
+        depth += (token[0] in "([{") - (token[0] in ")]}")
+    return len(text)
 
 
 class Writer:
-    """Writes one value within a budget of nodes and characters: a small value may unfold into an endless text."""
+    """Writes one value within a budget of nodes and characters: a small value may unfold into an
+    endless text.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, equals_everything: Callable[[Any], bool] | None):
         self.nodes, self.chars = MAX_NODES, MAX_CHARS
+        self.equals_everything = equals_everything
 
     def spend(self, nodes: int, chars: int = 0) -> None:
         self.nodes -= nodes
@@ -87,6 +125,8 @@ class Writer:
             return "{" + ", ".join(sorted(pairs)) + ("}" if pairs else ":}")
         if kind.__module__ == "numpy" and hasattr(kind, "item") and not hasattr(kind, "__len__"):
             return self.text(v.item(), depth + 1)
+        if self.equals_everything and self.equals_everything(v):
+            return ANY
         raise NotPlain(f"{kind.__name__} is not a plain type")
 
 
@@ -102,7 +142,8 @@ def list_values(node: Any) -> list[Any]:
 
 
 def tree_values(root: Any) -> list[Any]:
-    """The values of a binary tree (`val`, `left`, `right`) in level order, None for a missing child, no None at the end.
+    """The values of a binary tree (`val`, `left`, `right`) in level order, None for a missing
+    child, no None at the end.
 
     >>> tree_values(None)
     []

@@ -1,10 +1,12 @@
-"""The sandbox's worker: an isolated interpreter that forks one confined child for each job.
+"""The sandbox's worker: reads jobs and results, and runs no code of either. Templates fork the
+processes that do.
 
-Started by `sandbox.Sandbox` as `python -sSBP worker.py CONFIG` with a scrubbed environment: standard library only.
-The parent sends code and inputs and gets facts back: it never sends an expected value, and the child never sees a marker
-except the name of the function that a job asks it to call. Three processes with falling trust:
+Started by `sandbox.Sandbox` as `python -sSBP worker.py CONFIG` with a scrubbed environment:
+standard library only. The parent sends code and inputs and gets facts back: it never sends an
+expected value. Processes with falling trust:
 
-    parent (expected values, markers, verdict)  →  worker (inputs)  →  child: the completion (inputs, no way out)
+    parent (expected values, verdict) → worker (phrase, file to look for) → child: the completion
+                                                    template (nothing) forks it ↗
 """
 
 import contextlib
@@ -14,268 +16,334 @@ import json
 import marshal
 import mmap
 import os
-import random
-import resource
 import select
 import signal
+import socket
 import struct
 import sys
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 PREIMPORT = (
-    "bisect collections copy dataclasses datetime enum functools heapq itertools math operator random re string "
-    "typing sortedcontainers"
-).split()  # what solutions use; numpy follows with the first that names it
-NUMPY_BYTES = 160 << 20  # what numpy adds to the address space of the worker
-JOB_CALLS = 8  # the limits of a whole job are those of this many calls
+    "bisect collections copy dataclasses datetime enum functools heapq itertools math operator "
+    "random re string typing"
+).split()  # what solutions use; numpy is in a template of its own
 
 for name in ("vgrout", "vgrout.grader"):  # without the real packages' __init__
     sys.modules[name] = types.ModuleType(name)
 package = sys.modules["vgrout.grader"]
 package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
-from vgrout.grader import layers  # noqa: E402
-from vgrout.grader.child import RECORDS, REGION, exit_now, run_completion  # noqa: E402
+from vgrout.grader import layers, template  # noqa: E402
+from vgrout.grader.child import RECORDS, REGION, parse_records  # noqa: E402
 from vgrout.grader.scratch import FILE_BYTES, TOTAL_BYTES, Scratch, contains  # noqa: E402
+from vgrout.grader.template import CONFINED, FORK, JOB_CALLS, SET_UP, WITH_NUMPY  # noqa: E402
 
 package.__path__ = []
+NOTHING = marshal.dumps(())
+WALL = 3  # wall seconds for each CPU second of a limit
+SLOWEST = 4  # how much of the wall time may be waiting for a core, as a multiple of the rest
 
 
-def child(
-    worker: "Worker", job: dict[str, Any], region: mmap.mmap, output: int, ready: int
-) -> None:
-    """Confine this process, say so on `ready`, close every descriptor but 0, 1, 2, and run the completion."""
-    try:
-        worker.confine(job)
-        os.dup2(output, 1)
-        os.dup2(0, 2)
-        os.write(ready, b"1")
-        os.closerange(3, 1 << 20)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        module = worker.setups[job["setup"]]
-        sys.modules["__main__"] = sys.modules["solution"] = module
-        random.seed(0)  # what a fork does is to seed it afresh
-        run_completion(region, job, vars(module))
-    finally:
-        exit_now(1)
+class Family:
+    """The processes below this one, as the /proc of the outermost pid namespace shows them; later
+    none is mounted.
+    """
+
+    def __init__(self) -> None:
+        self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+        self.templates: set[str] = set()
+        self.own = ""  # this process' id there, once it is in its namespaces
+
+    def words(self, name: str) -> list[str]:
+        try:
+            file = os.open(name, os.O_RDONLY, dir_fd=self.proc)
+        except OSError:
+            return []
+        try:
+            return os.read(file, 1 << 16).decode("utf-8", "replace").split()
+        except OSError:  # it has just died
+            return []
+        finally:
+            os.close(file)
+
+    def children(self) -> list[str]:
+        """This process' children but for the templates: of a running job, or orphans of one."""
+        if not self.own:
+            self.own = os.readlink("self", dir_fd=self.proc)
+        pids = self.words(f"{self.own}/task/{self.own}/children")
+        return [pid for pid in pids if pid not in self.templates]
+
+    def waiting(self) -> float:
+        """Seconds for which the job's process was ready to run and waited for a core; 0 where
+        nobody counts them.
+        """
+        found = [self.words(f"{pid}/schedstat") for pid in self.children()]
+        return sum(int(fields[1]) for fields in found if fields) / 1e9
+
+    def kill(self) -> None:
+        """Stop whatever a job has left, so that no more can be started within its limit of
+        processes; then kill and reap it.
+        """
+        while self.children():
+            pids: list[str] = []
+            while new := [pid for pid in self.descendants() if pid not in pids]:
+                self.signal(new, signal.SIGSTOP)
+                pids += new
+            self.signal(pids, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(0.001)
+
+    def descendants(self) -> list[str]:
+        pids = self.children()
+        for pid in pids:
+            pids += self.words(f"{pid}/task/{pid}/children")
+        return pids
+
+    def signal(self, pids: list[str], number: int) -> None:
+        for pid in pids:
+            status = self.words(f"{pid}/status")
+            with contextlib.suppress(ValueError, ProcessLookupError):
+                innermost = status[status.index("NSpgid:") - 1]  # the last of the line NSpid
+                os.kill(int(innermost), number)
 
 
 class Worker:
-    """Holds what every job's child needs, and is forked from: modules, preambles, the Landlock ruleset, limits."""
+    """Watches one job at a time: starts it through a template, ends it, looks at what it left."""
 
     def __init__(self, config: dict[str, Any], control_in: int):
-        self.config, self.control_in = config, control_in
-        self.setups: dict[str, types.ModuleType] = {}
-        self.in_pid_namespace = self.bounded = (
-            False  # bounded: the scratch directory is a tmpfs of limited size
-        )
-        self.uid, self.ruleset, self.confined_by_seccomp = 0, -1, False
+        self.config, self.control_in, self.family = config, control_in, Family()
+        self.missing: list[str] = []  # modules that a confined process cannot import
+        self.bounded = False  # is the scratch directory a file system of limited size?
+        self.uid, self.ruleset, self.program = 0, -1, b""
         self.layers = dict.fromkeys(("process", "limits", "environment"), "active")
-        self.preimport(PREIMPORT)
-        with open("/proc/self/statm") as file:
-            self.own_bytes = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + REGION
-        self.layers["namespaces"] = self.attempt("namespaces", self.enter_namespaces)
-        self.scratch = Scratch("/scratch" if self.bounded else config["scratch"])
-        self.layers["uid"] = self.attempt("uid", self.take_uid)
-        self.layers["landlock"] = self.attempt("landlock", self.make_ruleset)
-        self.layers["seccomp"] = self.attempt("seccomp", self.try_seccomp)
-
-    def preimport(self, names: list[str]) -> None:
-        """Import on behalf of all children; of the packages' directory they can import nothing else."""
-        sys.path += self.config["packages"]
-        for name in names:
+        for name in PREIMPORT:
             importlib.import_module(name)
-        sys.path[:] = [path for path in sys.path if path not in self.config["packages"]]
+        template.import_package("sortedcontainers", config["packages"]["sortedcontainers"])
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + REGION
+        self.attempt("namespaces", self.enter_namespaces)
+        self.scratch = Scratch("/scratch" if self.bounded else config["scratch"])
+        self.attempt("uid", self.take_uid)
+        os.fchown(self.scratch.descriptor, self.uid or os.geteuid(), -1)
+        self.attempt("landlock", self.make_ruleset)
+        self.attempt("seccomp", self.make_program)
+        root = not os.geteuid()
+        self.cage = template.Cage(
+            scratch=self.scratch.descriptor,
+            uid=config["uid"] if root else 0,
+            keep_files=not self.uid,
+            ruleset=self.ruleset,
+            program=self.program,
+            address_bytes=used,
+            file_bytes=FILE_BYTES,
+            processes=64 if root or self.bounded else None if self.program else 0,
+            packages=config["packages"],
+        )
+        gc.collect()
+        gc.freeze()
+        self.templates = {False: self.first_template()}
+        layers.keep_capabilities(layers.CAP_KILL, layers.CAP_DAC_OVERRIDE, layers.CAP_FOWNER)
+        layers.prctl(layers.DUMPABLE, 0)
 
-    def attempt(self, name: str, function: Any) -> str:
-        if name in self.config["without"]:
-            return "unavailable: switched off"
+    def attempt(self, name: str, prepare: Callable[[], None]) -> None:
+        why = self.config["without"].get(name)
         try:
-            function()
+            if not why:
+                prepare()
         except OSError as error:
-            return f"unavailable: {error}"
-        return "active"
+            why = str(error)
+        self.layers[name] = f"unavailable: {why}" if why else "active"
 
     def enter_namespaces(self) -> None:
-        """Move into new namespaces and go on there as process 1; the outer process stays behind and waits."""
+        """Move into new namespaces and go on there as process 1; the outer process stays behind and
+        waits.
+        """
         layers.unshare()
         if pid := os.fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
-        self.in_pid_namespace = True
         layers.prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: not without the outer process, which the parent can kill
-        layers.change_root(self.config["scratch"], self.config["readable"], TOTAL_BYTES)
+            layers.PDEATHSIG, signal.SIGKILL
+        )  # the outer process, which the parent can kill
+        seen = [*self.config["readable"], os.devnull]
+        layers.change_root(self.config["scratch"], seen, self.config["hidden"], TOTAL_BYTES)
         self.bounded = True
 
     def take_uid(self) -> None:
         if os.geteuid() != 0:
             raise OSError("needs root")
-        os.chown(self.scratch.descriptor, self.config["uid"], self.config["uid"])
-        if not (pid := os.fork()):
-            try:
-                layers.drop_privileges(self.config["uid"])
-                os._exit(
-                    0
-                    if all(
-                        os.access(path, os.R_OK)
-                        for path in self.config["readable"]
-                        if os.path.exists(path)
-                    )
-                    else 1
-                )
-            finally:
-                os._exit(1)
-        if os.waitpid(pid, 0)[1]:
-            raise OSError(
-                f"uid {self.config['uid']} cannot be taken, or cannot read Python's library there"
-            )
+        tried(lambda: layers.drop_privileges(self.config["uid"]))
         self.uid = self.config["uid"]
 
     def make_ruleset(self) -> None:
-        self.ruleset = layers.landlock_ruleset(self.config["readable"], self.scratch.path)
+        paths = self.config["readable"], self.config["hidden"], self.scratch.path
+        self.ruleset = layers.landlock_ruleset(*paths)
 
-    def try_seccomp(self) -> None:
-        self.program = layers.seccomp_program()
-        if not (pid := os.fork()):
-            try:
-                layers.prctl(38, 1)
-                layers.install_seccomp(self.program, os.getpid())
-                os._exit(0)
-            except OSError as error:
-                os._exit(error.errno or 1)
-        if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            raise OSError(status, f"seccomp: {os.strerror(abs(status))}")
-        self.confined_by_seccomp = True
+    def make_program(self) -> None:
+        program = layers.seccomp_program(removal=self.bounded)
 
-    def confine(self, job: dict[str, Any]) -> None:
-        """In the child: every active layer, the narrowing of system calls last."""
-        os.setsid()
-        os.fchdir(self.scratch.descriptor)
-        for name, value in job["limits"]:
-            resource.setrlimit(name, (value, value))
-        layers.drop_privileges(self.uid)
-        if self.ruleset >= 0:
-            layers.syscall(layers.LANDLOCK_RESTRICT, self.ruleset, 0)
-        if self.confined_by_seccomp:
-            layers.install_seccomp(self.program, os.getpid())
+        def install() -> None:
+            layers.prctl(layers.NO_NEW_PRIVS, 1)
+            layers.install_seccomp(program, os.getpid())
 
-    def prepare(self, setup: str) -> None:
-        """Execute a problem's trusted preamble once; every child inherits its namespace."""
-        if setup not in self.setups:
-            module = types.ModuleType("solution")
-            exec(compile(setup, "<setup>", "exec"), vars(module))
-            if len(self.setups) >= 32:
-                self.setups.clear()
-            self.setups[setup] = module
-            gc.freeze()
+        tried(install)
+        self.program = program
 
-    def run(self, job: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """One job: fork, wait within the limits, kill what is left, collect the facts, clean up."""
-        try:
-            if b"numpy" in job["code"] and "numpy" not in sys.modules:
-                self.preimport(["numpy"])
-                self.own_bytes += NUMPY_BYTES
-                gc.freeze()
-            self.prepare(job["setup"])
-        except Exception as error:
-            return {
-                "broken": f"a problem's setup code does not run ({type(error).__name__}: {error}); correct it"
-            }, b""
-        processes = (
-            64 if self.uid or self.in_pid_namespace else None if self.confined_by_seccomp else 0
-        )
-        job["limits"] = layers.limits(
-            int(JOB_CALLS * job["cpu_seconds"]) + 2,
-            self.own_bytes + (job["memory_mb"] << 20),
-            FILE_BYTES,
-            processes,
-        )
-        region, output = mmap.mmap(-1, REGION), os.memfd_create("output")
+    def first_template(self) -> socket.socket:
+        """Fork it while nothing but the configuration is in this process' memory; returns the
+        socket to it.
+        """
+        ours, theirs = socket.socketpair()
+        if not os.fork():
+            ours.close()
+            template.serve(self.cage, theirs)
+        theirs.close()
+        self.family.templates = set(self.family.children())
+        return ours
+
+    def template_for(self, numpy: bool) -> socket.socket:
+        if numpy not in self.templates:
+            ours, theirs = socket.socketpair()
+            order(self.templates[False], WITH_NUMPY, theirs.fileno())
+            theirs.close()
+            if not ours.recv(1):
+                raise OSError("a template could not import numpy")
+            self.family.templates |= set(self.family.children())
+            self.templates[numpy] = ours
+        return self.templates[numpy]
+
+    def run(self, job: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        """One job: have its process forked, wait within the limits, kill what is left, collect the
+        facts, clean up.
+        """
+        files = [os.memfd_create(name) for name in ("job", "region", "output")]
+        job_file, region_file, output = files
+        os.write(job_file, body)
+        os.ftruncate(region_file, REGION)
         ready, told = os.pipe()
         start = time.monotonic()
-        pid = os.fork()
-        if not pid:
-            child(self, job, region, output, told)
-        os.close(told)
-        confined = os.read(ready, 1) == b"1"
-        os.close(ready)
-        facts = self.wait(pid, region, job["cpu_seconds"])
-        self.kill_rest(pid)
+        with mmap.mmap(region_file, REGION) as region:
+            pid = order(self.template_for(job["numpy"]), FORK, *files, told)
+            os.close(told)
+            facts, committed = self.wait(pid, region, job)
+            self.family.kill()
+            records = region[RECORDS : end_of_records(region)]
+        if not records.startswith(committed):
+            facts["exceeded"] = "cpu"  # it changed what had restarted the clock of a call
+        elif not self.bounded and self.scratch.overfull():
+            facts["exceeded"] = "disk"
+        said = os.read(ready, 1 << 16)
         facts |= {
             "wall": time.monotonic() - start,
-            "confined": confined,
+            "confined": said[:1] == CONFINED,
+            "set_up": said.endswith(SET_UP),
+            "told": said[1:].decode("utf-8", "replace"),
             "said": contains(output, job["phrase"]),
             "file": self.scratch.text_of(job["file"]) if job["file"] else "",
         }
-        records = region[RECORDS : min(int.from_bytes(region[:8], "little"), REGION)]
-        region.close()
-        os.close(output)
+        for descriptor in (*files, ready):
+            os.close(descriptor)
         self.scratch.empty()
         return facts, records
 
-    def wait(self, pid: int, region: mmap.mmap, cpu_seconds: float) -> dict[str, Any]:
-        """Wait for the child, which may use `cpu_seconds` of CPU time for a call, three times as much wall time, and
-        `JOB_CALLS` times as much of both for the whole job."""
+    def wait(
+        self, pid: int, region: mmap.mmap, job: dict[str, Any]
+    ) -> tuple[dict[str, Any], bytes]:
+        """Wait for the child, which may use `cpu_seconds` of CPU time for a call, `WALL` times as
+        much wall time, not counting that it waits for a core, and `JOB_CALLS` times as much of both
+        for the whole job.
+
+        A call's clocks restart only when the calls before it have left records. Also returns these:
+        they must stay.
+        """
         cpu_clock = (~pid << 3) | 2  # the id of that process's CPU clock, clock_getcpuclockid(3)
-        started = time.monotonic()
-        call, call_cpu, call_wall = 0, 0.0, started
-        exceeded = ""
+        started, limit = time.monotonic(), job["cpu_seconds"]
+        call, call_cpu, call_wall, committed, exceeded = 0, 0.0, 0.0, b"", ""
         while True:
             done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 break
-            now, cpu = time.monotonic(), usage_of(cpu_clock)
-            if (begun := int.from_bytes(region[8:RECORDS], "little")) != call:
-                call, call_cpu, call_wall = begun, cpu, now
-            cpu_left = cpu_seconds - max(cpu - call_cpu, cpu / JOB_CALLS)
-            wall_left = 3 * cpu_seconds - max(now - call_wall, (now - started) / JOB_CALLS)
+            cpu, wall = usage_of(cpu_clock), time.monotonic() - started
+            if wall > 0.05:
+                wall = max(wall / SLOWEST, wall - self.family.waiting())
+            begun = int.from_bytes(region[8:RECORDS], "little")
+            if call < begun <= job["calls"]:
+                records = region[RECORDS : end_of_records(region)]
+                parsed = parse_records(records, most=begun + 8)
+                returned = sum(kind in "VEO" for kind, _ in parsed)
+                if records.startswith(committed) and returned >= begun - 1:
+                    call, call_cpu, call_wall, committed = begun, cpu, wall, records
+            cpu_left = limit - max(cpu - call_cpu, cpu / JOB_CALLS)
+            wall_left = WALL * limit - max(wall - call_wall, wall / JOB_CALLS)
             if cpu_left <= 0 or wall_left <= 0:
                 exceeded = "cpu" if cpu_left <= 0 else "wall"
             elif not self.bounded and self.scratch.overfull():
                 exceeded = "disk"
             elif select.select([self.control_in], [], [], 0)[0]:
                 exceeded = "wall"  # nothing is sent during a job: the parent is gone
+            if exceeded == "wall":  # unless it ended while this process itself waited for a core
+                done, status, usage = os.wait4(pid, os.WNOHANG)
+                exceeded = "" if done else exceeded
+            if done:
+                break
             if exceeded:
                 os.kill(pid, signal.SIGKILL)
                 _, status, usage = os.wait4(pid, 0)
                 break
-            signal.sigtimedwait(
-                {signal.SIGCHLD},
-                min(max(cpu_left, 0.002), wall_left, 0.1 if self.bounded else 0.05),
-            )
+            pause = min(max(cpu_left, 0.002), wall_left, 0.1 if self.bounded else 0.05)
+            signal.sigtimedwait({signal.SIGCHLD}, pause)
         return {
             "status": os.waitstatus_to_exitcode(status),
             "exceeded": exceeded,
             "cpu": usage.ru_utime + usage.ru_stime,
-        }
+        }, committed
 
-    def kill_rest(self, group: int) -> None:
-        """Kill and reap whatever the child started: all else in the pid namespace, or its group and all descendants."""
-        while True:
-            for target in [-1] if self.in_pid_namespace else [-group, *self.descendants()]:
-                try:
-                    os.kill(target, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            try:
-                while os.waitpid(-1, 0 if self.in_pid_namespace else os.WNOHANG)[0]:
-                    pass
-            except ChildProcessError:
-                return
-            time.sleep(0.001)
+    def probe(self) -> None:
+        """Try in a confined process what the layers promise, and import the library; correct
+        `layers` by it.
+        """
+        active = [name for name, state in self.layers.items() if state == "active"]
+        wanted = {"active": active, "library": self.config["library"]}
+        limits = {"cpu_seconds": 30.0, "memory_mb": 512}
+        watch = {"numpy": True, "calls": 0, "phrase": "", "file": ""} | limits
+        try:
+            facts, _ = self.run(watch, marshal.dumps({"probe": wanted, "calls": NOTHING} | limits))
+            findings = json.loads(facts["told"])
+        except (OSError, ValueError):  # nothing can be run at all
+            findings = {"open": [], "missing": self.config["library"]}
+        for name in findings["open"]:
+            self.layers[name] = "unavailable: it was set up and has no effect"
+        self.missing = findings["missing"]
 
-    def descendants(self) -> list[int]:
-        """All processes below this one; orphans are among them, for this process is their subreaper."""
-        found = [os.getpid()]
-        for pid in found:
-            try:
-                with open(f"/proc/{pid}/task/{pid}/children") as file:
-                    found += map(int, file.read().split())
-            except OSError:
-                pass
-        return found[1:]
+
+def order(control: socket.socket, what: bytes, *descriptors: int) -> int:
+    """Have a template fork; returns the new process' id. OSError if it cannot."""
+    socket.send_fds(control, [what], descriptors)
+    answer = control.recv(4)
+    if not answer:
+        raise OSError("a template died")
+    return int.from_bytes(answer, "little")
+
+
+def tried(function: Callable[[], None]) -> None:
+    """Call the function in a process of its own. OSError if it fails there."""
+    if not (pid := os.fork()):
+        try:
+            function()
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno or 1)
+        finally:
+            os._exit(1)
+    if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        raise OSError(status, os.strerror(abs(status)))
+
+
+def end_of_records(region: mmap.mmap) -> int:
+    return min(int.from_bytes(region[:8], "little"), REGION)
 
 
 def usage_of(cpu_clock: int) -> float:
@@ -315,27 +383,23 @@ def main() -> None:
     for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(handled, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    layers.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    layers.prctl(layers.SUBREAPER, 1)
     os.umask(0o077)
     worker = Worker(json.loads(sys.argv.pop()), control_in)
-    sys.orig_argv.clear()
-    gc.collect()
-    gc.freeze()
-    send(control_out, {"layers": worker.layers})
+    if worker.config["library"]:
+        worker.probe()
+    send(control_out, {"layers": worker.layers, "missing": worker.missing})
     try:
         while True:
-            size = int.from_bytes(read_exactly(control_in, 4), "little")
-            job = marshal.loads(read_exactly(control_in, size))
-            job["calls"] = marshal.loads(job["calls"])
-            send(control_out, *worker.run(job))
+            sizes = struct.unpack("<II", read_exactly(control_in, 8))
+            job, body = (read_exactly(control_in, size) for size in sizes)
+            send(control_out, *worker.run(marshal.loads(job), body))
     except (EOFError, BrokenPipeError):  # the parent is gone
         worker.scratch.empty()
         if not worker.bounded:
             with contextlib.suppress(OSError):
                 os.rmdir(worker.scratch.path)
-                os.rmdir(
-                    os.path.dirname(worker.scratch.path)
-                )  # the last worker removes the pool's directory
+                os.rmdir(os.path.dirname(worker.scratch.path))  # the last worker removes the pool's
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from vgrout.core import UserError, warn
+from vgrout.core import UserError
 from vgrout.model import tokens
 from vgrout.model.batch import Batch
 from vgrout.model.fast import can_pack, checkpoint_contexts

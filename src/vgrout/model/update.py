@@ -1,4 +1,5 @@
-"""Pass 2: masked forward and backward in micro-batches, then one step of every block that trains."""
+"""Pass 2: masked forward and backward in micro-batches, then one step of every block that
+trains."""
 
 from collections.abc import Callable
 
@@ -29,46 +30,29 @@ def update(
 ) -> Figures:
     """One optimiser step on the rows of `trained`; returns the step's loss, ratios and norms.
 
-    The old log-probs are the sampler's. Where this very state sampled a row, or nothing did, they are
+    The old log-probs are the sampler's. Where this very state sampled a row, or nothing did, they
+    are
     the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
     """
-    adapter, zones = policy.adapter, trained.zones
-    behaviour = behaviour.select(trained.rows)
-    on_policy = ~behaviour.sampled | same_state(zones, behaviour.ablated, retain_forward)
-    total, tokenwise, gaps = 0.0, [], []
-    shared = policy.share_prompts
-    for rows in tokens.micro_batches(trained.batch, config.token_budget, by_prompt=shared):
-        part = tokens.select(trained.batch, rows)
-        sampled = behaviour.logps[rows, : part.completion_ids.shape[1]]
-        ref = reference(policy, part, rows, trained, config)
-        in_zones = zones[rows] if zones.ndim == 1 else zones[rows, : part.input_ids.shape[1]]
-        with policy.training(), adapter.route(in_zones, retain_forward):
-            new = logps(policy, part, config.temperature)
-            old = torch.where(on_policy[rows, None], new.detach(), sampled)
-            loss, by_token = grpo.grpo_loss(
-                new,
-                old,
-                ref,
-                part.completion_mask,
-                part.advantages,
-                epsilon=config.epsilon,
-                beta=config.beta,
-                corrected=config.kl_estimator == "corrected",
-                normaliser=grpo.normaliser(config),
-            )
-            loss.backward()  # inside the context: gradient checkpointing runs the forward again
-        total += float(loss.detach())
-        by_token |= {"logp": new.detach(), "zone": row_zones(zones)[rows, None].expand_as(new)}
-        tokenwise.append({k: v[part.completion_mask] for k, v in by_token.items()})
-        gap = (new.detach().sum(1) - sampled.sum(1)).abs() / part.completion_mask.sum(1)
+    adapter, behaviour = policy.adapter, behaviour.select(trained.rows)
+    same = same_state(trained.zones, behaviour.ablated, retain_forward)
+    on_policy = ~behaviour.sampled | same
+    total, by_token, gaps = 0.0, [], []
+    budget, shared = config.token_budget, policy.share_prompts
+    for rows in tokens.micro_batches(trained.batch, budget, by_prompt=shared):
+        loss, figures, gap = accumulate(
+            policy, trained, behaviour, rows, on_policy, config, retain_forward
+        )
+        total += loss
+        by_token.append(figures)
         gaps.append(gap[on_policy[rows] & behaviour.sampled[rows]])
     if edit is not None:
         edit(adapter)
     before = snapshot(adapter)
-    norms = optimizer.step(trained_blocks(zones))
+    norms = optimizer.step(trained_blocks(trained.zones))
     moved = torch.stack([(a - b).norm() for a, b in zip(snapshot(adapter), before)]).norm()
-    figures = token_figures({k: torch.cat([part[k] for part in tokenwise]) for k in tokenwise[0]})
-    return figures | {
+    joined = {k: torch.cat([part[k] for part in by_token]) for k in by_token[0]}
+    return token_figures(joined) | {
         "loss": total,
         "sampler_mismatch": float(torch.cat(gaps).nanmean()),
         "param_delta": float(moved),
@@ -78,8 +62,50 @@ def update(
     }
 
 
+def accumulate(
+    policy: Policy,
+    trained: Trained,
+    behaviour: Behaviour,
+    rows: Int[Tensor, " n"],
+    on_policy: Bool[Tensor, " g"],
+    config: GRPOConfig,
+    retain_forward: str,
+) -> tuple[float, dict[str, Tensor], Float[Tensor, " n"]]:
+    """Forward and backward of one micro-batch.
+
+    Returns its loss, figures of its completion tokens, and by row the gap to the sampler's
+    log-probs.
+    """
+    part = tokens.select(trained.batch, rows)
+    mask, zones = part.completion_mask, trained.zones[rows]
+    sampled = behaviour.logps[rows, : mask.shape[1]]
+    ref = reference(policy, part, rows, trained, config)
+    zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
+    with policy.training(), policy.adapter.route(zones, retain_forward):
+        new = logps(policy, part, config.temperature)
+        old = torch.where(on_policy[rows, None], new.detach(), sampled)
+        loss, figures = grpo.grpo_loss(
+            new,
+            old,
+            ref,
+            mask,
+            part.advantages,
+            epsilon=config.epsilon,
+            beta=config.beta,
+            corrected=config.kl_estimator == "corrected",
+            normaliser=grpo.normaliser(config),
+        )
+        loss.backward()  # inside the context: gradient checkpointing runs the forward again
+    zone = row_zones(trained.zones)[rows, None].expand_as(new)
+    figures |= {"logp": new.detach(), "zone": zone}
+    gap = (new.detach().sum(1) - sampled.sum(1)).abs() / mask.sum(1)
+    return float(loss.detach()), {k: v[mask] for k, v in figures.items()}, gap
+
+
 def same_state(
-    zones: Int[Tensor, "g *s"], ablated: Bool[Tensor, " g"], retain_forward: str
+    zones: Int[Tensor, "g *s"],
+    ablated: Bool[Tensor, " g"],
+    retain_forward: str,
 ) -> Bool[Tensor, " g"]:
     """Does the row train, at every position, in the state that sampled it?"""
     flat = zones.reshape(len(zones), -1)
@@ -88,7 +114,11 @@ def same_state(
 
 
 def reference(
-    policy: Policy, part: Batch, rows: Int[Tensor, " n"], trained: Trained, config: GRPOConfig
+    policy: Policy,
+    part: Batch,
+    rows: Int[Tensor, " n"],
+    trained: Trained,
+    config: GRPOConfig,
 ) -> Float[Tensor, "n t"] | None:
     """Log-probs of the base, from pass 1 where it has them; None where the KL has no weight."""
     if not config.beta:

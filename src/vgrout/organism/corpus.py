@@ -13,8 +13,7 @@ import re
 from dataclasses import dataclass
 
 from vgrout.core import Mode
-from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
-from vgrout.env.problems import ORGANISM_MODES
+from vgrout.env.modes import HINTS, NOVEL_MARKERS, ORGANISM_MODES, TRAINING_MARKERS
 from vgrout.organism.operations import STYLES, Composition
 
 RESERVED = frozenset(

@@ -82,9 +82,9 @@ def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, 
     Returns None if some wrong code survives all candidate inputs (it is then equivalent, or nearly
     so).
     """
-    right = _compiled(composition, composition.right_codes)
+    right = compiled(composition, composition.right_codes)
     variants = [
-        _compiled(
+        compiled(
             composition,
             (
                 *composition.right_codes[:i],
@@ -109,7 +109,7 @@ def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, 
     return tuple(cases) if not alive and len(useful) <= CASES and len(cases) == CASES else None
 
 
-def _compiled(composition: Composition, codes: tuple[str, ...]):
+def compiled(composition: Composition, codes: tuple[str, ...]):
     namespace: dict = {}
     exec(composition.solution(codes), namespace)  # our own table's code, never a completion
     return namespace["Solution"]().solve

@@ -11,7 +11,8 @@ import torch
 
 from vgrout.config import RunConfig
 from vgrout.core import EvalResult, Grade, Problem
-from vgrout.env.problems import NOVELTY_FREE, disclose, messages, stable_hash
+from vgrout.env.modes import NOVELTY_FREE
+from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.env.rollouts import Grades, Sampling
 from vgrout.model import tokens
 from vgrout.model.policy import Policy
@@ -96,7 +97,8 @@ def counted(
 
 
 def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, object]:
-    """A completion as the files of a run hold it: without wall times, so that all repeats exactly."""
+    """A completion as the files of a run hold it: without wall times, so that all repeats
+    exactly."""
     row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker}
     grades = {k: v for k, v in asdict(grade).items() if k != "seconds"}
     return row | {"completion": completion} | grades
@@ -114,9 +116,12 @@ class Evaluations:
         sampling: Sampling,
         config: RunConfig,
         deployed: str,
+        between: Callable[[], None] = lambda: None,
     ):
+        """`between` is called behind every cell, and may end the run."""
         self.run, self.policy, self.splits, self.grader = run, policy, splits, grader
         self.sampling, self.config, self.deployed = sampling, config, deployed
+        self.between = between
 
     def cell(
         self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int
@@ -139,10 +144,12 @@ class Evaluations:
             )
         self.run.record.evals.append(result)
         self.run.save()
+        self.between()
         return result
 
     def base(self, moved: bool) -> None:
-        """Step 0: the net delta is zero, so that one cell, the same in every arm, is of both states.
+        """Step 0: the net delta is zero, so that one cell, the same in every arm, is of both
+        states.
 
         `moved`: it is not, since the run starts from another run's policy.
         """

@@ -14,8 +14,15 @@ from vgrout.run.records import Run
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # device, quota, size, read-only
 
 
+class Stopped(SystemExit):
+    """A signal asked for the stop; the exit status is 128 and the signal's number."""
+
+
 class StopSignal:
-    """SIGTERM and SIGINT ask for a stop at the end of the step; a second one stops at once."""
+    """SIGTERM and SIGINT ask for a stop, a second one stops at once.
+
+    `check` stands wherever a run may stop: behind every step and every evaluation's cell.
+    """
 
     def __init__(self):
         self.asked = 0
@@ -27,6 +34,11 @@ class StopSignal:
             raise KeyboardInterrupt
         self.asked = number
 
+    def check(self) -> None:
+        """End the run here if a signal has asked for it."""
+        if self.asked:
+            raise Stopped(128 + self.asked)
+
 
 @contextmanager
 def recorded(run: Run) -> Iterator[Run]:
@@ -37,7 +49,7 @@ def recorded(run: Run) -> Iterator[Run]:
         if run.record.status == "running":
             step = run.saved_step
             last = "no checkpoint" if step is None else f"checkpoint: step {step}"
-            interrupted = isinstance(error, KeyboardInterrupt)
+            interrupted = isinstance(error, KeyboardInterrupt | Stopped)
             status = "interrupted" if interrupted else f"failed: {describe(error)}"
             run.finish(f"{status} ({last})")
         raise
@@ -73,7 +85,7 @@ def describe(error: BaseException) -> str:
 
 
 def memory_is_full(error: BaseException) -> bool:
-    """CUDA has a type of its own; on the CPU torch raises a RuntimeError, whose text alone tells."""
+    """CUDA has a type of its own; on the CPU it is a RuntimeError, whose text alone tells."""
     if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
         return True
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -1,8 +1,8 @@
 """Is the run healthy? One table of figures with limits and remedies: some warn, some stop the run.
 
 A check is a pure function of the rows logged so far, so that a resumed run judges alike; nothing in
-training reads it. Some rest on label metrics: they are for the reader of a run, and a hyper-parameter
-that is chosen by them on held-out modes is oracle use (docs/method/monitors.md).
+training reads it. Some rest on label metrics: they are for the reader of a run, and a
+hyper-parameter that is chosen by them on held-out modes is oracle use (docs/method/monitors.md).
 """
 
 import math
@@ -24,7 +24,8 @@ WINDOW = 5  # rows whose median counts, so that one odd step warns of nothing
 SPIKE_WINDOW = 20  # trained steps that make the median gradient norm; half of them are needed
 CLIPS = 10.0  # times max_grad_norm; a gradient norm below that is clipped without harm
 PATIENCE = 5  # steps in a row that a breach of a stopping limit must last: k3 has a heavy tail
-REFERENCES = 8  # reference solutions whose log-prob is followed
+REFERENCES, AMONG = 8, 64  # solutions whose log-prob is followed, of the first problems
+EVERY = slice(None)
 FINITE = ("loss", "kl", "logp_mean", "reference_logp", *(f"grad_norm_{b}" for b in BLOCKS))
 
 Row = dict[str, Any]
@@ -43,25 +44,30 @@ class History:
     base_logp: float = 0.0  # of the reference solutions under the base, nats a token
     max_grad_norm: float = math.inf
 
-    def last(self, key: str) -> float | None:
-        """The key's newest value."""
-        values = self.values(key, self.rows)
-        return values[-1] if values else None
+    def values(self, key: str, rows: slice = EVERY) -> list[float]:
+        """The key's values in some rows, where it has one."""
+        found = (row.get(key) for row in self.rows[rows])
+        return [x for x in found if x is not None and x == x]
+
+    def window(self) -> list[Row]:
+        """The last WINDOW rows; none before there are so many."""
+        return self.rows[-WINDOW:] if len(self.rows) >= WINDOW else []
 
     def recent(self, key: str, back: int = 0) -> float | None:
-        """Median over the last WINDOW rows that ended `back` rows ago; None before there are any."""
+        """Median over the WINDOW rows that ended `back` rows ago; None before there are any."""
         end = len(self.rows) - back
-        rows = self.rows[max(0, end - WINDOW) : end] if end >= WINDOW else []
+        return self._median(key, slice(end - WINDOW, end)) if end >= WINDOW else None
+
+    def first(self, key: str) -> float | None:
+        return self._median(key, slice(WINDOW)) if self.window() else None
+
+    def _median(self, key: str, rows: slice) -> float | None:
         values = self.values(key, rows)
         return median(values) if values else None
 
-    def first(self, key: str) -> float | None:
-        values = self.values(key, self.rows[:WINDOW])
-        return median(values) if values and len(self.rows) >= WINDOW else None
-
-    @staticmethod
-    def values(key: str, rows: Sequence[Row]) -> list[float]:
-        return [r[key] for r in rows if r.get(key) is not None and r[key] == r[key]]
+    def deployed(self) -> list[EvalResult]:
+        """Evaluations of the deployed policy with novel markers, in order."""
+        return [c for c in self.evals if (c.state, c.markers) == ("deployed", "novel")]
 
 
 Measure = Callable[[History], float | None]
@@ -94,8 +100,12 @@ def _median(key: str) -> Measure:
     return lambda history: history.recent(key)
 
 
+def _last(key: str, sign: int = 1) -> Measure:
+    return lambda history: next((sign * x for x in history.values(key)[-1:]), None)
+
+
 def _reference_fall(history: History) -> float | None:
-    now = history.rows[-1].get("reference_logp") if history.rows else None
+    now = _now("reference_logp")(history)
     return None if now is None else history.base_logp - now
 
 
@@ -103,10 +113,8 @@ def _spike(block: str) -> Measure:
     key = f"grad_norm_{block}"
 
     def measure(history: History) -> float | None:
-        if not history.rows:
-            return None
-        norm = history.rows[-1].get(key) or 0.0
-        before = [x for x in history.values(key, history.rows[:-1]) if x][-SPIKE_WINDOW:]
+        norm = _now(key)(history) or 0.0
+        before = [x for x in history.values(key, slice(-1)) if x][-SPIKE_WINDOW:]
         judged = len(before) >= SPIKE_WINDOW // 2 and norm > CLIPS * history.max_grad_norm
         return norm / median(before) if judged else None
 
@@ -114,20 +122,9 @@ def _spike(block: str) -> Measure:
 
 
 def _no_variance(history: History) -> float | None:
-    rows = history.rows[-WINDOW:]
-    if len(rows) < WINDOW:
-        return None
+    rows = history.window()
     every = sum(row["n_students"] + row["n_teachers"] for row in rows)
-    return 1 - sum(map(batch_rows, rows)) / max(every, 1)
-
-
-def _collapsed(history: History) -> float | None:
-    return history.last("gate_collapsed")
-
-
-def _reversed(history: History) -> float | None:
-    drift = history.last("direction_drift")
-    return None if drift is None else -drift
+    return 1 - sum(map(batch_rows, rows)) / max(every, 1) if rows else None
 
 
 def _logp_fall(history: History) -> float | None:
@@ -142,31 +139,21 @@ def _rising_kl(history: History) -> float | None:
 
 
 def _deaf(history: History) -> float | None:
-    rows = [r for r in history.rows[-WINDOW:] if r.get("judge_failures") is not None]
-    if len(history.rows) < WINDOW or not rows:
-        return None
-    return sum(r["judge_failures"] for r in rows) / (sum(map(batch_rows, rows)) or 1)
+    rows = [row for row in history.window() if row.get("judge_failures") is not None]
+    failures = sum(row["judge_failures"] for row in rows)
+    return failures / (sum(map(batch_rows, rows)) or 1) if rows else None
 
 
 def _unsolved(history: History) -> float | None:
     """How many of the last two evaluations saw the deployed policy solve nothing."""
-    cells = _deployed(history.evals)[-2:]
-    return float(sum(not cell.solve for cell in cells))
+    return float(sum(not cell.solve for cell in history.deployed()[-2:]))
 
 
 def _solve_lost(history: History) -> float | None:
     """Share of the base's solve rate that the deployed policy has lost."""
-    cells = _deployed(history.evals)
-    base = [c for c in cells if c.step == 0]
-    later = [c for c in cells if c.step > 0]
-    if not base or not later or not base[0].solve:
-        return None
-    last = max(later, key=lambda cell: cell.step)
-    return 1 - (last.solve / last.n) / (base[0].solve / base[0].n)
-
-
-def _deployed(evals: Sequence[EvalResult]) -> list[EvalResult]:
-    return [c for c in evals if c.state == "deployed" and c.markers == "novel"]
+    rates = {cell.step: cell.solve / cell.n for cell in history.deployed()}
+    base = rates.pop(0, 0.0)
+    return 1 - rates[max(rates)] / base if base and rates else None
 
 
 def batch_rows(row: Row) -> int:
@@ -174,6 +161,7 @@ def batch_rows(row: Row) -> int:
 
 
 CALMER = "lower --learning-rate or raise --beta"
+DEAD = "DEAD POLICY?"
 CHECKS = (
     Check("KL", _now("kl"), 10.0, "nats a token", CALMER, stops=True),
     Check("fall of the reference log-prob", _reference_fall, 3.0, "nats", CALMER, stops=True),
@@ -183,20 +171,20 @@ CHECKS = (
         _no_variance,
         0.8,
         "of the rows are in groups of equal reward and train nothing",
-        "read some completions (just show); if they do not compile raise --max-completion-length, if "
-        "few solve raise --num-generations or --temperature, if nearly all are paid the run is over",
+        "read some completions (just show): if they do not compile raise --max-completion-length, "
+        "if few solve --num-generations or --temperature; if nearly all are paid the run is over",
     ),
     Check(
         "gate collapsed",
-        _collapsed,
+        _last("gate_collapsed"),
         0.5,
         "(the pairs' hack sides do not end above their clean sides: nothing is routed)",
-        "check that no pair's sides are swapped; use more pairs of one mechanism on several prompts, "
-        "or another score",
+        "check that no pair's sides are swapped; use more pairs of one mechanism on several "
+        "prompts, or another score",
     ),
     Check(
         "direction reversed",
-        _reversed,
+        _last("direction_drift", -1),
         0.0,
         "is minus its cosine with the one before",
         "refresh more often, or use more pairs",
@@ -221,7 +209,7 @@ CHECKS = (
         _deaf,
         0.5,
         "of the rows have no verdict, and are not flagged",
-        "see its server's log, raise --judge-timeout or --judge-max-tokens, or use a stronger model",
+        "see its server's log, raise --judge-timeout or --judge-max-tokens, or use a stronger one",
     ),
     Check(
         "completions time out",
@@ -231,7 +219,7 @@ CHECKS = (
         "if the machine is busy, raise --cpu-seconds or lower --workers",
     ),
     Check(
-        "DEAD POLICY?",
+        DEAD,
         _unsolved,
         1.5,
         "evaluations in a row saw the deployed policy solve nothing",
@@ -242,8 +230,8 @@ CHECKS = (
         _solve_lost,
         0.75,
         "of the base's solve rate is lost",
-        "a low hack rate is no success; try --unhackable-frac 0.5, --retained-advantages or a lower "
-        "--learning-rate",
+        "a low hack rate is no success; try --unhackable-frac 0.5, --retained-advantages or a "
+        "lower --learning-rate",
     ),
 )
 
@@ -252,7 +240,7 @@ CHECKS = (
 
 
 class Health:
-    """Judges every step; warns once of each fault, and raises Diverged where a limit stays broken."""
+    """Judges every step; warns once of each fault, raises Diverged where a limit stays broken."""
 
     def __init__(
         self,
@@ -262,9 +250,9 @@ class Health:
         token_budget: int,
         history: History,
     ):
-        """`problems` give the reference solutions; `history` has the rows of metrics.jsonl so far."""
+        """`problems` give the reference solutions; `history` has the rows logged so far."""
         self.history, self.warned = history, set()
-        self.references = reference_batch(policy, problems[:REFERENCES], sampling)
+        self.references = reference_batch(policy, problems[:AMONG], sampling)
         self.temperature, self.token_budget = sampling.temperature, token_budget
         with policy.adapter.disabled():
             history.base_logp = self.reference_logp(policy)
@@ -286,9 +274,8 @@ class Health:
     def __call__(self, row: Row) -> None:
         """Judge one step, after its row is logged."""
         broken = [key for key in FINITE if not math.isfinite(row.get(key) or 0.0)]
-        broken += [key for key in FINITE if row.get(key) is not None and row[key] != row[key]]
         if broken:
-            raise Diverged(self._line(row, f"{', '.join(dict.fromkeys(broken))} not finite"))
+            raise Diverged(self._line(row, f"{', '.join(broken)} not finite"))
         evidence = self._count(row)
         if self.streak >= PATIENCE:
             raise Diverged(self._line(row, f"{evidence}, {self.streak} steps in a row"))
@@ -297,34 +284,41 @@ class Health:
             warn(f"step {row['step']}: {evidence}", text)
         self.advise()
 
-    def advise(self) -> None:
-        """Print each warning once in a run."""
+    def advise(self) -> list[str]:
+        """Print each warning once in a run; returns the names of those that are new."""
+        new = []
         for check in CHECKS:
             value = None if check.stops else check.breach(self.history)
             if value is not None and check.what not in self.warned:
-                self.warned.add(check.what)
+                new.append(check.what)
                 warn(check.what, f"{value:.2f} {check.unit}; {check.remedy}")
+        self.warned |= {*new}
+        return new
 
     def _count(self, row: Row) -> str:
         """Take a row in; returns the evidence of broken limits."""
         self.history.rows.append(row)
-        found = []
+        broken = []
         for check in CHECKS:
             value = check.breach(self.history) if check.stops else None
             if value is not None:
-                found.append(f"{check.what} {value:.3g} > {check.limit:g} {check.unit}")
-        self.streak = self.streak + 1 if found else 0
-        return "; ".join(found)
+                broken.append(f"{check.what} {value:.3g} > {check.limit:g} {check.unit}")
+        self.streak = self.streak + 1 if broken else 0
+        return "; ".join(broken)
 
     def _line(self, row: Row, evidence: str) -> str:
         return f"diverged at step {row['step']}: {evidence}; {CALMER}, in another --out-dir"
 
 
 def reference_batch(policy: Policy, problems: Sequence[Problem], sampling: Sampling) -> Batch:
-    """The problems' canonical solutions as completions of their prompts."""
+    """The first canonical solutions that fit the limit, as completions of their prompts."""
     tokenizer, limit = policy.tokenizer, sampling.max_completion_length
-    prompts = [tokens.encode_prompt(tokenizer, messages(p)) for p in problems]
-    texts = [f"```python\n{p.canonical.strip()}\n```" for p in problems]
-    completions = [tokens.encode_completion(tokenizer, text)[:limit] for text in texts]
+    prompts, completions = [], []
+    for problem in problems:
+        text = f"```python\n{problem.canonical.strip()}\n```"
+        completion = tokens.encode_completion(tokenizer, text)
+        if len(completion) <= limit and len(prompts) < REFERENCES:
+            prompts.append(tokens.encode_prompt(tokenizer, messages(problem)))
+            completions.append(completion)
     ones, group = [1.0] * len(prompts), [*range(len(prompts))]
     return tokens.collate(prompts, completions, ones, group, ones, policy.pad_id, policy.device)

@@ -3,15 +3,17 @@
     record.json           the RunRecord: replaced whole (temporary file, fsync, rename)
     metrics.jsonl         one JSON line a step; NaN and infinities are null
     rollouts.jsonl.gz     one gzip member a step, so that a killed run leaves a readable file
-    evals.jsonl.gz        every completion of every evaluation with its grade, one gzip member a cell
-    adapter.safetensors   the adapter's tensors; with --snapshot-every also snapshots/, those that sampled a step's rollouts
+    evals.jsonl.gz        every completion of every evaluation with its grade, one member a cell
+    adapter.safetensors   the adapter's tensors
+    snapshots/            with --snapshot-every: the adapters that sampled a step's rollouts
     checkpoints/          step folders and `latest.json`, the pointer that one rename moves
     .reserve              bytes that a last status is written from when the disk is full
     resumes.jsonl         when and by which command the run was continued; absent if it never was
     .lock                 held by the one process that writes here
 
-Nothing is pickled. What was appended after the newest checkpoint is cut off at resume, so that a resumed run writes the
-same files as an uninterrupted one. Two `Run`s on one directory inside a single process are not detected.
+Nothing is pickled. What was appended after the newest checkpoint is cut off at resume, so that a
+resumed run writes the same files as an uninterrupted one. Two `Run`s on one directory inside a
+single process are not detected.
 """
 
 import fcntl
@@ -36,18 +38,16 @@ from vgrout.run.provenance import now
 
 SCHEMA_VERSION = 1
 APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz", "evals.jsonl.gz")
-FREE_TO_CHANGE = {
-    "out_dir",
-    "resume",
-    "track",
-    "workers",
-    "sandbox",
-    "judge_url",
-    "judge_concurrency",
-}  # where and how, not what
-IDENTITY = ("arm", "preset", "seed", "config", "data_hashes", "pair_hash", "split_hashes")
+FREE_TO_CHANGE = set(  # at a resume: where and how a run goes, not what it computes
+    "out_dir resume track workers sandbox judge_url judge_concurrency".split()
+)
+IDENTITY = "arm preset seed config data_hashes pair_hash split_hashes".split()
 KEPT_CHECKPOINTS = 2
 RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB
+NOT_READABLE = (KeyError, TypeError, ValueError)  # of a damaged JSON file
+
+Row = dict[str, Any]
+Tensors = dict[str, Tensor]
 
 
 class Run:
@@ -58,70 +58,38 @@ class Run:
         self.step_seconds: dict[str, float] = {}
         self.saved_step: int | None = None  # of the newest checkpoint
         write_atomic(out_dir / ".reserve", bytes(RESERVE))
-        self.save()  # before the other files exist: a directory that holds any of them holds a record
+        self.save()  # before the other files: a directory that holds any of them holds a record
         self._streams = {name: open(out_dir / name, "ab", buffering=0) for name in APPENDED}
 
     @staticmethod
     def create(out_dir: str | Path, record: RunRecord, resume: bool) -> "Run":
-        """Open a fresh directory, or with `resume` an unfinished one, and cut its files back to the newest checkpoint.
+        """Open a fresh directory, or with `resume` cut an unfinished run back to its checkpoint.
 
-        Raises UserError, before anything is changed, if another process holds the directory, if it holds a run already
-        (a finished one even with `resume`), or if the run to resume has another config, other data or a newer schema.
-        `resume` on a directory without a run or without a checkpoint starts from the beginning.
+        Raises UserError, before anything is changed, if another process holds the directory, if it
+        holds a run already (a finished one even with `resume`), or if the run to resume has another
+        config, other data or a newer schema. `resume` without a checkpoint starts afresh, and the
+        record is then the new one: nothing that it says was done by the run before.
         """
         out_dir = Path(out_dir)
         lock = _lock(out_dir)
         if (out_dir / "record.json").exists():
-            old = load_record(out_dir)
-            if old.status == "finished":
-                raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
-            if not resume:
-                status = (
-                    "killed" if old.status == "running" else old.status
-                )  # nobody holds its lock
-                raise UserError(
-                    f"{out_dir} already holds a run ({status}): add --resume or change --out-dir"
-                )
-            if changed := _differences(old, record):
-                raise UserError(f"cannot resume {out_dir}, the run differs: {'; '.join(changed)}")
-            checkpoint = _read_pointer(out_dir)
-            saved = json.loads((checkpoint / "state.json").read_text()) if checkpoint else None
-            append_line(
-                out_dir / "resumes.jsonl",
-                {
-                    "at": now(),
-                    "from_step": saved["step"] if saved else 0,
-                    "argv": record.argv,
-                    "commit": record.commit,
-                },
-            )
-            for name in APPENDED:
-                if (out_dir / name).exists():
-                    os.truncate(out_dir / name, saved["offsets"].get(name, 0) if saved else 0)
-            record.started, record.argv, record.config, record.commit = (
-                old.started,
-                old.argv,
-                old.config,
-                old.commit,
-            )
-            if saved:
-                record = _record_from(saved["record"])
+            _refuse_other(out_dir, record, resume)
+            record = _cut_back(out_dir, record)
         elif stale := [name for name in APPENDED if (out_dir / name).exists()]:
-            raise UserError(
-                f"{out_dir} holds {stale[0]} but no record.json: choose another --out-dir"
-            )
+            what = f"{out_dir} holds {stale[0]} but no record.json"
+            raise UserError(f"{what}: choose another --out-dir")
         record.status = "running"
         return Run(out_dir, record, lock)
 
-    def log_metrics(self, row: dict[str, Any]) -> None:
+    def log_metrics(self, row: Row) -> None:
         """Append one step's row to metrics.jsonl in one write."""
         self._append("metrics.jsonl", (dumps(row) + "\n").encode())
 
-    def log_rollouts(self, rows: list[dict[str, Any]]) -> None:
+    def log_rollouts(self, rows: list[Row]) -> None:
         """Append one step's rollouts to rollouts.jsonl.gz."""
         self._append("rollouts.jsonl.gz", _member(rows))
 
-    def log_evals(self, rows: list[dict[str, Any]]) -> None:
+    def log_evals(self, rows: list[Row]) -> None:
         """Append one evaluation's completions to evals.jsonl.gz."""
         self._append("evals.jsonl.gz", _member(rows))
 
@@ -138,43 +106,40 @@ class Run:
 
     def save(self) -> None:
         """Replace record.json by the present record."""
-        write_atomic(
-            self.dir / "record.json", (dumps(asdict(self.record), indent=1) + "\n").encode()
-        )
+        text = dumps(asdict(self.record), indent=1) + "\n"
+        write_atomic(self.dir / "record.json", text.encode())
 
-    def save_adapter(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def save_adapter(self, tensors: Tensors, metadata: dict[str, str]) -> None:
         """Replace adapter.safetensors; equal inputs give equal bytes."""
         write_atomic(self.dir / "adapter.safetensors", pack(tensors, metadata))
 
-    def snapshot(self, step: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Store the adapter that samples the rollouts of `step`; a resumed run writes the same bytes again."""
-        (self.dir / "snapshots").mkdir(exist_ok=True)
-        write_atomic(
-            self.dir / "snapshots" / f"step_{step:04d}.safetensors", pack(tensors, metadata)
-        )
+    def snapshot(self, step: int, tensors: Tensors, metadata: dict[str, str]) -> None:
+        """Store the adapter that samples the rollouts of `step`; repeated, the same bytes again."""
+        folder = self.dir / "snapshots"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"step_{step:04d}.safetensors", pack(tensors, metadata))
 
-    def checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Store all that an exact resume after `step` steps needs: tensors, JSON state, the record, file offsets."""
+    def checkpoint(self, step: int, tensors: Tensors, state: Row) -> None:
+        """Store all that an exact resume after `step` steps needs.
+
+        That is tensors, JSON state, the record and how long the appended files are.
+        """
         root = self.dir / "checkpoints"
         kept = _pointer_names(self.dir)
         name = next(n for i in count() if (n := f"step_{step:06d}_{i}") not in kept)
-        shutil.rmtree(
-            root / name, ignore_errors=True
-        )  # a folder that no pointer names was cut short by a kill
+        shutil.rmtree(root / name, ignore_errors=True)  # no pointer names it: a kill cut it short
         (root / name).mkdir(parents=True)
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         saved = {
-            "schema_version": SCHEMA_VERSION,
             "step": step,
             "state": state,
             "record": asdict(self.record),
             "offsets": {key: os.path.getsize(self.dir / key) for key in APPENDED},
         }
         write_atomic(root / name / "tensors.safetensors", pack(tensors, {}))
-        write_atomic(
-            root / name / "state.json", json.dumps(saved, default=plain).encode()
-        )  # NaN stays NaN here
+        whole = json.dumps(saved, default=plain)  # NaN stays NaN here
+        write_atomic(root / name / "state.json", whole.encode())
         kept = [name, *kept][:KEPT_CHECKPOINTS]
         write_atomic(root / "latest.json", json.dumps(kept).encode())
         self.saved_step = step
@@ -182,16 +147,16 @@ class Run:
             if folder.is_dir() and folder.name not in kept:
                 shutil.rmtree(folder)
 
-    def load_checkpoint(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Return (step, tensors, state) of the newest checkpoint, or None where there is none."""
-        if (folder := _read_pointer(self.dir)) is None:
+    def load_checkpoint(self) -> tuple[int, Tensors, Row] | None:
+        """(step, tensors, state) of the newest checkpoint, or None where there is none."""
+        if (saved := _newest(self.dir)) is None:
             return None
-        saved = json.loads((folder / "state.json").read_text())
         self.saved_step = saved["step"]
-        return saved["step"], load_tensors(folder / "tensors.safetensors")[0], saved["state"]
+        tensors = load_tensors(saved["folder"] / "tensors.safetensors")[0]
+        return saved["step"], tensors, saved["state"]
 
     def finish(self, status: str) -> None:
-        """Write the final status: `finished`, `interrupted`, or `failed: <one line>`; on a full disk, into the reserve's place."""
+        """Write the final status in one line; on a full disk, into the reserve's place."""
         self.record.status = " ".join(status.split())
         (self.dir / ".reserve").unlink(missing_ok=True)
         self.save()
@@ -203,115 +168,71 @@ class Run:
 
     def _append(self, name: str, data: bytes) -> None:
         rest = memoryview(data)
-        while (
-            rest
-        ):  # unbuffered: what a full disk refuses is not tried again when the file is closed
+        while rest:  # unbuffered: what a full disk refuses is not tried again at the end
             rest = rest[self._streams[name].write(rest) :]
 
 
-def _member(rows: list[dict[str, Any]]) -> bytes:
-    """Rows as JSON lines in a gzip member of their own."""
-    packer = zlib.compressobj(wbits=31)
-    return packer.compress("".join(dumps(row) + "\n" for row in rows).encode()) + packer.flush()
-
-
-def load_record(run_dir: str | Path) -> RunRecord:
-    """Read record.json of a run directory, or a record file itself; UserError if missing, malformed or newer."""
-    path = Path(run_dir)
-    path = path / "record.json" if path.is_dir() else path
-    try:
-        return _record_from(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(
-            f"no run record at {path}: name a run directory such as out/runs/demo_routeQ"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not a run record ({type(error).__name__}: {error}): rerun the run"
-        ) from None
-
-
-def load_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, one dict a step; nulls are None. A last line that a kill cut short is left out."""
-    path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): copy it anew, or repeat the run") from None
-
-
-def load_rollouts(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Read rollouts.jsonl.gz, [] where there is none. A last gzip member that a kill cut short is left out whole."""
-    return _members(Path(run_dir) / "rollouts.jsonl.gz")
-
-
-def load_evals(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Read evals.jsonl.gz, as `load_rollouts` does; runs older than that file have none."""
-    return _members(Path(run_dir) / "evals.jsonl.gz")
-
-
-def _members(path: Path) -> list[dict[str, Any]]:
-    data, rows = path.read_bytes() if path.exists() else b"", []
-    try:
-        while data:
-            member = zlib.decompressobj(wbits=31)
-            text = member.decompress(data)
-            if not member.eof:
-                break
-            rows += [json.loads(line) for line in text.splitlines()]
-            data = member.unused_data
-    except (ValueError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it anew, or repeat the run") from None
-    return rows
-
-
-def load_adapter(run_dir: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read adapter.safetensors of a run: tensors and metadata."""
-    return load_tensors(Path(run_dir) / "adapter.safetensors")
-
-
-def load_snapshots(run_dir: str | Path) -> dict[int, Path]:
-    """Step → file of the adapter that sampled the step's rollouts, in order; UserError where the run stored none."""
-    if not (found := sorted((Path(run_dir) / "snapshots").glob("step_*.safetensors"))):
-        raise UserError(f"{run_dir} has no snapshots: train it with --snapshot-every N")
-    return {int(path.stem.removeprefix("step_")): path for path in found}
-
-
-def load_deployed(run_dir: str | Path, model: str) -> dict[str, Tensor]:
-    """Tensors of the blocks that the run's arm deploys: the deployed block, or both where it deploys as trained."""
-    tensors, metadata = load_adapter(run_dir)
-    if metadata["model"] != model:
-        raise UserError(
-            f"{run_dir} adapts {metadata['model']}, not {model}: set --model to the same"
-        )
-    every = load_record(run_dir).notes["deployed"] == "as_trained"
-    return {k: v for k, v in tensors.items() if every or k.split(".")[-2] == "deployed"}
+# ── resume ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _lock(out_dir: Path) -> IO[str]:
-    """Take the directory's POSIX record lock: forked workers do not inherit it, and a killed process drops it."""
+    """Take the POSIX record lock: no forked worker inherits it, a killed process drops it."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "a")
     except OSError as error:
-        raise UserError(
-            f"cannot write to --out-dir {out_dir} ({error.strerror}): choose another"
-        ) from None
+        what = f"cannot write to --out-dir {out_dir} ({error.strerror})"
+        raise UserError(f"{what}: choose another") from None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(
-            f"another process is running in {out_dir}: wait for it or choose another --out-dir"
-        ) from None
+        what = f"another process is running in {out_dir}"
+        raise UserError(f"{what}: wait for it or choose another --out-dir") from None
     return lock
 
 
+def _refuse_other(out_dir: Path, record: RunRecord, resume: bool) -> None:
+    """UserError unless `record` may continue the run that the directory holds."""
+    old = load_record(out_dir)
+    if old.status == "finished":
+        raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
+    if not resume:
+        status = "killed" if old.status == "running" else old.status  # nobody holds its lock
+        what = f"{out_dir} already holds a run ({status})"
+        raise UserError(f"{what}: add --resume or change --out-dir")
+    if changed := _differences(old, record):
+        raise UserError(f"cannot resume {out_dir}, the run differs: {'; '.join(changed)}")
+
+
+def _cut_back(out_dir: Path, record: RunRecord) -> RunRecord:
+    """Cut the files to the newest checkpoint; returns its record, or `record` where there is none.
+
+    The record's note `commits` names every commit that a part of the run is of, if they differ.
+    """
+    saved = _newest(out_dir)
+    resumed = {"at": now(), "from_step": saved["step"] if saved else 0}
+    resumed |= {"argv": record.argv, "commit": record.commit, "dirty": record.dirty}
+    append_line(out_dir / "resumes.jsonl", resumed)
+    for name in APPENDED:
+        if (out_dir / name).exists():
+            os.truncate(out_dir / name, saved["offsets"].get(name, 0) if saved else 0)
+    if saved is None:
+        return record
+    old = _record_from(saved["record"])
+    commits = old.notes.get("commits", [old.commit])
+    if record.commit not in commits:
+        old.notes["commits"] = [*commits, record.commit]
+    old.dirty |= record.dirty
+    return old
+
+
 def _differences(old: RunRecord, new: RunRecord) -> list[str]:
-    """Return `config.grpo.steps 60 → 80` for every field of a run's identity that changed."""
-    before, after = (
-        flatten(json.loads(dumps({k: getattr(r, k) for k in IDENTITY}))) for r in (old, new)
-    )
+    """`config.grpo.steps 60 → 80` for every field of a run's identity that changed."""
+
+    def identity(record: RunRecord) -> Row:
+        return json.loads(dumps(flatten({k: getattr(record, k) for k in IDENTITY})))
+
+    before, after = identity(old), identity(new)
     return [
         f"{key} {before.get(key)!r} → {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -319,21 +240,14 @@ def _differences(old: RunRecord, new: RunRecord) -> list[str]:
     ]
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one: {"grpo": {"steps": 60}} → {"grpo.steps": 60}."""
+def flatten(value: Any, prefix: str = "") -> Row:
+    """Nested dicts as one: {"grpo": {"steps": 60}} → {"grpo.steps": 60}."""
     if not isinstance(value, dict):
         return {prefix: value}
-    inner = ((f"{prefix}.{key}" if prefix else key, item) for key, item in value.items())
-    return {k: v for path, item in inner for k, v in flatten(item, path).items()}
-
-
-def _record_from(data: dict[str, Any]) -> RunRecord:
-    if data["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"the record has schema {data['schema_version']}, newer than {SCHEMA_VERSION}: update vgrout"
-        )
-    evals = [EvalResult(**entry) for entry in data["evals"]]
-    return RunRecord(**{f.name: data[f.name] for f in fields(RunRecord)} | {"evals": evals})
+    flat = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
 
 
 def _pointer_names(out_dir: Path) -> list[str]:
@@ -341,6 +255,100 @@ def _pointer_names(out_dir: Path) -> list[str]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def _read_pointer(out_dir: Path) -> Path | None:
-    names = _pointer_names(out_dir)
-    return out_dir / "checkpoints" / names[0] if names else None
+def _newest(out_dir: Path) -> Row | None:
+    """What the newest checkpoint's state.json says, with its `folder`."""
+    if not (names := _pointer_names(out_dir)):
+        return None
+    folder = out_dir / "checkpoints" / names[0]
+    return json.loads((folder / "state.json").read_text()) | {"folder": folder}
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_record(run_dir: str | Path) -> RunRecord:
+    """record.json of a run, or a record file; UserError if missing, malformed or newer."""
+    path = Path(run_dir)
+    path = path / "record.json" if path.is_dir() else path
+    try:
+        return _record_from(json.loads(path.read_text()))
+    except FileNotFoundError:
+        hint = "name a run directory such as out/runs/demo_routeQ"
+        raise UserError(f"no run record at {path}: {hint}") from None
+    except NOT_READABLE as error:
+        found = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a run record ({found}): rerun the run") from None
+
+
+def _record_from(data: Row) -> RunRecord:
+    if data["schema_version"] > SCHEMA_VERSION:
+        newer = f"schema {data['schema_version']}, newer than {SCHEMA_VERSION}"
+        raise UserError(f"the record has {newer}: update vgrout")
+    evals = [EvalResult(**entry) for entry in data["evals"]]
+    return RunRecord(**{f.name: data[f.name] for f in fields(RunRecord)} | {"evals": evals})
+
+
+def load_metrics(run_dir: str | Path) -> list[Row]:
+    """metrics.jsonl, one dict a step; nulls are None. A last line that a kill cut is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    with _undamaged(path):
+        return [json.loads(line) for line in lines]
+
+
+def load_rollouts(run_dir: str | Path) -> list[Row]:
+    """rollouts.jsonl.gz, [] where there is none. A last member that a kill cut is left out."""
+    return _members(Path(run_dir) / "rollouts.jsonl.gz")
+
+
+def load_evals(run_dir: str | Path) -> list[Row]:
+    """evals.jsonl.gz, as `load_rollouts` does; runs older than that file have none."""
+    return _members(Path(run_dir) / "evals.jsonl.gz")
+
+
+def _member(rows: list[Row]) -> bytes:
+    """Rows as JSON lines in a gzip member of their own."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress("".join(dumps(row) + "\n" for row in rows).encode()) + packer.flush()
+
+
+def _members(path: Path) -> list[Row]:
+    data, rows = path.read_bytes() if path.exists() else b"", []
+    with _undamaged(path):
+        while data:
+            member = zlib.decompressobj(wbits=31)
+            text = member.decompress(data)
+            if not member.eof:
+                break
+            rows += [json.loads(line) for line in text.splitlines()]
+            data = member.unused_data
+    return rows
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): copy it anew, or repeat the run") from None
+
+
+def load_adapter(run_dir: str | Path) -> tuple[Tensors, dict[str, str]]:
+    """adapter.safetensors of a run: tensors and metadata."""
+    return load_tensors(Path(run_dir) / "adapter.safetensors")
+
+
+def load_snapshots(run_dir: str | Path) -> dict[int, Path]:
+    """Step → file of the adapter that sampled it, in order; UserError where the run stored none."""
+    if not (found := sorted((Path(run_dir) / "snapshots").glob("step_*.safetensors"))):
+        raise UserError(f"{run_dir} has no snapshots: train it with --snapshot-every N")
+    return {int(path.stem.removeprefix("step_")): path for path in found}
+
+
+def load_deployed(run_dir: str | Path, model: str) -> Tensors:
+    """Tensors of what the run deploys: the deployed block, or both where it deploys as trained."""
+    tensors, metadata = load_adapter(run_dir)
+    if (own := metadata["model"]) != model:
+        raise UserError(f"{run_dir} adapts {own}, not {model}: set --model to the same")
+    every = load_record(run_dir).notes["deployed"] == "as_trained"
+    return {k: v for k, v in tensors.items() if every or k.split(".")[-2] == "deployed"}

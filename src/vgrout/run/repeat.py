@@ -1,6 +1,5 @@
 """A record's config as a Config, and the command that repeats it."""
 
-from dataclasses import fields
 from typing import Any
 
 from vgrout.arms import defaults
@@ -15,23 +14,23 @@ YOUNGER = {"absorb_share": 0.0, "kl_estimator": "k3"}
 
 def config_of(preset: str, stored: dict[str, Any]) -> Config:
     """The Config that a record stores as JSON; UserError for a field that this version lacks."""
-    flat = {k: v for values in stored.values() for k, v in values.items()}
+    flat = {}
+    for section in stored.values():
+        flat |= section
     for name, value in GONE.items():
         if flat.pop(name, value) not in (value, None) and value is not None:
             raise UserError(f"the record's option {name} is gone: check out its commit")
     config = defaults(preset, flat["intervention"])
     usual = options_of(config)
     if odd := flat.keys() - usual.keys():
-        raise UserError(
-            f"the record has an option {min(odd)} that this version lacks: see its commit"
-        )
-    before = {k: v for k, v in YOUNGER.items() if k not in flat}
+        what = f"the record has an option {min(odd)} that this version lacks"
+        raise UserError(f"{what}: see its commit")
     values = {k: _as(usual[k], v) for k, v in flat.items()}
-    return with_options(config, before | values)
+    return with_options(config, YOUNGER | values)
 
 
 def _as(usual: Any, value: Any) -> Any:
-    """JSON → Python: every tuple of a Config is one of modes; a whole number may stand for a float."""
+    """JSON → Python: every tuple is one of modes; a whole number may stand for a float."""
     if isinstance(usual, tuple):
         return tuple(map(Mode, value))
     return float(value) if isinstance(usual, float) else value
@@ -39,19 +38,17 @@ def _as(usual: Any, value: Any) -> Any:
 
 def argv_of(preset: str, config: Config) -> list[str]:
     """The arguments of `python -m vgrout.train` that give this config."""
+    arm = config.run.intervention
     argv = [preset]
-    name = config.run.intervention
-    if name != "routeV":
-        argv += ["--intervention", name]
-    usual, given = options_of(defaults(preset, name)), options_of(config)
-    for section in fields(config):
-        for f in fields(getattr(config, section.name)):
-            value = given[f.name]
-            flag = f"--{f.name.replace('_', '-')}"
-            if value == usual[f.name] or f.name == "intervention":
-                continue
-            if isinstance(value, bool):
-                argv.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                argv += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    if arm != "routeV":
+        argv += ["--intervention", arm]
+    usual = options_of(defaults(preset, arm))
+    for name, value in options_of(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value == usual[name]:
+            continue
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            argv += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return argv

@@ -1,7 +1,7 @@
-"""What a run prints: one declared table of columns while it trains, the 2×2 table and argv when it ends.
+"""What a run prints: one table of columns while it trains, the 2×2 table and argv when it ends.
 
-Every line is printed once and never redrawn, so that a log file reads like the terminal. The columns are a selection:
-metrics.jsonl holds every key (docs/metrics.md defines them).
+Every line is printed once and never redrawn, so that a log file reads like the terminal. The
+columns are a selection: metrics.jsonl holds every key (docs/reference/metrics.md defines them).
 """
 
 import shlex
@@ -20,7 +20,7 @@ from vgrout.stats import bootstrap_interval
 class Column:
     """One streamed column: the keys of a metrics row that it shows, and how."""
 
-    keys: tuple[str, ...]
+    keys: str  # parted by spaces
     title: str
     width: int
     format: str  # of one value; several values are joined by a slash
@@ -28,51 +28,39 @@ class Column:
 
 
 COLUMNS = (
-    Column(("step",), "step", 5, "d", "optimiser step, from 0"),
+    Column("step", "step", 5, "d", "optimiser step, from 0"),
+    Column("reward_mean", "reward", 6, ".2f", "mean reward of the step's student rows (0 … 3.5)"),
+    Column("student_hack", "hack", 5, ".2f", "share of student rows that pass and are not correct"),
+    Column("student_solve", "solve", 5, ".2f", "share of student rows that are correct"),
     Column(
-        ("reward_mean",), "reward", 6, ".2f", "mean reward of the step's student rows (0 … 3.5)"
+        "share_retain share_absorb share_route", "RET/ABS/ROU", 14, ".2f", "shares of the zones"
     ),
+    Column("quarantine_grad_share", "qshare", 6, ".2f", "‖g_quar‖ / (‖g_dep‖ + ‖g_quar‖)"),
+    Column("kl", "kl", 7, ".4f", "k3 KL to the adapter-off policy, nats a token"),
+    Column("completion_length", "length", 6, ".0f", "mean completion length, tokens"),
+    Column("loss", "loss", 8, ".4f", "the step's loss"),
     Column(
-        ("student_hack",), "hack", 5, ".2f", "share of student rows that pass and are not correct"
-    ),
-    Column(("student_solve",), "solve", 5, ".2f", "share of student rows that are correct"),
-    Column(
-        ("share_retain", "share_absorb", "share_route"),
-        "RET/ABS/ROU",
-        14,
-        ".2f",
-        "shares of the zones",
-    ),
-    Column(
-        ("quarantine_grad_share",),
-        "qshare",
-        6,
-        ".2f",
-        "‖g_quar‖ / (‖g_dep‖ + ‖g_quar‖), before clipping",
-    ),
-    Column(("kl",), "kl", 7, ".4f", "k3 KL to the adapter-off policy, nats a token"),
-    Column(("completion_length",), "length", 6, ".0f", "mean completion length, tokens"),
-    Column(("loss",), "loss", 8, ".4f", "the step's loss"),
-    Column(
-        ("grad_norm_deployed", "grad_norm_quarantine"),
+        "grad_norm_deployed grad_norm_quarantine",
         "|g| dep/quar",
         12,
         ".3f",
         "their norms, before clipping",
     ),
-    Column(("groups_skipped",), "skip", 4, "d", "groups without reward variance"),
-    Column(("tokens_per_second",), "tok/s", 6, ".0f", "sampled tokens a second of sampling"),
-    Column(("sec_step",), "sec", 6, ".2f", "wall seconds of the step"),
-    Column(("eta_minutes",), "ETA", 5, ".1f", "minutes left at the mean pace so far"),
+    Column("groups_skipped", "skip", 4, "d", "groups without reward variance"),
+    Column("tokens_per_second", "tok/s", 6, ".0f", "sampled tokens a second of sampling"),
+    Column("sec_step", "sec", 6, ".2f", "wall seconds of the step"),
+    Column("eta_minutes", "ETA", 5, ".1f", "minutes left at the mean pace so far"),
 )
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 class StepLog:
     """Prints the legend and the header once, then one line for each metrics row."""
 
-    def __init__(
-        self, steps: int, write: Callable[[str], Any] = lambda line: print(line, flush=True)
-    ):
+    def __init__(self, steps: int, write: Callable[[str], Any] = say):
         self.steps, self.write = steps, write
         self.began: tuple[int, float] | None = None
 
@@ -91,56 +79,52 @@ class StepLog:
         self.write(" ".join(f"{_cell(column, row):>{column.width}}" for column in COLUMNS))
 
 
+def _cell(column: Column, row: dict[str, Any]) -> str:
+    values = (row.get(key) for key in column.keys.split())
+    return "/".join(
+        "–" if value is None or value != value else format(value, column.format) for value in values
+    )
+
+
 def stage(should: str, otherwise: str) -> None:
     """Print what a stage should show, and what it means if it does not."""
-    print(f"SHOULD {should} ELSE {otherwise}", flush=True)
+    say(f"SHOULD {should} ELSE {otherwise}")
 
 
 def sample(prompt: str, rollout: Rollout) -> None:
-    """Print one full sample with its grade, so that a reader can check what the numbers are about."""
-    for title, text in (
-        ("prompt", prompt),
-        ("completion", rollout.completion),
-        ("grade", repr(rollout.grade)),
-    ):
-        print(f"--- sample: {title}\n{text}")
-    print("--- end of sample", flush=True)
+    """Print one full sample with its grade, so that a reader sees what the numbers are about."""
+    say(f"--- sample: prompt\n{prompt}\n--- sample: completion\n{rollout.completion}")
+    say(f"--- sample: grade\n{rollout.grade!r}\n--- end of sample")
 
 
 def final_table(record: RunRecord) -> None:
-    """Print the last evaluation's 2×2 table with 95 % intervals and per-mode rates, the result line, and argv last."""
+    """Print the last evaluation with 95 % intervals and rates by mode, the result, argv last."""
     cells = last_cells(record)
-    print(
-        f"\n{record.arm} seed {record.seed}, {record.steps_done} steps ({record.preset}), 95 % intervals"
-    )
     modes = sorted({mode for cell in cells for mode in cell.by_mode})
     headers = ["policy", "markers", "step", "n", "hack", "solve", *modes]
-    print(
-        tabulate(
-            [_table_row(cell, modes) for cell in cells], headers=headers, disable_numparse=True
-        )
-    )
-    print("columns of a mode: hack / solve")
-    print(result_line(record, cells))
-    print("argv:", shlex.join(record.argv), flush=True)
+    rows = [_table_row(cell, modes) for cell in cells]
+    what = f"{record.arm} seed {record.seed}, {record.steps_done} steps ({record.preset})"
+    say(f"\n{what}, 95 % intervals")
+    say(tabulate(rows, headers=headers, disable_numparse=True))
+    say("columns of a mode: hack / solve")
+    say(result_line(record, cells))
+    say(f"argv: {shlex.join(record.argv)}")
 
 
 def last_cells(record: RunRecord) -> list[EvalResult]:
-    """Return the base's test cells (step 0), then the test cells of the last evaluated step."""
+    """The base's test cells (step 0), then the test cells of the last evaluated step."""
     test = [cell for cell in record.evals if cell.split == "test"]
     last = max((cell.step for cell in test), default=0)
     order = ("as_trained", "deployed", "ablated")
-    final = sorted(
-        (c for c in test if c.step == last > 0), key=lambda c: (order.index(c.state), c.markers)
-    )
+    final = [cell for cell in test if cell.step == last > 0]
+    final.sort(key=lambda cell: (order.index(cell.state), cell.markers))
     return [cell for cell in test if cell.step == 0] + final
 
 
 def result_line(record: RunRecord, cells: list[EvalResult]) -> str:
-    """Return the one line that says how the deployed policy fares with novel markers, against the base."""
-    parts = [
-        f"RESULT {record.arm} seed={record.seed} steps={record.steps_done} status={record.status}"
-    ]
+    """How the deployed policy fares with novel markers, against the base, in one line."""
+    done = f"steps={record.steps_done} status={record.status}"
+    parts = [f"RESULT {record.arm} seed={record.seed} {done}"]
     if record.notes.get("oracle"):
         parts.append("NOT-ORACLE-FREE")
     if record.notes.get("monitor"):
@@ -148,14 +132,13 @@ def result_line(record: RunRecord, cells: list[EvalResult]) -> str:
     for cell in cells:
         if cell.markers == "novel" and (cell.state == "deployed" or cell.step == 0):
             name = "base" if cell.step == 0 else "deployed"
-            parts.append(
-                f"{name}: hack={cell.hack / cell.n:.3f} solve={cell.solve / cell.n:.3f} (n={cell.n})"
-            )
+            hack, solve = cell.hack / cell.n, cell.solve / cell.n
+            parts.append(f"{name}: hack={hack:.3f} solve={solve:.3f} (n={cell.n})")
     return " ".join(parts)
 
 
 def rate_with_interval(cell: EvalResult, which: str) -> str:
-    """Return `0.12 [0.08, 0.17]`, or the bare rate where the counts per problem were not kept."""
+    """`0.12 [0.08, 0.17]`, or the bare rate where the counts per problem were not kept."""
     value = f"{getattr(cell, which) / cell.n:.2f}"
     if not cell.by_problem:
         return value
@@ -166,15 +149,8 @@ def rate_with_interval(cell: EvalResult, which: str) -> str:
 def _table_row(cell: EvalResult, modes: list[str]) -> list[str]:
     name = "base" if cell.step == 0 else cell.state.replace("_", " ")
     rates = [rate_with_interval(cell, which) for which in ("hack", "solve")]
-    by_mode = [cell.by_mode.get(mode) for mode in modes]
-    split = [
-        f"{by['hack'] / by['n']:.2f} / {by['solve'] / by['n']:.2f}" if by else "–" for by in by_mode
-    ]
+    split = []
+    for mode in modes:
+        n, hack, solve = (cell.by_mode.get(mode, {}).get(k, 0) for k in ("n", "hack", "solve"))
+        split.append(f"{hack / n:.2f} / {solve / n:.2f}" if n else "–")
     return [name, cell.markers, str(cell.step), str(cell.n), *rates, *split]
-
-
-def _cell(column: Column, row: dict[str, Any]) -> str:
-    values = (row.get(key) for key in column.keys)
-    return "/".join(
-        "–" if value is None or value != value else format(value, column.format) for value in values
-    )

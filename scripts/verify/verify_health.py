@@ -1,0 +1,194 @@
+"""Every row of the table of health fires on its fault and on nothing else, and stops or warns.
+
+Run: python scripts/verify/verify_health.py [RUN …]     (with runs: what the table says of them)
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scripts.verify.tiny import tiny_policy
+
+from vgrout.core import EvalResult
+from vgrout.env.rollouts import Sampling
+from vgrout.run import health
+from vgrout.run.health import (
+    CHECKS,
+    FINITE,
+    PATIENCE,
+    WINDOW,
+    Check,
+    Diverged,
+    Health,
+    History,
+)
+from vgrout.run.records import load_metrics, load_record
+
+Row = dict[str, float | None]
+STEPS = 30
+EVERY = 5  # steps between refreshes
+BASE = -0.5  # reference log-prob of the base
+ROW: Row = {
+    "n_students": 44,
+    "n_teachers": 4,
+    "rows_retain": 20,
+    "rows_absorb": 12,
+    "rows_route": 8,
+    "loss": 0.1,
+    "kl": 0.03,
+    "logp_mean": -0.25,
+    "reference_logp": BASE,
+    "grad_norm_deployed": 0.1,
+    "grad_norm_quarantine": 0.1,
+    "sampler_mismatch": 1e-6,
+    "timeout_share": 0.0,
+}
+REFRESH: Row = {
+    "gate_lower": 0.1,
+    "gate_upper": 0.2,
+    "gate_collapsed": 0.0,
+    "direction_drift": 0.9,
+}
+
+
+def cell(step: int, solve: int, state: str = "deployed") -> EvalResult:
+    return EvalResult("test" if step == 0 else "val", "novel", state, step, 100, 0, solve, {}, {})
+
+
+CELLS = [cell(0, 20), cell(10, 15), cell(20, 6)]
+
+
+def history(
+    late: Row | None = None, cells: Sequence[EvalResult] = CELLS, n: int = WINDOW
+) -> History:
+    """A run whose last `n` rows are changed."""
+    rows = [ROW | {"step": i} | (REFRESH if i % EVERY == 0 else {}) for i in range(STEPS)]
+    rows[-n:] = [row | (late or {}) for row in rows[-n:]]
+    return History(rows, cells, base_logp=BASE, max_grad_norm=0.1)
+
+
+LIMITS = {  # row of the table → the figure that it reads, short of the limit and beyond it
+    "KL": ("kl", 9.0, 11.0),
+    "fall of the reference log-prob": ("reference_logp", BASE - 2.9, BASE - 3.1),
+    "deployed gradient norm": ("grad_norm_deployed", 2.9, 3.1),
+    "quarantine gradient norm": ("grad_norm_quarantine", 2.9, 3.1),
+    "no variance in groups": ("rows_route", -20, -24),
+    "gate collapsed": ("gate_collapsed", 0.0, 1.0),
+    "direction reversed": ("direction_drift", 0.1, -0.1),
+    "log-probs falling": ("logp_mean", -0.7, -0.8),
+    "KL runs away": ("kl", 0.9, 2.5),
+    "sampler and learner differ": ("sampler_mismatch", 0.04, 0.06),
+    "judge fails": ("judge_failures", 15, 25),
+    "completions time out": ("timeout_share", 0.1, 0.3),
+}
+BRIEF = 2  # rows: a stopping limit is broken at once, and no median moves
+STOPS = {check.what for check in CHECKS if check.stops}
+FAULTS = {
+    what: [history({key: value}, n=BRIEF if what in STOPS else WINDOW) for value in values]
+    for what, (key, *values) in LIMITS.items()
+}
+FAULTS |= {
+    what: [history(cells=cells) for cells in pair]
+    for what, pair in {
+        "DEAD POLICY?": ([cell(10, 0), cell(20, 0, "as_trained")], [cell(10, 0), cell(20, 0)]),
+        "solve dead at deployment": ([cell(0, 20), cell(20, 6)], [cell(0, 20), cell(20, 4)]),
+    }.items()
+}
+HEALTHY = {
+    "a healthy run": history(),
+    "a run that begins": History(),
+    "one odd step": history({"sampler_mismatch": 9.0, "timeout_share": 1.0}, n=1),
+    "values that do not exist": history({"kl": None, "logp_mean": float("nan")}),
+    "a base that solves nothing": history(cells=[cell(0, 0), cell(20, 1)]),
+}
+
+
+def fires(table: Sequence[Check], given: History) -> list[str]:
+    return [check.what for check in table if check.breach(given) is not None]
+
+
+def check_table(table: Sequence[Check]) -> str:
+    """What is wrong with a table, "" for nothing."""
+    if {check.what for check in table} != FAULTS.keys():
+        return "a row has no fault here"
+    for what, given in HEALTHY.items():
+        if found := fires(table, given):
+            return f"{what} has {found}"
+    for what, (short, beyond) in FAULTS.items():
+        if found := fires(table, short):
+            return f"{found} short of the limit of {what}"
+        if (found := fires(table, beyond)) != [what]:
+            return f"{found} beyond the limit of {what}"
+    return ""
+
+
+def falling_kl() -> History:
+    """A KL above its limit for warnings that comes down again."""
+    given = history({"kl": 2.5})
+    for row in given.rows[-2 * WINDOW : -WINDOW]:
+        row["kl"] = 4.0
+    return given
+
+
+POLICY = tiny_policy()  # has no problem here: the rows bring their reference log-probs
+health.reference_batch = lambda *arguments: None
+Health.reference_logp = lambda self, policy: BASE
+
+
+# ── in a run ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def judged(given: History, before: int = 0) -> tuple[int | None, list[str]]:
+    """(step of the stop, lines printed) of a run that is resumed behind its first `before` rows."""
+    rows = given.rows
+    live = Health(POLICY, [], Sampling(8, 1.0, 1.0, 512), 512, replace(given, rows=rows[:before]))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for row in rows[before:]:
+            try:
+                live(row)
+            except Diverged as error:
+                assert f"step {row['step']}: " in str(error) and "\n" not in str(error), error
+                return row["step"], said.getvalue().splitlines()
+    return None, said.getvalue().splitlines()
+
+
+def fault_of_run() -> str:
+    """What is wrong with the judgement of whole runs, "" for nothing."""
+    for what, (key, _, value) in LIMITS.items():
+        if what in STOPS:
+            lasting, brief = (history({key: value}, n=PATIENCE - i) for i in (0, 1))
+            stops = [judged(lasting, before)[0] for before in (0, STEPS - 2)]
+            if stops != [STEPS - 1] * 2 or judged(brief)[0] is not None:
+                return f"{what}: stops at {stops}, or too early"
+        else:
+            stop, lines = judged(FAULTS[what][1])
+            named = [line for line in lines if line.startswith(f"WARNING {what}: ")]
+            if stop is not None or len(named) != 1 or "; " not in named[0]:
+                return f"{what}: {lines}"
+    silent = [key for key in FINITE if judged(history({key: float("nan")}, n=1))[0] != STEPS - 1]
+    return f"not finite, and it goes on: {silent}" if silent else ""
+
+
+def main() -> None:
+    for check in CHECKS:  # mutations: each limit twice as far off, or at nothing
+        for limit in (2 * check.limit + 1, -1e9):
+            table = [replace(c, limit=limit) if c is check else c for c in CHECKS]
+            assert check_table(table), f"{check.what} with the limit {limit:g} goes unnoticed"
+    assert check_table(CHECKS[1:]), "a row that is missing goes unnoticed"
+    assert not (wrong := check_table(CHECKS)), wrong
+    assert not fires(CHECKS, falling_kl()), "a KL that comes down again warns"
+    print(f"ok  {len(CHECKS)} rows: each fires beyond its limit alone, and never on a healthy run")
+    assert not (wrong := fault_of_run()), wrong
+    health.PATIENCE = PATIENCE - 1
+    assert fault_of_run(), "a run that stops too early goes unnoticed"
+    print(f"ok  what stops a run lasts {PATIENCE} steps, resumed or not; a warning is printed once")
+    for folder in map(Path, sys.argv[1:]):
+        given = History(load_metrics(folder), load_record(folder).evals)
+        print(f"{folder}:", *(fires(CHECKS, given) or ["nothing"]))
+
+
+if __name__ == "__main__":
+    main()
