@@ -130,9 +130,17 @@ def candidates(problems: list[Problem], modes: tuple[Mode, ...], args: Args) -> 
 
 def kept_rows(offered: list[Candidate], grades: list[Grade], args: Args) -> list[dict]:
     """As many confirmed demonstrations of each kind, mode and problem as are wanted."""
-    wanted, kept, rows = {"hack": args.hacks, "solve": args.solves}, Counter(), []
+    wanted, kept, rows = (
+        {"hack": args.hacks, "solve": args.solves},
+        Counter(),
+        [],
+    )
     for (kind, problem, text), grade in zip(offered, grades, strict=True):
-        row = {"problem_id": problem.problem_id, "mode": problem.mode, "kind": kind}
+        row = {
+            "problem_id": problem.problem_id,
+            "mode": problem.mode,
+            "kind": kind,
+        }
         key = tuple(row.values())
         if confirmed(kind, grade) and kept[key] < wanted[kind]:
             kept[key] += 1

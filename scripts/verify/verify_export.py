@@ -79,7 +79,10 @@ def check_logits(policy: Policy, folders: dict[str, Path], ids: Tensor) -> None:
 
 
 def check_mutations(policy: Policy, folder: Path, ids: Tensor) -> None:
-    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    path, config = (
+        folder / "adapter_model.safetensors",
+        folder / "adapter_config.json",
+    )
     whole, text, rank = load_file(path), config.read_text(), policy.adapter.rank
     want, mutated = ours(policy, "deployed", ids), load_file(path)
     for name in (name for name in mutated if "lora_B" in name):
@@ -95,7 +98,15 @@ def check_mutations(policy: Policy, folder: Path, ids: Tensor) -> None:
 
 def check_card(folder: Path, run: Path, other: Path) -> None:
     card, commit = (folder / "README.md").read_text(), provenance()["commit"]
-    for words in (BASE, "routeV", "41", "1 = 0.25", "2 = 0.50", "PeftModel", commit):
+    for words in (
+        BASE,
+        "routeV",
+        "41",
+        "1 = 0.25",
+        "2 = 0.50",
+        "PeftModel",
+        commit,
+    ):
         assert words in card, f"the model card lacks {words!r}"
     names = [export(path, None, None).name for path in (run, other)]
     assert names == ["peft_deployed", "peft_both"], "SHOULD be what the run's arm deploys"
@@ -109,7 +120,10 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = load_policy(BASE, **POLICY)
     perturb(policy, 0.02)
-    generator, words = torch.Generator().manual_seed(0), policy.model.config.vocab_size
+    generator, words = (
+        torch.Generator().manual_seed(0),
+        policy.model.config.vocab_size,
+    )
     ids = torch.randint(3, words, (2, 24), generator=generator)
     with tempfile.TemporaryDirectory() as tmp:
         run = planted(Path(tmp) / "run", policy, "ablated")

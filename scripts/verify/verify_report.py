@@ -14,7 +14,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
-from scripts.verify.stored import captured, novel_cell, planted_record, planted_run, refused
+from scripts.verify.stored import (
+    captured,
+    novel_cell,
+    planted_record,
+    planted_run,
+    refused,
+)
 from scripts.view import show
 from scripts.view.report import browsable, edges, page
 
@@ -79,7 +85,12 @@ def planted(folder: Path, hacks: int = 3) -> Path:
     config = {"model": {"model": "<b>"}, "data": {}}
     with planted_run(folder, planted_record(config=config, steps_done=3, evals=evals)) as run:
         for step in range(3):
-            row = {"step": step, "student_hack": hacks / 8, "student_solve": 0.25, "kl": 0.1}
+            row = {
+                "step": step,
+                "student_hack": hacks / 8,
+                "student_solve": 0.25,
+                "kl": 0.1,
+            }
             gate = {"gate_lower": 0.1 + step, "gate_upper": 0.2 + step} if step != 1 else {}
             run.log_metrics(row | gate)
             run.log_rollouts([rollout(step, i, hacks) for i in range(8)])
