@@ -346,7 +346,7 @@ def check_start(routed: Path, plain: Path) -> None:
     other = with_options(config, {"lora_rank": 4})
     refused("does not fit", build_policy, other, run.splits)
     refused(
-        "name the directory",
+        "name a finished run",
         parse,
         ["smoke", "--init-from", str(path / "none")],
     )
