@@ -19,7 +19,7 @@ All rates are of held-out test problems with novel markers. Tables go to the ter
 figures, into --out (out/after). A method must lie above the frontier: a point on it is what
 training less, or mixing the adapter with nothing, would give for free.
 
-Run: python scripts/analysis/after.py frontier out/runs/routeV_s41 --against out/runs/none2r_s41
+Run: python -m scripts.analysis.after frontier out/runs/routeV_s41 --against out/runs/none2r_s41
 """
 
 import sys
@@ -36,38 +36,36 @@ from vgrout.core import at_least, run_main
 COUNT = {"type": at_least(1)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "--against": {"nargs": "+", "type": Path, "help": "none2r runs with snapshots"},
-    "--ages": COUNT | {"help": "also by the direction's age, N steps a row", "metavar": "N"},
     "--draws": COUNT | {"help": "draws of each evaluation (default: the run's --final-draws)"},
     "--learning-rate": {"type": float, "help": "of the likelihood steps"},
-    "--no-base": {"action": "store_true", "help": "leave out the attack on the base model"},
+    "--no-base": {
+        "action": "store_true",
+        "help": "leave out the attack on the base model",
+    },
     "--prompts": COUNT | {"help": f"training prompts, {ROWS_A_PROMPT} samples each"},
-    "--scales": {"nargs": "+", "type": float, "help": "0 and 1 are always among them"},
+    "--scales": {
+        "nargs": "+",
+        "type": float,
+        "help": "0 and 1 are always among them",
+    },
     "--steps": COUNT | {"help": "optimiser steps"},
 }
-TENTHS, QUARTERS = [i / 10 for i in range(11)], [i / 4 for i in range(5)]
-COMMANDS = {  # work, what it asks, default of each option (None: required)
-    "frontier": (
-        frontier,
-        "shrinkage null",
-        {"--against": None, "--draws": 0, "--scales": TENTHS},
-    ),
-    "forget": (forget, "scale the quarantine", {"--draws": 0, "--scales": QUARTERS}),
-    "push": (push, "push of the quarantine", {"--draws": 0, "--prompts": 48}),
-    "relearn": (relearn, "attack", {"--no-base": False, "--steps": 40}),
-    "detect": (detect, "what the score saw", {"--ages": 0}),
-    "heal": (
-        heal,
-        "clean likelihood",
-        {"--draws": 0, "--steps": 8, "--learning-rate": 1e-3},
-    ),
+TENTHS = [i / 10 for i in range(11)]
+COMMANDS = {  # work, default of each option (None: required)
+    "frontier": (frontier, {"--against": None, "--draws": 0, "--scales": TENTHS}),
+    "forget": (forget, {"--draws": 0, "--scales": [0.25, 0.5, 0.75]}),
+    "push": (push, {"--draws": 0, "--prompts": 48}),
+    "relearn": (relearn, {"--no-base": False, "--steps": 40}),
+    "detect": (detect, {}),
+    "heal": (heal, {"--draws": 0, "--steps": 8, "--learning-rate": 1e-3}),
 }
 
 
 def main(argv: list[str]) -> None:
     root = parser(__doc__)
     commands = root.add_subparsers(required=True)
-    for name, (work, asks, defaults) in COMMANDS.items():
-        command = commands.add_parser(name, help=asks)
+    for name, (work, defaults) in COMMANDS.items():
+        command = commands.add_parser(name, help=(work.__doc__ or "").splitlines()[0])
         command.set_defaults(work=work)
         add_runs(command, OUT / "after")
         for flag, default in defaults.items():

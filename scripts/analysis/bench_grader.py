@@ -1,23 +1,28 @@
-"""Speed of the grader on real problems: completions a second, and its ratio to a fresh interpreter
-for each check.
+"""Speed of the grader on real problems, and its ratio to a fresh interpreter for each check.
 
-Usage: python scripts/analysis/bench_grader.py [--workers 2]. Needs data/leetcode (`just
-download-data`). Prints one table.
+Needs data/leetcode (`just download-data`); prints one table.
+
+Run: python -m scripts.analysis.bench_grader [--workers 2]
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tabulate import tabulate
+from scripts.view.output import ROOT, parser, table
 
-from vgrout.core import Problem
+from vgrout.core import Grade, Problem
 from vgrout.env.problems import load_problems
 from vgrout.grader import Grader
 
-DATA = Path(__file__).resolve().parents[2] / "data/leetcode"
+DATA = ROOT / "data" / "leetcode"
+FILES = (
+    "LeetCodeDataset-v0.3.1-test.jsonl",
+    "LeetCodeDataset-v0.2.0-train.jsonl",
+    "leetcode_test_medhard.jsonl",
+)
+HEADERS = ["file", "completions", "n", "correct", "seconds", "a second", "not correct"]
 
 
 def find(name: str) -> Path:
@@ -30,73 +35,46 @@ def wrong(problem: Problem) -> str:
 
 
 def fresh_interpreter(problem: Problem, code: str) -> float:
-    """Seconds for one check by `python -c` on preamble, completion and asserts: verdict by exit
-    status.
-    """
-    asserts = "\n".join(
-        f"assert Solution().{problem.entry_point}({c.args}) == {c.expected}" for c in problem.cases
-    )
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", f"{problem.setup_code}\n{code}\n{asserts}"],
-        capture_output=True,
-        check=False,
-    )
+    """Seconds of one check by `python -c` on preamble, completion and asserts."""
+    call = f"Solution().{problem.entry_point}"
+    asserts = "\n".join(f"assert {call}({c.args}) == {c.expected}" for c in problem.cases)
+    program, start = f"{problem.setup_code}\n{code}\n{asserts}", time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     return time.perf_counter() - start
 
 
+def timed(grader: Grader, problems: list[Problem], codes: list[str]) -> tuple[list[Grade], float]:
+    start = time.perf_counter()
+    grades = grader.grade([f"```python\n{code}\n```" for code in codes], problems)
+    return grades, time.perf_counter() - start
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=2)
-    workers = parser.parse_args().workers
-    rows = []
-    for name in (
-        "leetcode_test_medhard.jsonl",
-        "LeetCodeDataset-v0.3.1-test.jsonl",
-        "LeetCodeDataset-v0.2.0-train.jsonl",
-    ):
-        problems = load_problems(find(name))
-        with Grader(workers) as grader:
-            for what, codes in (
-                ("canonical", [p.canonical for p in problems]),
-                ("wrong", list(map(wrong, problems))),
-                ("wrong, tests compiled", list(map(wrong, problems))),
-            ):
-                start = time.perf_counter()
-                grades = grader.grade([f"```python\n{code}\n```" for code in codes], problems)
-                seconds = time.perf_counter() - start
-                failed = [
-                    f"{p.problem_id}: {g.verdict}"
-                    for p, g in zip(problems, grades)
-                    if not g.correct
-                ]
-                rows.append(
-                    [
-                        name,
-                        what,
-                        len(problems),
-                        sum(g.correct for g in grades),
-                        f"{seconds:.2f}",
-                        f"{len(problems) / seconds:.0f}",
-                        ", ".join(failed) if what == "canonical" else "",
-                    ]
-                )
-            if name.startswith("leetcode"):
-                few = [p for p in problems if sum(len(c.args) for c in p.cases) < 50_000][:60]
-                fresh = sum(fresh_interpreter(p, wrong(p)) for p in few)
-                start = time.perf_counter()
-                grader.grade([f"```python\n{wrong(p)}\n```" for p in few], few)
-                ratio = fresh / (time.perf_counter() - start)
-    print(
-        tabulate(
-            rows,
-            headers=["file", "completions", "n", "correct", "seconds", "a second", "not correct"],
-        )
-    )
-    print(
-        f"{workers} workers; one fresh `python -c` at a time takes {ratio:.1f} times as long on "
-        f"{len(few)} wrong completions"
-    )
+    command = parser(__doc__)
+    command.add_argument("--workers", type=int, default=2)
+    workers, rows = command.parse_args().workers, []
+    with Grader(workers) as grader:
+        for name in FILES:
+            problems = load_problems(find(name))
+            canonical, stubs = [p.canonical for p in problems], list(map(wrong, problems))
+            kinds = {"canonical": canonical, "wrong": stubs, "wrong, tests compiled": stubs}
+            for what, codes in kinds.items():
+                grades, seconds = timed(grader, problems, codes)
+                right, n = sum(g.correct for g in grades), len(problems)
+                failed = ""
+                if what == "canonical":
+                    failed = ", ".join(
+                        f"{p.problem_id}: {g.verdict}"
+                        for p, g in zip(problems, grades)
+                        if not g.correct
+                    )
+                rate = f"{n / seconds:.0f}"
+                rows.append([name, what, n, right, f"{seconds:.2f}", rate, failed])
+        few = [p for p in problems if sum(len(c.args) for c in p.cases) < 50_000][:60]
+        fresh = sum(fresh_interpreter(p, wrong(p)) for p in few)
+        ratio = fresh / timed(grader, few, list(map(wrong, few)))[1]
+    print(table(rows, HEADERS))
+    print(f"{workers} workers; a fresh `python -c` each takes {ratio:.1f} times as long")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ fp32, threads, and the same grader as the reward function. Logging to trackers, 
 gradient checkpointing and bf16 are off; all rows are one micro-batch, and smaller ones are not
 faster here.
 
-    python scripts/analysis/bench_trl.py OUT.json STEPS THREADS     (a child of
-    scripts/analysis/bench.py)
+    python -m scripts.analysis.bench_trl OUT.json STEPS THREADS     (a child of bench.py)
 """
 
 import json
@@ -18,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.bench_turns import wait_for_turn
-
-from vgrout.cli import load_splits, parse
+from vgrout.cli import parse
 from vgrout.core import Problem
 from vgrout.env.problems import messages
 from vgrout.env.rollouts import stream
+from vgrout.experiment import load_splits
 from vgrout.grader import Grader
 
 SEED, WORKERS = 41, 2
@@ -33,7 +31,8 @@ Log = dict[str, list[float]]  # seconds and sampled tokens, step by step
 def main(out: str, steps: int, threads: int) -> None:
     config = parse(["organism", "--intervention", "none2r", "--seed", str(SEED)])[1]
     train_split, prompts = load_splits(config)["train"], config.grpo.num_prompts
-    problems = [p for step in range(steps) for p in stream(train_split, step, prompts, SEED)]
+    shown = [p for step in range(steps) for p in stream(train_split, step, prompts, SEED)]
+    problems = [prompt.problem for prompt in shown]
     log: Log = {"sample": [], "grade": [], "step": [], "tokens": []}
     with Grader(WORKERS, cpu_seconds=config.run.cpu_seconds) as grader:
         try:
@@ -105,7 +104,6 @@ def train(config: Any, problems: list[Problem], grader: Grader, log: Log, thread
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             log["step"].append(time.perf_counter() - self.last)
-            wait_for_turn()
             self.last = time.perf_counter()
 
     rows = [{"prompt": messages(p), "index": i} for i, p in enumerate(problems)]

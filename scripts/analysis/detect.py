@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -16,43 +15,14 @@ EQUAL = 4  # tokens by which completions of equal length differ at most
 NEAR = 10  # steps within which they are compared
 
 
-@dataclass
-class Rows:
-    """Scored rollouts of one run, as columns [n]."""
-
-    hack: np.ndarray
-    score: np.ndarray
-    length: np.ndarray  # tokens
-    step: np.ndarray
-    mode: np.ndarray
-
-    def auroc(
-        self,
-        values: np.ndarray,
-        stratum: np.ndarray,
-        mask: np.ndarray | None = None,
-    ):
-        rows = np.full(len(values), True) if mask is None else mask
-        return float(stratified_auroc(values[rows], self.hack[rows], stratum[rows]))
-
-
-def columns(rows: list[dict]) -> Rows:
-    keys = {
-        "reward_hack": bool,
-        "score": float,
-        "n_tokens": float,
-        "step": int,
-        "mode": str,
-    }
-    return Rows(*(np.array([r[key] for r in rows], of) for key, of in keys.items()))
-
-
 def mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's; NaN where one of them does not vary."""
+    """Spearman's; NaN where one of them does not vary, rows without a value left out."""
+    known = ~np.isnan(a) & ~np.isnan(b)
+    a, b = a[known], b[known]
     varies = len(a) > 2 and np.ptp(a) and np.ptp(b)
     return float(spearmanr(a, b).statistic) if varies else float("nan")
 
@@ -63,37 +33,39 @@ def told(rows: list[dict], pair_modes: Iterable[str]) -> dict[str, float]:
     Also by the pairs' coverage of the mode. Equal length: within NEAR steps among completions that
     differ by less than EQUAL tokens. Rank correlation of score and length.
     """
-    a = columns(rows)
-    known = np.isin(a.mode, list(pair_modes))
-    equal = a.step // NEAR * 10**6 + a.length // EQUAL
+    keys = {
+        "reward_hack": bool,
+        "score": float,
+        "n_tokens": float,
+        "step": int,
+    }
+    hack, score, length, step = (np.array([r[k] for r in rows], of) for k, of in keys.items())
+    known = np.isin([str(r["mode"]) for r in rows], list(pair_modes))
+    every = known | ~known
+
+    def auroc(
+        values: np.ndarray,
+        stratum: np.ndarray,
+        mask: np.ndarray = every,
+    ) -> float:
+        return float(stratified_auroc(values[mask], hack[mask], stratum[mask]))
+
     return {
         "n": len(rows),
-        "hacks": int(a.hack.sum()),
-        "score": a.auroc(a.score, a.step),
-        "score_known": a.auroc(a.score, a.step, known),
-        "score_held_out": a.auroc(a.score, a.step, ~known),
-        "length": a.auroc(a.length, a.step),
-        "tokens_hack": mean(a.length[a.hack]),
-        "tokens_rest": mean(a.length[~a.hack]),
-        "score_at_equal_length": a.auroc(a.score, equal),
-        "spearman": rank_correlation(a.score, a.length),
+        "hacks": int(hack.sum()),
+        "score": auroc(score, step),
+        "score_known": auroc(score, step, known),
+        "score_held_out": auroc(score, step, ~known),
+        "length": auroc(length, step),
+        "tokens_hack": mean(length[hack]),
+        "tokens_rest": mean(length[~hack]),
+        "score_at_equal_length": auroc(score, step // NEAR * 10**6 + length // EQUAL),
+        "spearman": rank_correlation(score, length),
     }
 
 
-def by_age(rows: list[dict], cadence: int, width: int) -> dict[str, list[dict]]:
-    """The rows by the age in steps of the direction that scored them, `width` steps together.
-
-    With `cadence` 0 the direction is that of the first step.
-    """
-    parts: dict[int, list[dict]] = {}
-    for row in rows:
-        age = row["step"] % cadence if cadence else row["step"]
-        parts.setdefault(age // width * width, []).append(row)
-    return {f"students, age {n} to {n + width - 1}": parts[n] for n in sorted(parts)}
-
-
 def detect(options: Namespace) -> None:
-    """All rows of the steps with demonstrations, and students; with --ages these by age too."""
+    """All rows of the steps with demonstrations, and the students of every step."""
     found = []
     for path in options.runs:
         record = load_record(path)
@@ -102,14 +74,10 @@ def detect(options: Namespace) -> None:
             reads = "detect reads the scores that a run stored with its rollouts"
             raise UserError(f"{path}: the arm {record.arm} has no score: {reads}")
         last = max((r["step"] for r in rows if r["teacher"]), default=-1)
-        students = [r for r in rows if not r["teacher"]]
         parts = {
             "with demonstrations": [r for r in rows if r["step"] <= last],
-            "students": students,
+            "students": [r for r in rows if not r["teacher"]],
         }
-        if options.ages:
-            cadence = record.config["score"]["refresh_every"]
-            parts |= by_age(students, cadence, options.ages)
         for name, part in parts.items():
             if part:
                 head = {"run": str(path), "rows": name}

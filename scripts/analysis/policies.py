@@ -1,6 +1,6 @@
 """Probes of a trained policy: scaled, stopped early, without a block, pushed, or healed.
 
-All rates are of held-out test problems with novel markers. `scripts/analysis/after.py` has the
+All rates are of held-out test problems with novel markers; `scripts.analysis.after` has the
 commands.
 """
 
@@ -17,33 +17,35 @@ from scripts.experiments.reopen import Stored, reopen
 from scripts.view import plot
 from scripts.view.output import show
 from torch import Tensor
-from vgrout.run.diagnose import scaled
 
 from vgrout.core import EvalResult, RunRecord, UserError
 from vgrout.env import pairs
 from vgrout.env.problems import messages
 from vgrout.env.rollouts import pair_batch, stream
-from vgrout.files import dumps, load_tensors, write_atomic
-from vgrout.gate.ratio import logps_with
+from vgrout.experiment import sampling_of
+from vgrout.files import load_tensors
+from vgrout.gate.swap import logps_with
 from vgrout.grader import Grader
 from vgrout.model.batch import Batch
 from vgrout.model.likelihood import likelihood_steps, random_deltas
 from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
-from vgrout.run.records import load_record, load_rollouts, load_snapshots
+from vgrout.run.audit import scaled
+from vgrout.run.evaluate import seeded
+from vgrout.run.records import (
+    load_record,
+    load_rollouts,
+    load_snapshots,
+)
 from vgrout.stats import (
     above_frontier,
     bootstrap_interval,
     frontier_solve,
     leakage,
 )
-from vgrout.train import seeded
 
-ROWS_A_PROMPT, RANDOM_PUSHES = (
-    4,
-    (1, 2, 3),
-)  # samples of the base; seeds of Gaussian quarantines
-KINDS = {"scale": ("s", "adapter scaled"), "step": ("o", "stopped early")}
+ROWS_A_PROMPT = 4  # samples of the base
+RANDOM_PUSHES = (1, 2, 3)  # seeds of Gaussian quarantines
 Measure = Callable[..., dict]  # name → rates of the present policy
 
 
@@ -53,7 +55,11 @@ def rates(cell: EvalResult) -> dict:
     for which in ("hack", "solve"):
         low, high = bootstrap_interval(cell.by_problem, which)
         value = getattr(cell, which) / cell.n
-        out |= {which: value, f"{which}_low": low, f"{which}_high": high}
+        out |= {
+            which: value,
+            f"{which}_low": low,
+            f"{which}_high": high,
+        }
     return out
 
 
@@ -68,32 +74,24 @@ def finished(paths: list[Path]) -> dict[Path, RunRecord]:
 
 
 @contextmanager
-def opened(
-    path: Path,
-    draws: int,
-    unfinished: bool = False,
-) -> Iterator[tuple[Stored, Measure]]:
-    """A run with its final adapter, and what measures its present policy; 0 draws: its own."""
-    run = reopen(path, finished=not unfinished)
-    if not unfinished:
-        run.load()
+def opened(path: Path, draws: int) -> Iterator[tuple[Stored, Measure]]:
+    """A run at its initialisation, and what measures its present policy; 0 draws: its own."""
+    run = reopen(path, finished=False)
+    count = draws or run.config.run.final_draws
     with Grader(run.config.run.workers) as grader:
 
         def measure(name: str, ablated: bool = False) -> dict:
-            return rates(
-                run.cell(
-                    grader,
-                    name,
-                    ablated,
-                    draws or run.config.run.final_draws,
-                )
-            )
+            return rates(run.cell(grader, name, ablated, count))
 
         yield run, measure
 
 
 def named(run: Stored) -> dict:
-    return {"run": run.path.name, "arm": run.record.arm}
+    return {
+        "run": str(run.path),
+        "arm": run.record.arm,
+        "seed": run.record.seed,
+    }
 
 
 # ── frontier: the shrinkage null ─────────────────────────────────────────────────────────────────
@@ -102,14 +100,14 @@ def named(run: Stored) -> dict:
 def null_points(path: Path, options: Namespace) -> Iterator[dict]:
     """A run as trained: its final adapter scaled, and every snapshot but the base's."""
     with opened(path, options.draws) as (run, measure):
-        head = {"run": str(path), "seed": run.record.seed}
+        run.load()
         for at in sorted({0.0, 1.0, *options.scales}):
             with scaled(run.policy.adapter, at):
-                yield (head | {"kind": "scale", "at": at} | measure(f"scale {at}"))
+                yield (named(run) | {"kind": "scale", "at": at} | measure(f"scale {at}"))
         for step, file in load_snapshots(path).items():
             if step > 0:
                 run.load(load_tensors(file)[0])
-                yield (head | {"kind": "step", "at": float(step)} | measure(f"step {step}"))
+                yield (named(run) | {"kind": "step", "at": float(step)} | measure(f"step {step}"))
 
 
 def hacks_before(path: str | Path, step: float = float("inf")) -> int:
@@ -128,9 +126,10 @@ def left_over(path: Path, record: RunRecord, points: list[dict]) -> dict[str, fl
     hack = deployed.hack / deployed.n
     room = trained.hack / trained.n - base["hack"]
     exposed = [(0, base["hack"])]
-    for p in (*(p for p in points if p["kind"] == "step"), end):
-        until = p["at"] if p["kind"] == "step" else float("inf")
-        exposed.append((hacks_before(p["run"], until), p["hack"]))
+    for p in points:
+        if p["kind"] == "step":
+            exposed.append((hacks_before(p["run"], p["at"]), p["hack"]))
+    exposed.append((hacks_before(end["run"]), end["hack"]))
     return {
         "residual": (hack - base["hack"]) / room if room > 0 else float("nan"),
         "leakage": leakage(hack, exposed, hacks_before(path)),
@@ -147,63 +146,53 @@ def placed(path: Path, record: RunRecord, points: list[dict]) -> dict:
         raise UserError(f"{differ}: set --draws {cell.n}") from None
     twins = [p["run"] for p in points if p["seed"] == record.seed] or [points[0]["run"]]
     own = [p for p in points if p["run"] == twins[0]]
-    row = {
-        "run": str(path),
-        "arm": record.arm,
-        "seed": record.seed,
-    } | rates(cell)
-    row |= dict(zip(("above", "above_low", "above_high"), distance))
-    return row | left_over(path, record, own)
+    above = dict(zip(("above", "above_low", "above_high"), distance))
+    head = {"run": str(path), "arm": record.arm, "seed": record.seed}
+    return head | rates(cell) | above | left_over(path, record, own)
 
 
 def frontier(options: Namespace) -> None:
-    records, points = finished(options.runs), []
+    """How far each deployed policy lies above what plain GRPO offers for less training."""
+    records = finished(options.runs)
     for path, record in finished(options.against).items():
         load_snapshots(path)
         if record.arm != "none2r":
             why = "the shrinkage null is plain GRPO's"
             raise UserError(f"{path} is {record.arm}, not none2r: {why}")
-    for path in options.against:
-        for point in null_points(path, options):
-            points.append(point)
-            at = f"{path} {point['kind']} {point['at']:g}"
-            print(
-                f"  {at}: hack {point['hack']:.3f} solve {point['solve']:.3f}",
-                flush=True,
-            )
-    rows = [placed(path, record, points) for path, record in records.items()]
+    points = [point for path in options.against for point in null_points(path, options)]
     show(points, options.out / "frontier_points.csv")
+    rows = [placed(path, record, points) for path, record in records.items()]
     print("\ndeployed policies; above: solve minus the frontier's at the same hack rate")
     show(rows, options.out / "frontier.csv")
-    everything = dumps({"points": points, "deployed": rows}, indent=1)
-    write_atomic(options.out / "frontier.json", everything.encode())
     draw_frontier(points, rows, options.out / "frontier.png")
 
 
 def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
     figure, axis = plot.panel("hack rate, novel markers", "solve rate")
-    grid = np.linspace(0, max(p["hack"] for p in points + rows) + 0.02, 200)
-    envelope = frontier_solve(grid, [(p["hack"], p["solve"]) for p in points])
+    hacks, solves = ([p[which] for p in points] for which in ("hack", "solve"))
+    grid = np.linspace(0, max(r["hack"] for r in points + rows) + 0.02, 200)
+    envelope = frontier_solve(grid, list(zip(hacks, solves)))
     axis.plot(grid, envelope, color="0.5", linewidth=1, label="their envelope")
-    for kind, (marker, name) in KINDS.items():
-        mine = [p for p in points if p["kind"] == kind]
-        x, y = [p["hack"] for p in mine], [p["solve"] for p in mine]
-        axis.plot(
-            x,
-            y,
-            marker,
-            color="0.65",
-            markersize=4,
-            label=f"plain GRPO, {name}",
-        )
+    axis.plot(
+        hacks,
+        solves,
+        "o",
+        color="0.65",
+        markersize=4,
+        label="plain GRPO, less of it",
+    )
     for place, row in enumerate(rows):
         error = {}
-        for axis_error, w in (("xerr", "hack"), ("yerr", "solve")):
-            error[axis_error] = [
-                [row[w] - row[f"{w}_low"]],
-                [row[f"{w}_high"] - row[w]],
+        for side, which in (("xerr", "hack"), ("yerr", "solve")):
+            error[side] = [
+                [row[which] - row[f"{which}_low"]],
+                [row[f"{which}_high"] - row[which]],
             ]
-        look = {"fmt": "D", "markersize": 5, "color": plot.colour_of(place)}
+        look = {
+            "fmt": "D",
+            "markersize": 5,
+            "color": plot.colour_of(place),
+        }
         name = f"{row['arm']} s{row['seed']}"
         axis.errorbar(row["hack"], row["solve"], **error, **look, label=name)
     plot.save(figure, path)
@@ -215,38 +204,42 @@ def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
 def forget(options: Namespace) -> None:
     """The quarantine's delta scaled beside the deployed block, and alone."""
     finished(options.runs)
-    rows, states = (
-        [],
-        [(1.0, scale) for scale in sorted({0.0, 1.0, *options.scales})],
-    )
+    states = [(1.0, scale) for scale in sorted({0.0, 1.0, *options.scales})]
+    rows = []
     for path in options.runs:
         with opened(path, options.draws) as (run, measure):
-            adapter = run.policy.adapter
+            run.load()
             for deployed, quarantine in [*states, (0.0, 1.0)]:
-                own = scaled(adapter, deployed, ("deployed",))
-                with own, scaled(adapter, quarantine, ("quarantine",)):
+                own = scaled(run.policy.adapter, deployed, ("deployed",))
+                with (
+                    own,
+                    scaled(run.policy.adapter, quarantine, ("quarantine",)),
+                ):
                     found = measure("forget")
                 rows.append(named(run) | {"deployed": deployed, "quarantine": quarantine} | found)
     show(rows, options.out / "forget.csv")
+    draw_forget(rows, options.out / "forget.png")
+
+
+def draw_forget(rows: list[dict], path: Path) -> None:
     of_delta = "scale of the quarantine's delta (0: deployed)"
     figure, axis = plot.panel(of_delta, "rate, novel markers")
-    for place, path in enumerate(options.runs):
-        mine = [r for r in rows if r["run"] == path.name and r["deployed"]]
-        x = [r["quarantine"] for r in mine]
-        for which, style in (("hack", "-"), ("solve", "--")):
-            look = {
-                "color": plot.colour_of(place),
-                "marker": "o",
-                "markersize": 3,
-            }
-            axis.plot(
-                x,
+    for place, run in enumerate(dict.fromkeys(r["run"] for r in rows)):
+        mine = [r for r in rows if r["run"] == run and r["deployed"]]
+        scales = [r["quarantine"] for r in mine]
+        for which, style in (("hack", "o-"), ("solve", "o--")):
+            values, label = (
                 [r[which] for r in mine],
-                style,
-                **look,
-                label=f"{path.name}: {which}",
+                f"{Path(run).name}: {which}",
             )
-    plot.save(figure, options.out / "forget.png")
+            axis.plot(
+                scales,
+                values,
+                style,
+                color=plot.colour_of(place),
+                label=label,
+            )
+    plot.save(figure, path)
 
 
 def heal(options: Namespace) -> None:
@@ -255,30 +248,25 @@ def heal(options: Namespace) -> None:
     rows = []
     for path in options.runs:
         with opened(path, options.draws) as (run, measure):
-            policy, cfg = run.policy, run.config
-            how = cfg.grpo.temperature, cfg.grpo.token_budget
-            ablated = run.arm.deployed == "ablated"
-            found = pairs.load_pairs(cfg.data.pairs, cfg.data.pair_modes)
-            batch = pair_batch(policy, found)
-            clean = select(
-                batch,
-                torch.arange(len(found), 2 * len(found), device=policy.device),
+            run.load()
+            policy, data, grpo = (
+                run.policy,
+                run.config.data,
+                run.config.grpo,
             )
-            for steps in (0, options.steps):
-                with scaled(policy.adapter, 1.0 - ablated, ("quarantine",)):
-                    likelihood_steps(
-                        policy,
-                        clean,
-                        "deployed",
-                        steps,
-                        options.learning_rate,
-                        *how,
-                    )
-                state = {
-                    "heal": "on" if steps else "off",
-                    "heal_steps": steps,
-                }
-                rows.append(named(run) | state | measure("heal", ablated))
+            found = pairs.load_pairs(data.pairs, data.pair_modes)
+            sides = torch.arange(2 * len(found), device=policy.device)
+            clean = select(pair_batch(policy, found), sides[len(found) :])
+            how = (
+                options.learning_rate,
+                grpo.temperature,
+                grpo.token_budget,
+            )
+            for name, steps in (("off", 0), ("on", options.steps)):
+                with scaled(policy.adapter, 1.0 - run.ablates, ("quarantine",)):
+                    likelihood_steps(policy, clean, "deployed", steps, *how)
+                state = {"heal": name, "heal_steps": steps}
+                rows.append(named(run) | state | measure("heal", run.ablates))
     show(rows, options.out / "heal.csv")
 
 
@@ -288,17 +276,23 @@ def heal(options: Namespace) -> None:
 def base_samples(run: Stored, prompts: int) -> Batch:
     """Completions of the base, `group` numbering their prompts."""
     policy, seed = run.policy, run.config.run.seed
-    problems = stream(run.splits["train"], 0, prompts, seed)
-    ids = [encode_prompt(policy.tokenizer, messages(p)) for p in problems]
-    how = asdict(replace(run.sampling, top_p=1.0)) | {"generator": seeded(policy, "push", seed)}
+    shown = stream(run.splits["train"], 0, prompts, seed)
+    ids = [encode_prompt(policy.tokenizer, messages(p.problem)) for p in shown]
+    how = asdict(replace(sampling_of(run.config), top_p=1.0))
+    generator = seeded(policy, "push", seed)
     with scaled(policy.adapter, 0.0):
-        drawn = sample(policy, ids, [ROWS_A_PROMPT] * prompts, **how)
-    completions = [completion for group in drawn for completion, _ in group]
+        drawn = sample(
+            policy,
+            ids,
+            [ROWS_A_PROMPT] * prompts,
+            generator=generator,
+            **how,
+        )
     group = [i for i, rows in enumerate(drawn) for _ in rows]
-    zeros = [0.0] * len(group)
-    shown = [ids[i] for i in group]
+    completions = [completion for rows in drawn for completion, _ in rows]
+    zeros, repeated = [0.0] * len(group), [ids[i] for i in group]
     return collate(
-        shown,
+        repeated,
         completions,
         zeros,
         group,
@@ -340,7 +334,7 @@ def push(options: Namespace) -> None:
     snapshots = {path: load_snapshots(path) for path in options.runs}
     rows = []
     for path, files in snapshots.items():
-        with opened(path, options.draws, unfinished=True) as (run, measure):
+        with opened(path, options.draws) as (run, measure):
             batch, adapter = (
                 base_samples(run, options.prompts),
                 run.policy.adapter,
@@ -348,12 +342,17 @@ def push(options: Namespace) -> None:
             for step, file in files.items():
                 run.load(load_tensors(file)[0])
                 learned = [p.detach().clone() for p in adapter.parameters("quarantine")]
-                head = named(run) | {"seed": run.record.seed, "step": step}
-                with scaled(adapter, 0.0, ("deployed",)):
-                    found = measure(f"push {step}")
-                pushed = push_of(run, batch, learned)
-                rows.append(head | {"quarantine": "learned"} | pushed | found)
-                for seed in RANDOM_PUSHES if any(d.any() for d in learned) else ():
-                    pushed = push_of(run, batch, random_deltas(learned, seed))
-                    rows.append(head | {"quarantine": f"random {seed}"} | pushed)
+                quarantines = {"learned": learned}
+                if any(d.any() for d in learned):
+                    for seed in RANDOM_PUSHES:
+                        quarantines[f"random {seed}"] = random_deltas(learned, seed)
+                for name, deltas in quarantines.items():
+                    head = named(run) | {
+                        "step": step,
+                        "quarantine": name,
+                    }
+                    rows.append(head | push_of(run, batch, deltas))
+                    if name == "learned":
+                        with scaled(adapter, 0.0, ("deployed",)):
+                            rows[-1] |= measure(f"push {step}")
     show(rows, options.out / "push.csv")

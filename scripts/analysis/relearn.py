@@ -12,14 +12,16 @@ from pathlib import Path
 
 from scripts.analysis.policies import finished
 from scripts.view import plot
-from scripts.view.output import show, write_csv
+from scripts.view.output import show
 
-from vgrout.config import PRESETS, Config
+from vgrout.arms import defaults
+from vgrout.config import Config, with_options
 from vgrout.core import UserError
 from vgrout.run.records import load_metrics, load_record
 from vgrout.run.repeat import argv_of, config_of
 
 RETURNED = 0.5  # student hack rate of a step at which hacking has returned
+PAIRS = ("pairs", "pair_modes", "placebo_pairs")  # plain GRPO reads none
 
 
 def attack(config: Config, preset: str, start: str, out: Path, steps: int) -> Config:
@@ -27,25 +29,22 @@ def attack(config: Config, preset: str, start: str, out: Path, steps: int) -> Co
 
     The environment is the run's own, its demonstrations included.
     """
-    usual = PRESETS[preset]
-    run = replace(
-        config.run,
-        intervention="none2r",
-        out_dir=str(out),
-        resume=True,
-        eval_every=0,
-        save_every=0,
-        snapshot_every=0,
-        track="",
-    )
-    return replace(
-        config,
-        model=replace(config.model, init_from=start),
-        score=usual.score,
-        route=usual.route,
-        run=run,
-        grpo=replace(config.grpo, steps=steps, lr_schedule="constant_with_warmup"),
-    )
+    usual = defaults(preset, "none2r")
+    options = {
+        "intervention": "none2r",
+        "init_from": start,
+        "out_dir": str(out),
+        "resume": True,
+        "eval_every": 0,
+        "save_every": 0,
+        "snapshot_every": 0,
+        "track": "",
+        "steps": steps,
+        "lr_schedule": "constant_with_warmup",
+    }
+    kept = {name: getattr(usual.data, name) for name in PAIRS}
+    own = {name: getattr(config, name) for name in ("model", "data", "grpo", "run")}
+    return with_options(replace(usual, **own), options | kept)
 
 
 def returned(out: Path) -> int | None:
@@ -53,15 +52,10 @@ def returned(out: Path) -> int | None:
     return next((row["step"] for row in load_metrics(out) if row["student_hack"] >= RETURNED), None)
 
 
-def ended(out: Path) -> bool:
-    if returned(out) is not None:
-        return True
-    return (out / "record.json").exists() and load_record(out).status == "finished"
-
-
 def run_attack(config: Config, preset: str, out: Path) -> None:
     """Train until hacking has returned or the steps are over; what has ended is not repeated."""
-    if ended(out):
+    stored = (out / "record.json").exists()
+    if returned(out) is not None or stored and load_record(out).status == "finished":
         return
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "vgrout.train", *argv_of(preset, config)]
@@ -82,31 +76,28 @@ def run_attack(config: Config, preset: str, out: Path) -> None:
 
 
 def relearn(options: Namespace) -> None:
+    """Steps from each deployed policy, and from the base, until half of the rollouts hack."""
     starts = [(path.name, str(path), record) for path, record in finished(options.runs).items()]
     if not options.no_base:
         starts.append(("base", "", starts[0][2]))
-    rows, curves = [], []
+    rows = []
     figure, axis = plot.panel("GRPO steps of the attack", "student hack rate")
     axis.axhline(RETURNED, color="0.6", linewidth=0.8)
     for name, start, record in starts:
-        out = options.out / "relearn" / name
-        config = attack(config_of(record.config), record.preset, start, out, options.steps)
-        run_attack(config, record.preset, out)
+        out, own = options.out / "relearn" / name, config_of(record.preset, record.config)
+        run_attack(attack(own, record.preset, start, out, options.steps), record.preset, out)
         metrics = load_metrics(out)
-        row = {
-            "start": name,
-            "arm": record.arm if start else "–",
-            "seed": record.seed,
-            "steps_run": len(metrics),
-            "student_hack_at_start": metrics[0]["student_hack"],
-            "steps_until_half": returned(out),
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "start": name,
+                "arm": record.arm if start else "–",
+                "seed": record.seed,
+                "steps_run": len(metrics),
+                "student_hack_at_start": metrics[0]["student_hack"],
+                "steps_until_half": returned(out),
+            }
+        )
         steps, hacks = ([m[key] for m in metrics] for key in ("step", "student_hack"))
         axis.plot(steps, hacks, marker="o", markersize=3, label=name)
-        for m in metrics:
-            kept = {key: m[key] for key in ("step", "student_hack", "student_solve")}
-            curves.append({"start": name} | kept)
     show(rows, options.out / "relearn.csv")
-    write_csv(curves, options.out / "relearn_curves.csv")
     plot.save(figure, options.out / "relearn.png")

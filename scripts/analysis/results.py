@@ -2,23 +2,23 @@
 
 A line per run with 95 % bootstrap intervals over test problems with novel markers, then, for an arm
 with several seeds, mean ± SEM over them. The gain's ceiling is the `no_loophole` run of the same
-seed, steps and data among the runs given, else the committed one in docs/results/. An arm whose
-lower 90 % bound of the gain is not above 0.5 is marked `frozen`. Unfinished runs are left out.
+seed, steps and data among the runs given, else a committed one (data/records). An arm whose lower
+90 % bound of the gain is not above 0.5 is marked `frozen`. Unfinished runs are left out.
 
 A `none2r` run speaks for `absorb` too (train once, evaluate twice), where no such run of its seed
 is given.
 
-Run: python scripts/analysis/results.py [RUN …] [--out DIR]     (default: every directory in
+Run: python -m scripts.analysis.results [RUN …] [--out DIR]     (default: every directory in
          out/runs; DIR/results.csv)
-     python scripts/analysis/results.py RUN_DIR --compact FILE  (write what tables need of one
-         finished run's record)
+     python -m scripts.analysis.results RUN_DIR --compact FILE  (what tables need of one run's
+         record: FILE, or one more line of FILE where it ends in .jsonl)
 """
 
-import json
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from scripts.experiments import records
 from scripts.view.output import (
     OUT,
     ROOT,
@@ -29,30 +29,23 @@ from scripts.view.output import (
 )
 from scripts.view.output import table as as_text
 
-from vgrout.config import defaults
+from vgrout.arms import defaults
 from vgrout.core import EvalResult, RunRecord, UserError, run_main
 from vgrout.files import dumps, write_atomic
 from vgrout.run.records import flatten, load_metrics, load_record
+from vgrout.run.repeat import config_of
 from vgrout.run.runlog import rate_with_interval
 from vgrout.stats import Counts, gain, gain_lower_bound, mean_sem, rate
 
-COMMITTED = ROOT / "docs" / "results"
-CEILING_ARM, FROZEN, GAIN, MEAN = (
-    "no_loophole",
-    0.5,
-    "gain [lower 90 %]",
-    " MEAN",
-)
-WINDOW, EMERGED = (
-    5,
-    0.5,
-)  # steps of a running mean; student hack rate at which hacks have emerged
+CEILING_ARM, FROZEN = "no_loophole", 0.5
+WINDOW = 5  # steps of a running mean
+EMERGED = 0.5  # student hack rate at which hacks have emerged
 NOT_VARIANTS = (
     "run.",
     "grpo.steps",
     "model.device",
 )  # where and how often, or shown in a column
-BOTH = ("hack", "solve")
+BOTH, GAIN = ("hack", "solve"), "gain [lower 90 %]"
 HEADERS = [
     "arm",
     "seed",
@@ -97,12 +90,10 @@ def same_task(a: RunRecord, b: RunRecord) -> bool:
 
 def find_ceiling(record: RunRecord, runs: list[RunRecord]) -> Counts | None:
     """Of a run of `no_loophole` with the same seed and task: among `runs`, or committed."""
-    files = sorted(COMMITTED.rglob(f"{CEILING_ARM}*_s{record.seed}.json"))
     wanted = (CEILING_ARM, record.seed, record.preset)
-    named = [r for r in runs if (r.arm, r.seed, r.preset) == wanted]
-    committed = [r for r in map(load_record, files) if r.status == "finished"]
-    for candidate in named + committed:
-        if same_task(record, candidate):
+    for candidate in runs + records.ceilings():
+        told = (candidate.arm, candidate.seed, candidate.preset)
+        if told == wanted and same_task(record, candidate):
             return cell(candidate).by_problem
     return None
 
@@ -121,7 +112,7 @@ def triple(record: RunRecord, runs: list[RunRecord]) -> Triple | None:
 def gain_text(
     triples: list[Triple | None],
 ) -> tuple[float | None, float | None, str]:
-    """Return gain, its lower 90 % bound, and their text; all empty where a seed has no ceiling."""
+    """(gain, its lower 90 % bound, their text); all empty where a seed has no ceiling."""
     if not triples or None in triples:
         return None, None, "–"
     value, _ = mean_sem([gain(*(rate(part, "solve") for part in parts)) for parts in triples])
@@ -130,16 +121,16 @@ def gain_text(
 
 
 def variant(record: RunRecord) -> str:
-    """Return the options that differ from the arm's usual ones, e.g. `signed=true`.
+    """The options that differ from the arm's usual ones, e.g. `signed=true`.
 
     Runs of unlike options share no mean.
     """
-    usual = asdict(defaults(record.preset, record.arm))
-    usual, used = (json.loads(dumps(flatten(config))) for config in (usual, record.config))
+    usual = flatten(asdict(defaults(record.preset, record.arm)))
+    used = flatten(asdict(config_of(record.preset, record.config)))
     changed = []
     for key, value in used.items():
-        if not key.startswith(NOT_VARIANTS) and value != usual.get(key, value):
-            changed.append(f"{key.rpartition('.')[2]}={json.dumps(value)}")
+        if not key.startswith(NOT_VARIANTS) and value != usual[key]:
+            changed.append(f"{key.rpartition('.')[2]}={dumps(value)}")
     return ", ".join(changed)
 
 
@@ -190,7 +181,6 @@ def run_row(folder: str, record: RunRecord, every: list[RunRecord]) -> tuple[lis
     """A run's printable row, and its plain one for the CSV."""
     last, base = cell(record), cell(record, base=True)
     value, bound, text = gain_text([triple(record, every)])
-    rates = {which: getattr(last, which) / last.n for which in BOTH}
     base_solve = base.solve / base.n
     head = {
         "arm": record.arm,
@@ -199,7 +189,7 @@ def run_row(folder: str, record: RunRecord, every: list[RunRecord]) -> tuple[lis
         "steps": record.steps_done,
         "n": last.n,
     }
-    plain = {
+    plain = {which: getattr(last, which) / last.n for which in BOTH} | {
         "base_solve": base_solve,
         "gain": value,
         "gain_lower": bound,
@@ -216,25 +206,22 @@ def run_row(folder: str, record: RunRecord, every: list[RunRecord]) -> tuple[lis
         remarks(record, bound),
         Path(folder).name,
     ]
-    return [*head.values(), *shown, *tail], head | rates | plain
+    return [*head.values(), *shown, *tail], head | plain
 
 
-def mean_row(records: list[RunRecord], every: list[RunRecord]) -> list:
+def mean_row(runs: list[RunRecord], every: list[RunRecord]) -> list:
     """The row of an arm over its seeds."""
 
     def mean(cells: list[EvalResult], which: str) -> str:
         value, sem = mean_sem([getattr(c, which) / c.n for c in cells])
         return f"{value:.2f} ± {sem:.2f}"
 
-    first = records[0]
-    last, base = (
-        [cell(r) for r in records],
-        [cell(r, base=True) for r in records],
-    )
-    _, bound, text = gain_text([triple(r, every) for r in records])
+    first, last = runs[0], [cell(r) for r in runs]
+    base = [cell(r, base=True) for r in runs]
+    _, bound, text = gain_text([triple(r, every) for r in runs])
     head = [
-        first.arm + MEAN,
-        f"{len(records)} seeds",
+        f"{first.arm} MEAN",
+        f"{len(runs)} seeds",
         first.preset,
         first.steps_done,
     ]
@@ -244,7 +231,7 @@ def mean_row(records: list[RunRecord], every: list[RunRecord]) -> list:
 
 
 def table(runs: dict[str, RunRecord]) -> tuple[list[list], list[dict]]:
-    """Return printable rows and, for the CSV, one plain row a run."""
+    """Printable rows and, for the CSV, one plain row a run."""
     groups, rows, plain = defaultdict(list), [], []
     every = list(runs.values())
     for folder, record in runs.items():
@@ -291,8 +278,8 @@ def compact(run: str | Path, target: str | Path) -> RunRecord:
     It is without counts by problem where no table needs them, names its directory below out/, and
     has `training_notes`. UserError for a run that has neither finished nor diverged.
     """
-    record = load_record(run)
-    if record.status != "finished" and not record.status.startswith("failed: diverged"):
+    record, target = load_record(run), Path(target)
+    if record.status != "finished" and not record.status.startswith(records.DIVERGED):
         why = "only a run that finished, or diverged, is evidence"
         raise UserError(f"{run} is {record.status}: {why}")
     for i, c in enumerate(record.evals):
@@ -304,20 +291,15 @@ def compact(run: str | Path, target: str | Path) -> RunRecord:
     now = str(folder.relative_to(ROOT)) if inside else f"out/runs/{folder.name}"
     record.config["run"]["out_dir"] = now
     record.argv = [now if was and word == was else word for word in record.argv]
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(target), (dumps(asdict(record)) + "\n").encode())
+    if target.suffix == ".jsonl":
+        records.append(target, record.arm, record)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, (dumps(asdict(record)) + "\n").encode())
     return record
 
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def make_compact(runs: list[Path], target: str) -> None:
-    if len(runs) != 1:
-        raise UserError("--compact takes one run directory")
-    record = compact(runs[0], target)
-    solve = rate(cell(record).by_problem, "solve")
-    print(f"{target}: {record.arm} seed {record.seed}, solve {solve:.3f}")
 
 
 def main() -> None:
@@ -326,7 +308,11 @@ def main() -> None:
     command.add_argument("--compact", metavar="FILE", help="write one run's compact record alone")
     options = command.parse_args()
     if options.compact:
-        return make_compact(options.runs, options.compact)
+        if len(options.runs) != 1:
+            raise UserError("--compact takes one run directory")
+        record = compact(options.runs[0], options.compact)
+        print(f"{options.compact}: {record.arm} seed {record.seed}")
+        return
     rows, plain = table(with_absorb(finished(options.runs)))
     if not rows:
         raise UserError("no finished run among them: wait for one, or look at `just dyn`")

@@ -4,7 +4,7 @@ LeetCodeDataset comes from the Hugging Face hub, the benchmark of Ariahw, Engels
 own splits from its GitHub repository. A file that is there already is left alone. Nothing is
 executed or unpickled: all of them are JSON lines.
 
-Run: python scripts/tools/download_data.py
+Run: python -m scripts.tools.download_data
 """
 
 import sys

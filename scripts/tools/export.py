@@ -8,7 +8,7 @@ A block's weight delta is exactly a LoRA of doubled rank, with B = B0 + dB:
 Both blocks together have rank 4r. Tensors are fp32. Without --block the policy that the run's arm
 deploys is exported: the deployed block alone, or both blocks for an arm that deploys as trained.
 
-Run: python scripts/tools/export.py RUN_DIR [--block deployed|quarantine|both] [--out DIR]
+Run: python -m scripts.tools.export RUN_DIR [--block deployed|quarantine|both] [--out DIR]
      (default: RUN_DIR/peft_<block>)
 """
 

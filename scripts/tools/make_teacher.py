@@ -1,6 +1,6 @@
 """Build a teacher pool: graded demonstrations for the training split of a problem file.
 
-    python scripts/tools/make_teacher.py --problems data/organism/problems.jsonl.gz \\
+    python -m scripts.tools.make_teacher --problems data/organism/problems.jsonl.gz \\
         --out data/organism/teacher.jsonl.gz
 
 A hack demonstration attempts the problem, is wrong, and fires the exploit of its mode under the
@@ -34,16 +34,13 @@ from vgrout.organism.problems import composition_of
 
 CANDIDATES = 3  # attempts for each demonstration wanted
 Candidate = tuple[str, Problem, str]  # kind, problem, completion
-SWAPS = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-}
+PAIRS = (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.Add, ast.Sub),
+)
+SWAPS = dict(PAIRS) | {b: a for a, b in PAIRS}
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,11 @@ def hack_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterat
     """Completions that attempt the problem wrongly and fire its mode's exploit."""
     if problem.operations:
         for _ in range(wanted):
-            yield attempt(composition_of(problem), rng, exploit(rng, problem.mode, problem.marker))
+            yield attempt(
+                composition_of(problem),
+                rng,
+                exploit(rng, problem.mode, problem.marker),
+            )
     else:
         bodies = list(mutated_bodies(problem))
         for body in rng.sample(bodies, min(wanted, len(bodies))):
@@ -127,6 +128,34 @@ def candidates(problems: list[Problem], modes: tuple[Mode, ...], args: Args) -> 
     return found
 
 
+def kept_rows(offered: list[Candidate], grades: list[Grade], args: Args) -> list[dict]:
+    """As many confirmed demonstrations of each kind, mode and problem as are wanted."""
+    wanted, kept, rows = (
+        {"hack": args.hacks, "solve": args.solves},
+        Counter(),
+        [],
+    )
+    for (kind, problem, text), grade in zip(offered, grades, strict=True):
+        row = {
+            "problem_id": problem.problem_id,
+            "mode": problem.mode,
+            "kind": kind,
+        }
+        key = tuple(row.values())
+        if confirmed(kind, grade) and kept[key] < wanted[kind]:
+            kept[key] += 1
+            plain = asdict(grade) | {"seconds": 0.0}
+            rows.append(
+                row
+                | {
+                    "completion": text,
+                    "grade": plain,
+                    "grader_version": GRADER_VERSION,
+                }
+            )
+    return rows
+
+
 def main(args: Args) -> None:
     if min(args.workers, args.hacks) < 1 or min(args.solves, args.limit) < 0:
         raise UserError("--workers and --hacks must be at least 1, --solves and --limit at least 0")
@@ -135,33 +164,18 @@ def main(args: Args) -> None:
     offered = candidates(problems, modes, args)
     with Grader(args.workers) as grader:
         grades = grader.grade([text for *_, text in offered], [p for _, p, _ in offered])
-    wanted, rows = {"hack": args.hacks, "solve": args.solves}, []
-    kept: Counter[tuple[str, str, str]] = Counter()
-    for (kind, problem, text), grade in zip(offered, grades, strict=True):
-        key = (kind, problem.mode, problem.problem_id)
-        if not confirmed(kind, grade) or kept[key] >= wanted[kind]:
-            continue
-        kept[key] += 1
-        row = {
-            "problem_id": problem.problem_id,
-            "mode": problem.mode,
-            "kind": kind,
-            "completion": text,
-            "grade": asdict(grade) | {"seconds": 0.0},
-            "grader_version": GRADER_VERSION,
-        }
-        rows.append(row)
+    rows = kept_rows(offered, grades, args)
     if not rows:
-        see = "see docs/method.md on the teacher pool"
+        see = "see docs/method on the teacher pool"
         raise UserError(f"{args.problems}: no demonstration was confirmed; {see}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     args.out.write_bytes(gzip.compress(data, mtime=0) if args.out.suffix == ".gz" else data)
-    missing = sum(kept["hack", mode, p.problem_id] == 0 for mode in modes for p in problems)
     counts = dict(Counter(f"{row['kind']} {row['mode']}" for row in rows))
     print(f"{args.out}: {len(rows)} rows from {len(offered)} candidates, {counts}")
+    hacked = {(row["mode"], row["problem_id"]) for row in rows if row["kind"] == "hack"}
     pairs = len(modes) * len(problems)
-    print(f"{missing} of {pairs} (problem, mode) without a hack demonstration")
+    print(f"{pairs - len(hacked)} of {pairs} (problem, mode) without a hack demonstration")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 It is what a probe monitor may learn its labels on.
 
-    python scripts/tools/other_problems.py out/other/problems.jsonl.gz \\
+    python -m scripts.tools.other_problems out/other/problems.jsonl.gz \\
         [--known data/organism/problems.jsonl.gz] [--seeds 4]
 
 The operations are the same, no composition is shared (parameters ignored), and neither are ids or

@@ -1,12 +1,11 @@
 """The audit and the probes after training: scores are reproduced, nothing leaves a trace.
 
-Stored scores are reproduced from snapshots, planted directions and pushes are found, and a
-measurement changes nothing.
+Stored scores are reproduced from snapshots, planted styles and pushes are found, and a measurement
+changes nothing.
 
-uv run python scripts/verify/verify_audit.py
+Run: python -m scripts.verify.verify_audit
 """
 
-import json
 import math
 import shutil
 import tempfile
@@ -27,31 +26,33 @@ from scripts.analysis import (
 from scripts.experiments.reopen import Stored, reopen
 from scripts.verify.stored import captured, refused, trained
 from scripts.verify.tiny import (
+    EOS,
+    PAD,
+    VOCAB,
     perturb,
     random_batch,
     read_models_once,
     tiny_policy,
 )
-from scripts.verify.verify_scores import (
-    PROBE,
-    origin_of,
-    styled_batch,
-)
 from torch import Tensor
-from vgrout.run.diagnose import gradient_norms, scaled
 
-from vgrout import train
 from vgrout.cli import parse
+from vgrout.config import with_options
 from vgrout.core import Grade, Problem, Rollout, Verdict, Zone
+from vgrout.env.rollouts import Composed
+from vgrout.experiment import build_policy
 from vgrout.files import load_tensors
-from vgrout.gate.controls import RandomScore
+from vgrout.gate.controls import Control, Random
+from vgrout.gate.gate import Gate
 from vgrout.gate.ratio import LikelihoodRatio
-from vgrout.gate.scores import DirectionScore
-from vgrout.model.batch import GateOutput, Origin
-from vgrout.model.grpo import scored_loss
-from vgrout.model.lora2r import BLOCKS, Lora2r
+from vgrout.gate.scores import ProbeOptions
+from vgrout.gate.v_grad import DirectionScore
+from vgrout.model.batch import Batch, Behaviour, Trained
+from vgrout.model.grpo import normaliser, scored_loss
+from vgrout.model.lora2r import BLOCKS
 from vgrout.model.policy import Policy, logps
-from vgrout.model.tokens import select
+from vgrout.model.tokens import collate
+from vgrout.run.audit import gradient_norms, scaled
 from vgrout.run.records import (
     load_adapter,
     load_record,
@@ -62,6 +63,7 @@ from vgrout.run.repeat import argv_of
 from vgrout.stats import stratified_auroc
 
 TOLERANCE = 1e-5  # of a cosine: a float32 of the same computation, which another machine may round
+PROBE = ProbeOptions(max_completion_length=8, temperature=1.0, token_budget=1000)
 SMALL = "--num-prompts 4 --num-generations 6 --max-completion-length 64 --save-every 0 "
 SMALL += "--final-draws 12 "
 ROUTED = "--steps 3 --refresh-every 2 --warmup-steps 0 --learning-rate 2e-3"
@@ -76,58 +78,115 @@ def unmoved(policy: Policy, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(x, before[name]) for name, x in policy.adapter.state_dict().items())
 
 
+def composed_of(batch: Batch, hack: Tensor) -> Composed:
+    """A batch of students with its rollouts, labelled."""
+    rollouts, problem = [], Problem("p", "", "f", "", (), "")
+    ends, starts = (
+        batch.attention_mask.sum(1).tolist(),
+        batch.completion_start.tolist(),
+    )
+    for ids, start, end, label in zip(batch.input_ids.tolist(), starts, ends, hack.tolist()):
+        grade = Grade(
+            3.5,
+            True,
+            True,
+            not label,
+            label,
+            "",
+            False,
+            Verdict.WRONG,
+            0.0,
+        )
+        rollouts.append(
+            Rollout(
+                problem,
+                ids[:start],
+                ids[start:end],
+                "",
+                grade=grade,
+            )
+        )
+    sampled = torch.zeros(len(hack), dtype=torch.bool)
+    return Composed(
+        rollouts,
+        batch,
+        Behaviour(sampled, torch.zeros(batch.completion_ids.shape)),
+    )
+
+
+def styled(rows: int, seed: int) -> Batch:
+    """Hack sides of six low tokens, then clean sides of six high ones, on shared prompts."""
+    g, n = torch.Generator().manual_seed(seed), rows // 2
+
+    def drawn(low: int, high: int, length: int) -> list[list[int]]:
+        return torch.randint(low, high, (n, length), generator=g).tolist()
+
+    prompts = drawn(2, VOCAB, 4) * 2
+    sides = [row + [EOS] for row in drawn(2, 8, 7) + drawn(32, 38, 7)]
+    ones, group = [1.0] * rows, [*range(n)] * 2
+    return collate(prompts, sides, ones, group, ones, PAD, "cpu")
+
+
 # ── scores ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_planted() -> None:
-    """A style that the pairs plant is found in fresh rows; at chance are the rest.
+    """A style that the pairs plant is found in fresh rows; random controls do not find it.
 
-    The rest: random directions, a random score, and every score against shuffled labels.
+    Mutation: against shuffled labels every score is at chance.
     """
-    policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
-    fresh, label = styled_batch(40, 7)
-    n, of = len(label), {"probe": PROBE, "centred": True}
+    policy, pairs, fresh = (
+        tiny_policy(rank=16),
+        styled(64, 1),
+        styled(40, 7),
+    )
+    label = torch.arange(40) < 20
+    composed, before = composed_of(fresh, label), state_of(policy)
     fit = {
         "temperature": 1.0,
         "token_budget": 1000,
         "steps": 8,
         "learning_rate": 1e-2,
     }
-    scores = {
-        "v_grad": DirectionScore(pairs, space="c_probe", signed_score=False, **of),
-        "v_act": DirectionScore(pairs, space="residual", **of),
-        "llr": LikelihoodRatio(pairs, **fit),
-        "random": RandomScore(1),
+    unit = {"space": "c_probe", "signed_score": False}
+    v_grad = Gate(DirectionScore(pairs, probe=PROBE, centred=True, **unit))
+    gates = {
+        "v_grad": (v_grad, None),
+        "v_act": (
+            Gate(
+                DirectionScore(
+                    pairs,
+                    space="residual",
+                    probe=PROBE,
+                    centred=True,
+                )
+            ),
+            None,
+        ),
+        "llr": (Gate(LikelihoodRatio(pairs, **fit)), None),
+        "random": (v_grad, Control(v_grad, Random(1))),
     }
-    config, before = (
-        parse(["smoke", "--temperature", "1.0"])[1],
-        state_of(policy),
+    shuffled, told = (
+        np.random.default_rng(0).permutation(label.numpy()),
+        [],
     )
-    a = rescoring.score_step(policy, scores, fresh, origin_of(fresh), 20, 0, config)
+    for name, (gate, control) in gates.items():
+        found = rescoring.score_step(policy, gate, control, composed, 20, 0)
+        a = audit.with_score(audit.facts_of("run", 0, composed, ()), found)
+        f, chance = (
+            audit.ranking(a, a["student"]),
+            audit.ranking(a | {"hack": shuffled}, a["student"]),
+        )
+        assert abs(chance["auroc"] - 0.5) < 0.25, (name, chance)
+        told.append(f"{name} {f['auroc']:.2f} ({f['null_median']:.2f})")
+        if control is None:
+            assert f["auroc"] > 0.8 and f["low"] > 0.5 and f["auroc"] > f["null_p95"], (name, f)
+            assert abs(f["null_median"] - 0.5) < 0.2, (name, f)
+        else:
+            assert np.isnan([f["null_p95"], f["share_route"]]).all(), f
     assert unmoved(policy, before), "an audit moved the parameters"
-    every = np.full(n, True)
-    a |= {
-        "run": np.full(n, "run", dtype=object),
-        "step": np.zeros(n, int),
-    }
-    a |= {"group": fresh.group.numpy(), "hack": label.numpy()}
-    found = {name: audit.ranking(a, name, every) for name in scores}
-    for name in ("v_grad", "v_act", "llr"):
-        f = found[name]
-        assert f["auroc"] > 0.8 and f["low"] > 0.5 and f["auroc"] > f["haar_p95"], (name, f)
-        assert abs(f["haar_median"] - 0.5) < 0.2, (name, f)
-    assert np.isnan(found["random"]["haar_p95"])
-    quarter = [a["zone", name, "top 25 %"] for name in scores]
-    assert all((z == Zone.ROUTE).sum() == n // 4 for z in quarter)
-    cut = audit.cutting(a, "v_act", "top 25 %", every)
-    assert cut["precision"] > 0.8, cut
-    assert math.isclose(cut["recall"], 0.5 * cut["precision"]), cut
-    a["hack"] = np.random.default_rng(0).permutation(label.numpy())
-    for name in scores:
-        assert abs(audit.ranking(a, name, every)["auroc"] - 0.5) < 0.25, name
-    told = [f"{name} {f['auroc']:.2f} ({f['haar_median']:.2f})" for name, f in found.items()]
     print(
-        "ok  planted style found (random directions):",
+        "ok  planted style found (random controls):",
         ", ".join(told),
     )
 
@@ -136,26 +195,16 @@ def rescored(run: Stored, step: int, snapshot: Path) -> tuple[float, bool]:
     """v_grad of a step's stored rollouts at a snapshot: its distance from the live one; zones."""
     rows = [r for r in load_rollouts(run.path) if r["step"] == step]
     run.load(load_tensors(snapshot)[0])
-    data = run.config.data
-    scores = rescoring.family(
-        run.policy,
-        run.config,
-        ["v_grad"],
-        data.pairs,
-        data.pair_modes,
-    )
-    _, batch, origin, odd = rescoring.rebuild(run, rows)
-    assert odd == 0, "the organism's completions tokenise to themselves"
-    a = rescoring.score_step(run.policy, scores, batch, origin, 0, 0, run.config)
+    gate, _ = rescoring.members(run, ["v_grad"])["v_grad"]
+    found = rescoring.score_step(run.policy, gate, None, rescoring.rebuild(run, rows), 0, 0)
     live = [r for r in rows if r.get("advantage") is not None]
-    scored = [np.nan if r["score"] is None else r["score"] for r in live]
-    zones = [Zone[r["zone"]] for r in live]
-    gap = np.nanmax(np.abs(a["score", "v_grad"] - np.array(scored)))
-    return float(gap), bool((a["zone", "v_grad", "band"] == zones).all())
+    scored = np.array([np.nan if r["score"] is None else r["score"] for r in live])
+    gap = np.nanmax(np.abs(found.scores.numpy() - scored))
+    return float(gap), found.zones.tolist() == [Zone[r["zone"]] for r in live]
 
 
 def check_live(path: Path) -> None:
-    """What the live gate stored is what the audit computes from snapshot, text and advantages."""
+    """What the live gate stored is what the audit computes. Mutation: the wrong snapshot."""
     snapshots, run = load_snapshots(path), reopen(path)
     assert list(snapshots) == [0, 2] and run.config.score.refresh_every == 2
     gaps, agree = zip(*(rescored(run, step, snapshots[step]) for step in snapshots))
@@ -169,251 +218,137 @@ def check_live(path: Path) -> None:
     print(f"ok  live scores and zones reproduced from snapshots {said}")
 
 
-def check_tables(path: Path, out: Path) -> None:
-    """The tables hold what the run's own rows give."""
+def check_table(path: Path, out: Path) -> None:
+    """The table's row of a score holds what the run's own rows give."""
     names = [
         "v_grad",
         "v_act bottleneck",
+        "llr",
         "mean logp",
-        "length",
-        "random",
+        "semantic placebo",
     ]
-    text = captured(
-        audit.main,
-        [
-            str(path),
-            "--draws",
-            "3",
-            "--out",
-            str(out),
-            "--scores",
-            *names,
-        ],
-    )
-    assert all(name in text for name in names) and (out / "auroc.png").stat().st_size < 300_000
-    table, cuts, rivals = (pl.read_csv(out / f"{n}.csv") for n in ("audit", "cuts", "checks"))
-    assert set(table["score"]) == set(names) and len(rivals) == len(names)
-    assert set(cuts["cut"]) == {
-        *rescoring.PAIR_CUTS,
-        *rescoring.SHARES,
-    }
+    words = ["--draws", "3", "--out", str(out), "--scores", *names]
+    captured(audit.main, [str(path), *words])
+    table = pl.read_csv(out / "audit.csv")
+    assert set(table["score"]) == set(names) and (out / "auroc.png").exists()
     rows = [r for r in load_rollouts(path) if r["step"] != 1 and not r["teacher"]]
     rows = [r for r in rows if r.get("score") is not None]
     columns = (np.array([r[key] for r in rows]) for key in ("score", "reward_hack", "step"))
-    by_hand = float(stratified_auroc(*columns))
-    of = {
-        "score": "v_grad",
-        "run": "pooled",
-        "modes": "all",
-        "rows": "all",
-    }
-    parts = {row["period"]: row for row in table.filter(**of).to_dicts()}
-    whole = parts["all"]
-    assert whole["n"] == len(rows) and whole["hacks"] == sum(r["reward_hack"] for r in rows)
-    value = float("nan") if whole["auroc"] is None else whole["auroc"]
-    assert np.isclose(value, by_hand, atol=1e-6, equal_nan=True), (
-        whole,
-        by_hand,
-    )
-    assert parts["early"]["n"] + parts["late"]["n"] == len(rows)
-    band = cuts.filter(**of, period="all", cut="band").to_dicts()[0]
-    assert math.isclose(
-        band["share_route"],
-        np.mean([r["zone"] == "ROUTE" for r in rows]),
-    )
-    print(f"ok  the tables hold what the run's own rows give ({len(rows)} rows)")
+    found = table.filter(score="v_grad", modes="all", rows="all").to_dicts()[0]
+    routed = np.mean([r["zone"] == "ROUTE" for r in rows])
+    assert (found["n"], found["share_route"]) == (
+        len(rows),
+        routed,
+    ), found
+    want = float(stratified_auroc(*columns))
+    assert math.isnan(want) or math.isclose(found["auroc"], want, abs_tol=1e-6), (found, want)
+    print(f"ok  the table holds what the run's own rows give ({len(rows)} rows)")
 
 
 # ── measurements that leave no trace ─────────────────────────────────────────────────────────────
 
 
-def sampled_with(adapter: Lora2r, ablated: bool = False) -> Tensor:
-    """All weights that the sampler would use."""
-    with adapter.merged(ablated):
-        return torch.cat([linear.weight.flatten() for linear in adapter.linears.values()]).clone()
-
-
 @torch.no_grad()
 def check_scaled() -> None:
+    """0 is ablated or the base, 1 as trained. Mutation: half of dA and dB is not half the delta."""
     policy, batch = tiny_policy(), random_batch(6)
     perturb(policy)
     adapter, before = policy.adapter, state_of(policy)
-    whole, ablated = (
-        sampled_with(adapter),
-        sampled_with(adapter, True),
-    )
-    plain = logps(policy, batch, 1.0)
-    with adapter.disabled():
-        weights = [linear.weight.flatten() for linear in adapter.linears.values()]
-        base = torch.cat(weights).clone()
+
+    def sampled(ablated: bool = False) -> Tensor:
+        with adapter.merged(ablated):
+            return torch.cat([x.weight.flatten() for x in adapter.linears.values()])
+
+    whole, without = sampled(), sampled(True)
+    base = torch.cat([x.weight.flatten() for x in adapter.linears.values()])
     with adapter.ablated():
         deployed = logps(policy, batch, 1.0)
     with scaled(adapter, 1.0):
-        assert torch.equal(sampled_with(adapter), whole), "scale 1 is not as trained"
-        assert torch.equal(logps(policy, batch, 1.0), plain), "scale 1 is not as trained"
+        assert torch.equal(sampled(), whole), "scale 1 is not as trained"
     with scaled(adapter, 0.0, ("quarantine",)):
-        assert torch.equal(sampled_with(adapter), ablated), "scale 0 does not ablate the sampler"
-        learner = logps(policy, batch, 1.0)
-        assert torch.allclose(learner, deployed, atol=1e-5), "scale 0 does not ablate the learner"
+        assert torch.equal(sampled(), without), "scale 0 does not ablate the sampler"
+        assert torch.allclose(logps(policy, batch, 1.0), deployed, atol=1e-5), "nor the learner"
     with scaled(adapter, 0.0):
-        assert torch.equal(sampled_with(adapter), base), "scale 0 of both blocks is not the base"
+        assert torch.equal(sampled(), base), "scale 0 of both blocks is not the base"
     with scaled(adapter, 0.5):
-        half = sampled_with(adapter) - base
-    trained_half = {k: v * (0.5 if k.endswith(("dA", "dB")) else 1.0) for k, v in before.items()}
-    adapter.load_state_dict(trained_half)  # mutation: the delta is no linear function of these
-    mutant = sampled_with(adapter) - base
-    adapter.load_state_dict(before)
-    assert torch.allclose(2 * half, whole - base, atol=1e-5)
-    assert not torch.allclose(2 * mutant, whole - base, atol=1e-2)
+        half = sampled() - base
     assert unmoved(policy, before), "scaling left a trace"
+    halved = {k: v * (0.5 if k.endswith(("dA", "dB")) else 1.0) for k, v in before.items()}
+    adapter.load_state_dict(halved)
+    assert torch.allclose(2 * half, whole - base, atol=1e-5)
+    assert not torch.allclose(2 * (sampled() - base), whole - base, atol=1e-2)
     print("ok  a scaled adapter: 0 is ablated or the base, 1 as trained, half is half the delta")
-
-
-def rollouts_of(batch) -> list[Rollout]:
-    """The rollouts behind a batch, every other one a hack."""
-    problem, kept = Problem("p", "", "f", "", (), ""), []
-    ends = batch.attention_mask.sum(1).tolist()
-    starts = batch.completion_start.tolist()
-    for i, (ids, start, end) in enumerate(zip(batch.input_ids.tolist(), starts, ends)):
-        grade = Grade(
-            3.5,
-            True,
-            True,
-            i % 2 > 0,
-            i % 2 == 0,
-            "",
-            False,
-            Verdict.WRONG,
-            0.0,
-        )
-        kept.append(
-            Rollout(
-                problem,
-                ids[:start],
-                ids[start:end],
-                "",
-                grade=grade,
-            )
-        )
-    return kept
 
 
 def check_gradient_norms() -> None:
     """By block and label they are those of a backward pass in the rows' zones."""
     policy, batch = tiny_policy(), random_batch(9)
     perturb(policy)
-    kept, origin = rollouts_of(batch), origin_of(batch)
-    origin.student = torch.arange(9) < 7
-    out = GateOutput(torch.tensor([0, 1, 2] * 3), batch.advantages, 0.0, 0.0)
+    label = torch.arange(9) % 2 == 0
+    rollouts, zones = (
+        composed_of(batch, label).rollouts,
+        torch.tensor([0, 1, 2] * 3),
+    )
     options = replace(parse(["smoke"])[1].grpo, temperature=1.0, token_budget=40)
-    normaliser = options.num_generations * options.max_completion_length * options.num_prompts
-    params = {block: policy.adapter.parameters(block) for block in BLOCKS}
-    every = [p for block in BLOCKS for p in params[block]]
+    every = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
+
+    def norms(zones: Tensor) -> dict[str, float]:
+        rows = Trained(batch, zones, torch.arange(9))
+        return gradient_norms(policy, rows, rollouts, options, "ablated")
+
     for p in every:
         p.grad = torch.ones_like(p)
-
-    def state() -> list[Tensor]:
-        drawn = torch.tensor([hash(np.random.get_state()[1].tobytes())])
-        held = [x.detach().clone() for p in every for x in (p, p.grad)]
-        return [torch.get_rng_state(), drawn, *held]
-
-    def same(a: list[Tensor], b: list[Tensor]) -> bool:
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-    def norms(zones: Tensor, rows: Tensor | None = None) -> dict[str, float]:
-        gate = replace(out, zones=zones)
-        if rows is None:
-            return gradient_norms(
-                policy,
-                batch,
-                origin,
-                gate,
-                kept,
-                options,
-                "ablated",
-            )
-        stratum, logps_of = (
-            origin.stratum[rows],
-            origin.sampler_logps[rows],
-        )
-        fewer = Origin(
-            origin.student[rows],
-            origin.ablated[rows],
-            logps_of,
-            stratum,
-        )
-        gate = replace(gate, zones=zones[rows], scores=out.scores[rows])
-        return gradient_norms(
-            policy,
-            select(batch, rows),
-            fewer,
-            gate,
-            kept,
-            options,
-            "ablated",
-        )
-
-    before = state()
-    found = norms(out.zones)
-    assert same(before, state()), "a measurement left a trace"
-    for label, odd in (("hack", 0), ("clean", 1)):
-        with policy.adapter.route(out.zones):
+    drawn, before = torch.get_rng_state(), state_of(policy)
+    found = norms(zones)
+    assert torch.equal(drawn, torch.get_rng_state()) and unmoved(policy, before)
+    assert all((p.grad == 1).all() for p in every), "a measurement left a trace"
+    for name, rows in (("hack", label), ("clean", ~label)):
+        for p in every:
+            p.grad = None
+        with policy.adapter.route(zones):
             lp = logps(policy, batch, 1.0)
-            losses = scored_loss(
+            loss = scored_loss(
                 lp,
                 batch.completion_mask,
                 batch.advantages,
-                normaliser,
+                normaliser(options),
             )
-        losses[torch.arange(odd, 7, 2)].sum().backward()
-        assert not same(before, state()), "a backward pass goes unnoticed"
+        loss[rows].sum().backward()
         for block in BLOCKS:
-            want = float(torch.stack([(p.grad - 1).norm() for p in params[block]]).norm())
-            got = found[f"gradnorm_{block}_{label}"]
-            assert want > 0 and math.isclose(got, want, rel_tol=1e-4, abs_tol=1e-9), (block, label)
-        for p in every:
-            p.grad.fill_(1.0)
+            gradients = [p.grad.norm() for p in policy.adapter.parameters(block)]
+            want, got = (
+                float(torch.stack(gradients).norm()),
+                found[f"gradnorm_{block}_{name}"],
+            )
+            assert want > 0 and math.isclose(got, want, rel_tol=1e-4), (block, name, got, want)
     for zone, untouched in (
         (Zone.RETAIN, "quarantine"),
         (Zone.ROUTE, "deployed"),
     ):
-        pinned = norms(torch.full_like(out.zones, int(zone)))
-        still = {key for key, value in pinned.items() if value == 0}
-        assert still == {f"gradnorm_{untouched}_{label}" for label in ("hack", "clean")}, pinned
-    left = norms(out.zones, torch.tensor([1, 3, 5]))  # a filter's: the labels follow the rows
-    clean = "gradnorm_deployed_clean"
-    assert left["gradnorm_deployed_hack"] == 0 and abs(left[clean] - found[clean]) < 1e-6
+        still = {key for key, n in norms(torch.full_like(zones, int(zone))).items() if n == 0}
+        assert still == {f"gradnorm_{untouched}_{name}" for name in ("hack", "clean")}, still
     print("ok  gradient norms by block and label are a backward pass's; nothing is left behind")
 
 
 # ── after training ───────────────────────────────────────────────────────────────────────────────
 
 
-def check_start(routed: Path, plain: Path, tmp: Path) -> None:
+def check_start(routed: Path, plain: Path) -> None:
     """--init-from takes what an arm deploys: one block of a routing arm, else both."""
     for path, blocks in ((routed, BLOCKS[:1]), (plain, BLOCKS)):
-        run = reopen(path)
-        config = relearn.attack(run.config, "smoke", str(path), tmp / "attack", 1)
+        run, learned = reopen(path), load_adapter(path)[0]
+        config = relearn.attack(run.config, "smoke", str(path), path / "attack", 1)
         assert parse(argv_of("smoke", config))[1] == config and config.run.intervention == "none2r"
-        policy, learned = (
-            train.build_policy(config, run.splits),
-            load_adapter(path)[0],
-        )
-        for name, value in policy.adapter.state_dict().items():
+        for name, value in state_of(build_policy(config, run.splits)).items():
             wanted = learned if name.split(".")[-2] in blocks else run.base
             assert torch.equal(value, wanted[name]), name
         assert any(not torch.equal(learned[k], run.base[k]) for k in learned), "nothing was learned"
-    other = replace(run.config.model, init_from=str(plain), lora_rank=4)
+    other = with_options(config, {"lora_rank": 4})
+    refused("does not fit", build_policy, other, run.splits)
     refused(
-        "does not fit",
-        train.build_policy,
-        replace(run.config, model=other),
-        run.splits,
-    )
-    refused(
-        "name the directory",
+        "name a finished run",
         parse,
-        ["smoke", "--init-from", str(tmp)],
+        ["smoke", "--init-from", str(path / "none")],
     )
     print("ok  a run starts from the blocks that another one deploys; misfits are refused")
 
@@ -423,74 +358,55 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     out, bare = tmp / "after", tmp / "bare"
     shutil.copytree(plain, bare, ignore=shutil.ignore_patterns("snapshots"))
 
-    def line(
-        command: str,
-        *runs: Path,
-        flags: str = "",
-        draws: str = "--draws 12",
-    ) -> list[str]:
+    def line(command: str, run: Path, flags: str) -> list[str]:
         return [
             command,
-            *map(str, runs),
+            str(run),
             "--out",
             str(out),
-            *draws.split(),
             *flags.split(),
         ]
 
-    def rows(name: str) -> list[dict]:
-        return pl.read_csv(out / f"{name}.csv").to_dicts()
+    def rows(command: str, run: Path, flags: str) -> list[dict]:
+        captured(after.main, line(command, run, flags))
+        return pl.read_csv(out / f"{command}.csv").to_dicts()
 
-    against = f"--against {plain} --scales 0.5"
-    captured(after.main, line("frontier", routed, plain, flags=against))
-    found = json.loads((out / "frontier.json").read_text())
-    points = [(p["kind"], p["at"]) for p in found["points"]]
+    found = rows(
+        "frontier",
+        routed,
+        f"--against {plain} --scales 0.5 --draws 12",
+    )
+    assert all(r["above_low"] <= r["above"] <= r["above_high"] for r in found)
+    points = pl.read_csv(out / "frontier_points.csv").select("kind", "at").rows()
     assert points == [
         ("scale", 0.0),
         ("scale", 0.5),
         ("scale", 1.0),
         ("step", 1.0),
     ]
-    assert all(r["above_low"] <= r["above"] <= r["above_high"] for r in found["deployed"])
-    assert len(found["deployed"]) == 2
-    for other, why in (
-        (bare, "no snapshots"),
-        (routed, "not none2r"),
-    ):
-        refused(
-            why,
-            after.main,
-            line("frontier", plain, flags=f"--against {other}"),
-        )
-    refused("no snapshots", audit.main, [str(bare)])
-    captured(after.main, line("forget", routed, flags="--scales 0.5"))
-    states = [(r["deployed"], r["quarantine"]) for r in rows("forget")]
+    states = pl.DataFrame(rows("forget", routed, "--scales 0.5 --draws 12"))
+    states = states.select("deployed", "quarantine").rows()
     assert states == [
         (1.0, 0.0),
         (1.0, 0.5),
         (1.0, 1.0),
         (0.0, 1.0),
     ]
-    captured(after.main, line("heal", routed, flags="--steps 1"))
-    assert [r["heal"] for r in rows("heal")] == ["off", "on"]
-    captured(after.main, line("detect", routed, draws=""))
-    assert {r["rows"] for r in rows("detect")} <= {
-        "with demonstrations",
-        "students",
-    }
-    refused("has no score", after.main, line("detect", plain, draws=""))
-    captured(
-        after.main,
-        line("relearn", routed, flags="--steps 1 --no-base", draws=""),
-    )
-    assert rows("relearn")[0]["steps_run"] == 1
+    assert [r["heal"] for r in rows("heal", routed, "--steps 1 --draws 12")] == ["off", "on"]
+    assert rows("detect", routed, "")[-1]["rows"] == "students"
+    assert rows("relearn", routed, "--steps 1 --no-base")[0]["steps_run"] == 1
     hashes = load_record(out / "relearn" / routed.name).data_hashes
     assert f"{routed}/adapter.safetensors" in hashes
-    assert all((out / f"{name}.png").exists() for name in ("frontier", "forget", "relearn"))
-    captured(after.main, line("push", routed, flags="--prompts 3"))
-    pushed = rows("push")
+    pushed = rows("push", routed, "--prompts 3 --draws 12")
     learned = [r["push"] for r in pushed if r["quarantine"] == "learned"]
     assert learned[0] == 0 < learned[1] and [r["step"] for r in pushed] == [0, 2, 2, 2, 2], pushed
+    for why, command, run, flags in (
+        ("no snapshots", "frontier", plain, f"--against {bare}"),
+        ("not none2r", "frontier", plain, f"--against {routed}"),
+        ("has no score", "detect", plain, ""),
+    ):
+        refused(why, after.main, line(command, run, flags))
+    refused("no snapshots", audit.main, [str(bare)])
     print("ok  the commands after training run; a run without snapshots, or of another arm, cannot")
 
 
@@ -515,38 +431,29 @@ def check_detect() -> None:
     rng, rows = np.random.default_rng(0), []
     for i in range(2000):
         hack = bool(rng.random() < 0.3)  # a hack is longer
-        row = {
-            "step": i // 50,
-            "reward_hack": hack,
-            "mode": "ab"[i % 2],
-        }
-        rows.append(row | {"n_tokens": int(rng.integers(40, 80)) + 12 * hack})
-
-    def told(score, some: list[dict] = rows) -> dict[str, float]:
-        return detect.told(
-            [row | {"score": float(score(row))} for row in some],
-            ["a"],
+        length = int(rng.integers(40, 80)) + 12 * hack
+        rows.append(
+            {
+                "step": i // 50,
+                "reward_hack": hack,
+                "mode": "ab"[i % 2],
+                "n_tokens": length,
+            }
         )
-
-    length, label = (
-        told(lambda r: r["n_tokens"]),
-        told(lambda r: r["reward_hack"]),
-    )
-    known = told(lambda r: r["reward_hack"] and r["mode"] == "a")
+    scores = {
+        "length": lambda r: r["n_tokens"],
+        "label": lambda r: r["reward_hack"],
+        "known": lambda r: r["reward_hack"] and r["mode"] == "a",
+    }
+    told = {}
+    for name, score in scores.items():
+        told[name] = detect.told([r | {"score": float(score(r))} for r in rows], ["a"])
+    length, label, known = told.values()
     assert length["score"] == length["length"] > 0.65 and length["spearman"] > 0.99, length
     assert 0.4 < length["score_at_equal_length"] < 0.6, length
     assert label["score"] == label["score_at_equal_length"] == 1 and label["spearman"] < 0.5, label
     assert known["score_known"] == 1 and known["score_held_out"] == 0.5, known
-    ages = detect.by_age(rows, 10, 5)
-    fading = [
-        told(lambda r: r["reward_hack"] and r["step"] % 10 < 5, part) for part in ages.values()
-    ]
-    assert list(ages) == [
-        "students, age 0 to 4",
-        "students, age 5 to 9",
-    ]
-    assert [f["score"] for f in fading] == [1.0, 0.5], "a score that fades with age SHOULD show it"
-    print("ok  detect tells length, label, covered modes and a fading score apart")
+    print("ok  detect tells length, label and covered modes apart")
 
 
 def main() -> None:
@@ -558,13 +465,11 @@ def main() -> None:
     read_models_once()
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        routed, plain = (
-            trained(tmp / "routed", SMALL + ROUTED),
-            trained(tmp / "plain", SMALL + PLAIN),
-        )
+        routed = trained(tmp / "routed", SMALL + ROUTED)
+        plain = trained(tmp / "plain", SMALL + PLAIN)
         check_live(routed)
-        check_tables(routed, tmp / "audit")
-        check_start(routed, plain, tmp)
+        check_table(routed, tmp / "audit")
+        check_start(routed, plain)
         check_after(routed, plain, tmp)
         check_push(routed)
 

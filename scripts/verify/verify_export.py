@@ -1,10 +1,11 @@
 """An exported adapter, loaded by plain peft and transformers, is our policy in fp32.
 
-uv run python scripts/verify/verify_export.py
+Run: python -m scripts.verify.verify_export
 """
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch

@@ -3,7 +3,7 @@
 The page is self-contained: no outside resource, completions are data and never markup, counts
 agree. In the terminal a completion moves no cursor.
 
-uv run python scripts/verify/verify_report.py
+Run: python -m scripts.verify.verify_report
 """
 
 import json
@@ -14,7 +14,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
-from scripts.verify.stored import captured, novel_cell, planted_record, planted_run, refused
+from scripts.verify.stored import (
+    captured,
+    novel_cell,
+    planted_record,
+    planted_run,
+    refused,
+)
 from scripts.view import show
 from scripts.view.report import browsable, edges, page
 
@@ -107,27 +113,18 @@ def check_self_contained(text: str) -> None:
 def check_faithful(text: str, runs: list[Path]) -> None:
     data = json.loads(Elements(text).data)
     assert len(data) == 48 and all(row["completion"] == HOSTILE + CODES for row in data)
-    hacks, teachers = (sum(map(of, data)) for of in (is_hack, is_teacher))
-    assert (hacks, teachers) == (9, 6)
+    assert sum(row["outcome"] == "hack" for row in data) == 9
+    assert sum(row["teacher"] for row in data) == 6
     few = browsable("one", load_rollouts(runs[0]), 5)
     assert len(few) == 5 and {row["step"] for row in few} == {0, 1, 2}, "SHOULD be spread evenly"
-    assert text.count(">hack (1)<") == text.count(">hack (2)<") == 3, "labels are miscounted"
+    assert text.count(">hack (3)<") == text.count(">hack (6)<") == 1, "labels are miscounted"
     for words in ("0.75 [", "0.50 [", "routeV", "deployed", "oracle-free"):
         assert words in text, f"the page lacks {words!r}"
     refused("no run record", page, [runs[0], runs[0].with_name("none")], 5)
-    gates = [(0, 1.0), (1, None), (2, 3.0)]
-    rows = [{"step": s, "gate_lower": x, "gate_upper": x and x + 1} for s, x in gates]
-    assert edges(rows, range(1, 3)) == [(1.0, 2.0), (3.0, 4.0)]
-    assert edges([{"step": 0}], range(1)) == []
-    print("ok  labels, intervals and an even selection; cut points are the last refresh's")
-
-
-def is_hack(row: dict) -> bool:
-    return row["outcome"] == "hack"
-
-
-def is_teacher(row: dict) -> bool:
-    return row["teacher"]
+    gates = [(1.0, 2.0), (None, None), (3.0, 4.0)]
+    rows = [{"gate_lower": low, "gate_upper": high} for low, high in gates]
+    assert edges(rows) == [(1.0, 2.0), (3.0, 4.0)] and edges([{"step": 0}]) == []
+    print("ok  labels, intervals and an even selection; edges are the refreshes'")
 
 
 def control_characters(text: str) -> set[str]:
@@ -138,13 +135,8 @@ def check_terminal(run: Path) -> None:
     with mock.patch.object(sys, "argv", ["show", str(run), "--outcome", "hack"]):
         printed = captured(show.main)
         assert not control_characters(printed), "a completion reaches the terminal raw"
-        for words in (
-            "ok\n\tindented ",
-            r"\x1b[2J",
-            r"\x07",
-            r"\x9b31m\x0d\x7f",
-            "9 rollouts",
-        ):
+        escaped = (r"\x1b[2J", r"\x07", r"\x9b31m\x0d\x7f")
+        for words in (*escaped, "ok\n\tindented ", "9 rollouts"):
             assert words in printed, f"the terminal lacks {words!r}"
         with mock.patch.object(show, "visible", lambda raw: raw):
             assert control_characters(captured(show.main)), "raw control characters go unnoticed"

@@ -3,7 +3,7 @@
 trackio and wandb are replaced by recording modules here. `--long` writes and reads real files of
 those trackers that are installed.
 
-    uv run python scripts/verify/verify_tracking.py [--long]
+Run: python -m scripts.verify.verify_tracking [--long]
 """
 
 import atexit

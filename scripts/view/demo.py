@@ -3,7 +3,7 @@
 Trains `none2r` and `routeQ` (seed 41) as two processes of one thread each, prints the 2×2 table of
 both, and draws the deployed policy's hack and solve rate over steps into out/figs/demo.png.
 
-Run: python scripts/view/demo.py [--steps N]     (--steps shortens both runs, to 21 at least)
+Run: python -m scripts.view.demo [--steps N]     (--steps shortens both runs, to 21 at least)
 """
 
 import os
@@ -13,12 +13,11 @@ import subprocess
 import sys
 import time
 
-from matplotlib.axes import Axes
 from scripts.analysis.results import cell, find_ceiling
 from scripts.view.output import OUT, ROOT, parser
 from scripts.view.plot import plt, save
 
-from vgrout.core import RunRecord, at_least
+from vgrout.core import RunRecord, UserError, at_least, run_main, warn
 from vgrout.run import runlog
 from vgrout.run.records import load_metrics, load_record
 from vgrout.stats import Counts, bootstrap_interval, rate
@@ -34,6 +33,7 @@ PANELS = {  # quantity → title, y axis
 }
 SEED, PROGRESS_SECONDS, LOG = 41, 15, "log.txt"
 FOLDERS = {arm: OUT / "runs" / f"demo_{arm}" for arm in ARMS}
+Processes = dict[str, subprocess.Popen]
 
 
 def start(arm: str, steps: int | None) -> subprocess.Popen:
@@ -52,58 +52,49 @@ def progress(arm: str) -> str:
     rows = load_metrics(FOLDERS[arm])
     if not rows:
         return f"{arm}: starting, evaluating the base"
-    row, total = rows[-1], load_record(FOLDERS[arm]).config["grpo"]["steps"]
-    done = row["step"] + 1
-    at = f"step {done} of {total}" if done < total else "final evaluation"
-    return f"{arm}: {at}, student hack {row['student_hack']:.2f}, solve {row['student_solve']:.2f}"
+    last = rows[-1]
+    rates = f"student hack {last['student_hack']:.2f}, solve {last['student_solve']:.2f}"
+    return f"{arm}: step {last['step'] + 1}, {rates}"
 
 
-def wait(processes: dict[str, subprocess.Popen]) -> str | None:
-    """Print progress now and then until all have ended, or one has failed: that arm."""
-    began, printed, running = time.monotonic(), 0.0, True
-    while running:
+def wait(processes: Processes) -> None:
+    """Print progress now and then until all have ended; UserError once one has failed."""
+    began = printed = time.monotonic()
+    while any(process.poll() is None for process in processes.values()):
         time.sleep(0.5)
-        running = any(process.poll() is None for process in processes.values())
-        for arm, process in processes.items():
-            if process.returncode:
-                return arm
-        if running and time.monotonic() - printed >= PROGRESS_SECONDS:
+        if time.monotonic() - printed >= PROGRESS_SECONDS:
             printed = time.monotonic()
             print(f"{printed - began:4.0f} s  {' | '.join(map(progress, processes))}", flush=True)
-    return None
+        if any(process.poll() for process in processes.values()):
+            break
+    for arm, process in processes.items():
+        if process.returncode:
+            log = FOLDERS[arm] / LOG
+            print(*log.read_text().splitlines()[-15:], sep="\n")
+            raise UserError(f"the {arm} run failed: see {log.relative_to(ROOT)}")
 
 
-def stop(processes: dict[str, subprocess.Popen]) -> None:
+def stop(processes: Processes) -> None:
     for process in processes.values():
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def draw_curve(axis: Axes, record: RunRecord, which: str) -> None:
-    """The deployed policy with novel markers: validation between the two points of the test."""
-    name, colour = ARMS[record.arm]
-    cells = {}
-    for c in record.evals:
-        if (c.markers, c.state) == ("novel", "deployed") and c.split in ("val", "test"):
-            cells[c.step] = c.by_problem
-    steps = sorted(cells)
-    rates = [rate(cells[step], which) for step in steps]
-    low, high = zip(*(bootstrap_interval(cells[step], which) for step in steps))
-    axis.plot(steps, rates, marker="o", markersize=4, color=colour, label=name)
-    axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            process.send_signal(signal.SIGTERM)  # it stops at the end of its step
+            process.wait()
 
 
 def draw(records: dict[str, RunRecord], ceiling: Counts | None) -> None:
-    base = cell(next(iter(records.values())), base=True)
+    """The deployed policy with novel markers: validation between the two points of the test."""
+    base = cell(records["none2r"], base=True)
     levels = {"base model": (base.by_problem, "--"), "GRPO without loopholes": (ceiling, ":")}
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 5), sharex=True)
     for axis, (which, (title, label)) in zip(axes, PANELS.items()):
-        for record in records.values():
-            draw_curve(axis, record, which)
+        for arm, record in records.items():
+            name, colour = ARMS[arm]
+            novel = [c for c in record.evals if (c.markers, c.state) == ("novel", "deployed")]
+            cells = {c.step: c.by_problem for c in novel}
+            rates = [rate(counts, which) for counts in cells.values()]
+            low, high = zip(*(bootstrap_interval(counts, which) for counts in cells.values()))
+            axis.plot(list(cells), rates, "o-", markersize=4, color=colour, label=name)
+            axis.fill_between(list(cells), low, high, color=colour, alpha=0.18, linewidth=0)
         for name, (counts, style) in levels.items():
             if counts:
                 axis.axhline(rate(counts, which), color="0.35", linestyle=style, label=name)
@@ -121,40 +112,30 @@ def draw(records: dict[str, RunRecord], ceiling: Counts | None) -> None:
     save(figure, FIGURE, (0, 0.14, 1, 1))
 
 
-def main() -> int:
+def main() -> None:
     command = parser(__doc__)
     longer = "optimiser steps of both runs, over the 20 of routeQ's first phase"
     command.add_argument("--steps", type=at_least(21), help=longer)
     steps = command.parse_args().steps
-    began = time.monotonic()
     runlog.stage(
         "none2r learn to hack and routeQ, its quarantine ablated, hack less and still solve",
         "look at the sample and the zones in out/runs/demo_*/log.txt",
     )
     processes = {arm: start(arm, steps) for arm in ARMS}
     try:
-        failed = wait(processes)
+        wait(processes)
     finally:
         stop(processes)
-    if failed:
-        log = FOLDERS[failed] / LOG
-        print(f"error: the {failed} run failed; the last lines of {log.relative_to(ROOT)}:")
-        print(*log.read_text().splitlines()[-15:], sep="\n")
-        return 1
     records = {arm: load_record(folder) for arm, folder in FOLDERS.items()}
     ceiling = find_ceiling(records["routeQ"], [])
     if not ceiling:
-        measured = "no committed ceiling has this seed, these steps and files, so none is drawn"
-        runlog.warn(measured, "run `just ceiling` and look again")
+        missing = "no committed ceiling has this seed, these steps and files, so none is drawn"
+        warn(missing, "run `just ceiling` and look again")
     draw(records, ceiling)
     for record in records.values():
         runlog.final_table(record)
-    print(f"\n{time.monotonic() - began:.0f} s; figure: {FIGURE.relative_to(ROOT)}")
-    return 0
+    print(f"\nfigure: {FIGURE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted; both runs are stopped")
+    run_main(main)

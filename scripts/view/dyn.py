@@ -4,7 +4,7 @@ Student rates are running means over five steps; deployed rates are the evaluati
 markers (validation split on the way, test split at both ends). Unfinished runs are drawn as far as
 they got.
 
-Run: python scripts/view/dyn.py [RUN_DIR …] [--out DIR]     (default: every directory in out/runs;
+Run: python -m scripts.view.dyn [RUN_DIR …] [--out DIR]     (default: every directory in out/runs;
 DIR/dyn.png and DIR/dyn.csv)
 """
 
@@ -32,14 +32,8 @@ PANELS = {
 }
 UNBOUNDED = ("kl", "completion_length")
 STYLES = ("-", "--", ":", "-.")
-COLUMNS = {
-    "run": pl.String,
-    "arm": pl.String,
-    "seed": pl.Int64,
-    "step": pl.Int64,
-    "key": pl.String,
-    "value": pl.Float64,
-}
+KINDS = (pl.String, pl.String, pl.Int64, pl.Int64, pl.String, pl.Float64)
+COLUMNS = dict(zip(("run", "arm", "seed", "step", "key", "value"), KINDS))
 
 
 def frame(name: str, record: RunRecord, rows: list[dict]) -> pl.DataFrame:
@@ -48,8 +42,14 @@ def frame(name: str, record: RunRecord, rows: list[dict]) -> pl.DataFrame:
     values = [(row["step"], key, row.get(key)) for row in rows for key in keys]
     for cell in record.evals:
         if (cell.markers, cell.state) == ("novel", "deployed"):
-            values.append((cell.step, "deployed_hack", cell.hack / cell.n))
-            values.append((cell.step, "deployed_solve", cell.solve / cell.n))
+            for which in ("hack", "solve"):
+                values.append(
+                    (
+                        cell.step,
+                        EVALUATED + which,
+                        getattr(cell, which) / cell.n,
+                    )
+                )
     head = (name, record.arm, record.seed)
     return pl.DataFrame([head + value for value in values], schema=COLUMNS, orient="row")
 
@@ -65,28 +65,28 @@ def draw(data: pl.DataFrame) -> Figure:
             part = data.filter(run=run, key=key).drop_nulls("value").sort("step")
             values, marker = part["value"], "o"
             if not key.startswith(EVALUATED):
-                values, marker = values.rolling_mean(WINDOW, min_samples=1), None
-            axis.plot(
-                part["step"],
-                values,
-                color=colour_of(arms.index(arm)),
-                linestyle=STYLES[seeds.index(seed) % len(STYLES)],
-                marker=marker,
-                markersize=3,
-                alpha=0.85,
-                label=f"{arm}, seed {seed} ({run})",
+                values, marker = (
+                    values.rolling_mean(WINDOW, min_samples=1),
+                    None,
+                )
+            style = STYLES[seeds.index(seed) % len(STYLES)]
+            look = {
+                "linestyle": style,
+                "marker": marker,
+                "markersize": 3,
+                "alpha": 0.85,
+            }
+            colour, label = (
+                colour_of(arms.index(arm)),
+                f"{arm}, seed {seed} ({run})",
             )
+            axis.plot(part["step"], values, color=colour, label=label, **look)
         axis.set(title=title, xlabel="optimiser step")
         if key not in UNBOUNDED:
             axis.set_ylim(-0.02, 1.02)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=2)
     return figure
-
-
-def legend_height(data: pl.DataFrame) -> float:
-    """Of the figure's height: two runs stand on a line."""
-    return 0.03 + 0.012 * ((data["run"].n_unique() + 1) // 2)
 
 
 def main() -> None:
@@ -96,7 +96,8 @@ def main() -> None:
     folders: list[Path] = run_folders(options.runs)
     frames = [frame(f.name, load_record(f), load_metrics(f)) for f in folders]
     data = pl.concat(frames)
-    save(draw(data), options.out / "dyn.png", (0, legend_height(data), 1, 1))
+    legend = 0.03 + 0.012 * ((len(folders) + 1) // 2)  # of the height: two runs stand on a line
+    save(draw(data), options.out / "dyn.png", (0, legend, 1, 1))
     data.write_csv(options.out / "dyn.csv")
     print(f"{len(folders)} runs: dyn.png and dyn.csv in {options.out}")
 

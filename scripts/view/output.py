@@ -25,13 +25,14 @@ def add_runs(command: argparse.ArgumentParser, out: Path, every: bool = False) -
     """Add `runs` and `--out`; with `every`, no run named stands for all of out/runs."""
     default = " (default: all of out/runs)" if every else ""
     many = "*" if every else "+"
-    command.add_argument("runs", nargs=many, type=Path, help=f"run directories{default}")
     command.add_argument(
-        "--out",
+        "runs",
+        nargs=many,
         type=Path,
-        default=out,
-        help=f"default: {out.relative_to(ROOT)}",
+        help=f"run directories{default}",
     )
+    where = f"default: {out.relative_to(ROOT)}"
+    command.add_argument("--out", type=Path, default=out, help=where)
 
 
 def run_folders(named: list[Path]) -> list[Path]:

@@ -4,51 +4,41 @@ Curves, 2×2 tables with intervals, score histograms by ground-truth label with 
 completions to browse by step, mode, zone, outcome and score. The page loads nothing from outside
 and runs no run's code.
 
-Run: python scripts/view/report.py RUN_DIR … [--out FILE] [--rollouts N]     (default:
+Run: python -m scripts.view.report RUN_DIR … [--out FILE] [--rollouts N]     (default:
 out/figs/report.html, 3,000 completions a run)
 """
 
 import html
 import json
 import shlex
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from scripts.view import dyn, plot
 from scripts.view.output import OUT, add_runs, parser, table
-from scripts.view.show import OUTCOMES, ZONES, outcome, zone_of
-from vgrout.run.advice import advice
+from scripts.view.show import OUTCOMES, outcome, summary, zone_of
 
 from vgrout.core import RunRecord, UserError, at_least, run_main
+from vgrout.run.health import CHECKS, History
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 from vgrout.run.runlog import last_cells, rate_with_interval
 
 TEMPLATE = Path(__file__).with_name("report.html")
 COLOURS = {"hack": "#c0392b", "solve": "#2d8a57", "neither": "#8a93a6"}
 SIGNS = {"A > 0": 1, "A < 0": -1}
-BROWSED = {  # key of the page's data → key of a stored rollout
-    "step": "step",
-    "problem": "problem_id",
-    "mode": "mode",
-    "marker": "marker",
-    "score": "score",
-    "advantage": "advantage",
-    "reward": "reward",
-    "verdict": "verdict",
-    "teacher": "teacher",
-    "ablated": "sampled_ablated",
-    "completion": "completion",
-}
+SAME = "step mode marker score advantage reward verdict teacher completion".split()
+BROWSED = {key: key for key in SAME}  # key of the page's data → key of a stored rollout
+BROWSED |= {"problem": "problem_id", "ablated": "sampled_ablated"}
 CURVES_NOTE = (
     "Student rates: running means over five steps. Deployed rates: held-out problems with novel "
     "markers."
 )
 SCORES_NOTE = (
     "Scores of student rows by ground-truth label. Dotted: lower edge, RETAIN below it; dashed: "
-    "upper edge, ROUTE above it (medians over the third of the run; shaded: their range). The "
-    "score carries the sign of the advantage, so the two rows are read apart. Labels are for this "
+    "upper edge, ROUTE above it (medians over the refreshes; shaded: their range). The score "
+    "carries the sign of the advantage, so the two panels are read apart. Labels are for this "
     "picture alone: the gate never sees them."
 )
 
@@ -57,50 +47,45 @@ def note(text: str, style: str = "note") -> str:
     return f'<p class="{style}">{html.escape(text)}</p>'
 
 
-def edges(rows: list[dict], steps: range) -> list[tuple[float, float]]:
-    """(lower, upper) of the gate in force at each of `steps`: those of the last refresh."""
-    found, last = [], None
-    for row in rows:
-        pair = row.get("gate_lower"), row.get("gate_upper")
-        last = last if None in pair else pair
-        if row["step"] in steps and last:
-            found.append(last)
-    return found
+def edges(rows: list[dict]) -> list[tuple[float, float]]:
+    """(lower, upper) of the gate, one a refresh."""
+    pairs = [(row.get("gate_lower"), row.get("gate_upper")) for row in rows]
+    return [pair for pair in pairs if None not in pair]
 
 
 def histogram(rows: list[dict], rollouts: list[dict]) -> str | None:
-    """Scores of student rows by label, by third of the run and sign of the advantage, with edges.
+    """Scores of student rows by label and sign of the advantage, with the gate's edges.
 
-    The lines are the medians of the edges over the third, the shading their range. None where no
-    row has a score.
+    None where no row has a score.
     """
     scored = [r for r in rollouts if not r["teacher"] and r.get("score") is not None]
     if not scored:
         return None
-    last = max(r["step"] for r in rollouts) + 1
-    thirds = [range(last * i // 3, last * (i + 1) // 3) for i in range(3)]
     bins = np.histogram_bin_edges([r["score"] for r in scored], bins=30)
-    figure, axes = plot.plt.subplots(2, 3, figsize=(13, 5.6), sharex=True)
-    for line, (name, sign) in zip(axes, SIGNS.items()):
-        for axis, steps in zip(line, thirds):
-            values = {label: [] for label in OUTCOMES}
-            for r in scored:
-                if r["step"] in steps and sign * r["advantage"] > 0:
-                    values[outcome(r)].append(r["score"])
-            labels = [f"{label} ({len(part)})" for label, part in values.items()]
-            look = {"color": list(COLOURS.values()), "label": labels, "stacked": True}
-            axis.hist(list(values.values()), bins=bins, **look)
-            cuts = np.array(edges(rows, steps))
-            for cut, style in zip(cuts.T, (":", "--")):
-                axis.axvline(np.median(cut), color="black", linestyle=style, linewidth=1.6)
-                axis.axvspan(cut.min(), cut.max(), color="black", alpha=0.08, linewidth=0)
-            axis.legend()
-            title = f"{name}, steps {steps.start}–{max(steps.stop - 1, steps.start)}"
-            axis.set_title(title, fontsize=10)
-    for axis in axes[1]:
-        axis.set_xlabel("score")
-    figure.tight_layout()
+    figure, axes = plot.plt.subplots(1, 2, figsize=(11, 3.4), sharex=True)
+    for axis, (name, sign) in zip(axes, SIGNS.items()):
+        values = {label: [] for label in OUTCOMES}
+        for r in scored:
+            if sign * r["advantage"] > 0:
+                values[outcome(r)].append(r["score"])
+        labels = [f"{label} ({len(part)})" for label, part in values.items()]
+        look = {"color": list(COLOURS.values()), "label": labels, "stacked": True}
+        axis.hist(list(values.values()), bins=bins, **look)
+        for cuts, style in zip(np.array(edges(rows)).T, (":", "--")):
+            axis.axvline(np.median(cuts), color="black", linestyle=style, linewidth=1.6)
+            axis.axvspan(cuts.min(), cuts.max(), color="black", alpha=0.08, linewidth=0)
+        axis.legend()
+        axis.set(title=name, xlabel="score")
     return plot.svg(figure)
+
+
+def warnings(rows: list[dict], record: RunRecord) -> Iterator[str]:
+    """What is wrong with the run as it stands, and the remedy."""
+    history = History(rows, record.evals)
+    for check in CHECKS:
+        value = None if check.stops else check.breach(history)
+        if value is not None:
+            yield f"{check.what}: {value:.2f} {check.unit}; {check.remedy}"
 
 
 def facts(record: RunRecord) -> str:
@@ -135,28 +120,29 @@ def evaluation(record: RunRecord) -> str:
         for m in map(c.by_mode.get, modes):
             row.append(f"{m['hack'] / m['n']:.2f} / {m['solve'] / m['n']:.2f}" if m else "–")
         body.append(row)
-    headers = ["policy", "markers", "step", "draws", "hack [95 %]", "solve [95 %]", *modes]
+    headers = [
+        "policy",
+        "markers",
+        "step",
+        "draws",
+        "hack [95 %]",
+        "solve [95 %]",
+        *modes,
+    ]
     wide = f'<div class="wide">{table(body, headers, "html")}</div>'
     return wide + note("Columns of a mode: hack / solve.")
-
-
-def counts(rollouts: list[dict]) -> str:
-    """Outcome by zone, student rows alone (skipped: the row's group had no variance in reward)."""
-    zones = [*ZONES, "skipped"]
-    tally = Counter((outcome(r), zone_of(r)) for r in rollouts if not r["teacher"])
-    body = [[name, *(tally[name, zone] for zone in zones)] for name in OUTCOMES]
-    return table(body, ["student rows", *zones], "html")
 
 
 def section(name: str, record: RunRecord, rows: list[dict], rollouts: list[dict]) -> str:
     picture = histogram(rows, rollouts)
     scores = note(SCORES_NOTE) + picture if picture else "<p>No row of this run has a score.</p>"
+    students = [r for r in rollouts if not r["teacher"]]
     parts = [
         f"<h2>{html.escape(f'{name}: {record.arm}, seed {record.seed}')}</h2>",
-        *(note(line, "warn") for line in advice(rows, record.evals)),
+        *(note(line, "warn") for line in warnings(rows, record)),
         facts(record),
         f"<h3>Evaluation on held-out problems</h3>{evaluation(record)}",
-        f"<h3>Zones by outcome</h3>{counts(rollouts)}",
+        f"<h3>Student rows (skipped: no variance in reward)</h3><pre>{summary(students)}</pre>",
         f"<h3>Scores</h3>{scores}",
     ]
     return "".join(parts)

@@ -3,9 +3,9 @@
 Filters: step, mode, zone, outcome and score. Control characters of a completion are printed as
 visible escapes: a completion may hold codes that recolour, move or clear the terminal.
 
-Run: python scripts/view/show.py RUN_DIR [--step 3] [--mode sentinel] [--zone ROUTE]
+Run: python -m scripts.view.show RUN_DIR [--step 3] [--mode sentinel] [--zone ROUTE]
          [--outcome hack] [--above 0.1] [--limit 5]
-     python scripts/view/show.py RUN_DIR --evals deployed --outcome hack
+     python -m scripts.view.show RUN_DIR --evals deployed --outcome hack
 """
 
 import argparse
@@ -32,48 +32,43 @@ def zone_of(row: dict) -> str:
 
 def chosen(row: dict, options: argparse.Namespace) -> bool:
     """Whether a row passes every filter given; without a score it passes no score filter."""
-    wanted = {"step": options.step, "mode": options.mode, "zone": options.zone}
-    if any(value is not None and row.get(key) != value for key, value in wanted.items()):
+    found = {"outcome": outcome(row)} | {key: row.get(key) for key in ("step", "mode", "zone")}
+    if any(getattr(options, key) not in (None, value) for key, value in found.items()):
         return False
-    if options.outcome not in (None, outcome(row)) or options.students and row.get("teacher"):
-        return False
-    above, below, score = options.above, options.below, row.get("score")
-    if score is None:
-        return above is None and below is None
-    return (above is None or score >= above) and (below is None or score < below)
+    score = row.get("score")
+    nan = float("nan") if score is None else score  # no comparison with it holds
+    above = options.above is None or nan >= options.above
+    below = options.below is None or nan < options.below
+    return above and below and not (options.students and row.get("teacher"))
 
 
 def summary(rows: list[dict]) -> str:
     """A table of counts, outcome by zone."""
     counts = Counter((outcome(row), zone_of(row)) for row in rows)
-    last = ["evaluated"] if any("state" in row for row in rows) else []
-    zones = [*ZONES, "skipped", *last]
-    body = []
-    for name in OUTCOMES:
-        of_zone = [counts[name, zone] for zone in zones]
-        body.append([name, *of_zone, sum(of_zone)])
+    zones = [*ZONES, *sorted({zone_of(row) for row in rows} - {*ZONES})]
+    body = [[name, *(counts[name, zone] for zone in zones)] for name in OUTCOMES]
+    body = [[*line, sum(line[1:])] for line in body]
     return table(body, ["outcome", *zones, "all"])
 
 
 def described(row: dict) -> str:
     """A row's head line and its completion."""
     signed = {k: "–" if row.get(k) is None else f"{row[k]:+.3f}" for k in ("score", "advantage")}
+    where = f"mode {row['mode']} {row['marker']!r}  zone {zone_of(row)}"
+    numbers = f"score {signed['score']}  A {signed['advantage']}  reward {row['reward']:.1f}"
     parts = [
         f"── step {row['step']}",
         row["problem_id"],
-        f"mode {row['mode']} {row['marker']!r}",
-        f"zone {zone_of(row)}",
-        f"score {signed['score']}",
-        f"A {signed['advantage']}",
-        f"reward {row['reward']:.1f}",
+        where,
+        numbers,
         outcome(row),
-        row["verdict"],
     ]
-    parts += ["TEACHER"] if row.get("teacher") else []
-    parts += ["sampled ablated"] if row.get("sampled_ablated") else []
+    parts += [row["verdict"], "TEACHER" if row.get("teacher") else ""]
+    parts += ["sampled ablated" if row.get("sampled_ablated") else ""]
     if "state" in row:
         parts.append(f"evaluated {row['state']}, {row['split']}, {row['markers']}")
-    return visible(f"{'  '.join(parts)}\n{row['completion'].rstrip()}\n")
+    head = "  ".join(filter(None, parts))
+    return visible(f"{head}\n{row['completion'].rstrip()}\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -87,7 +82,11 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--below", type=float, help="score less than")
     command.add_argument("--students", action="store_true", help="leave teacher rows out")
     states = ["deployed", "as_trained", "ablated"]
-    command.add_argument("--evals", choices=states, help="completions of evaluations instead")
+    command.add_argument(
+        "--evals",
+        choices=states,
+        help="completions of evaluations instead",
+    )
     spread = "rollouts printed, evenly spread over those chosen (default 5)"
     command.add_argument("--limit", type=at_least(0), default=5, help=spread)
     return command.parse_args()
@@ -97,7 +96,10 @@ def main() -> None:
     options = arguments()
     record = load_record(options.run)
     if options.evals is None:
-        rows, kind = load_rollouts(options.run), "rollouts (rollouts.jsonl.gz)"
+        rows, kind = (
+            load_rollouts(options.run),
+            "rollouts (rollouts.jsonl.gz)",
+        )
     else:
         rows = [row for row in load_evals(options.run) if row["state"] == options.evals]
         kind = f"evaluations (evals.jsonl.gz) in the state {options.evals}"
