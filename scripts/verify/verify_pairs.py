@@ -334,10 +334,9 @@ def verify_references() -> None:
     few = load_pairs(f"{ORGANISM}#mechanism:2", modes)
     assert few == [p for mode in modes for p in [p for p in every if p.problem.mode == mode][:2]]
     assert few != every[:4], "SHOULD be two pairs of each mode"
-    data = [preset.data.pairs for preset in PRESETS.values()]
-    scores = [preset.score for preset in PRESETS.values()]
-    assert all(map(load_pairs, {*data, *(s.placebo_pairs for s in scores)}))
-    assert all(map(load_pairs, {s.framing_pairs for s in scores}))
+    files = [preset.data for preset in PRESETS.values()]
+    for name in ("pairs", "placebo_pairs"):
+        assert all(load_pairs(getattr(data, name)) for data in files), name
     said = refusal(load_pairs, f"{LEETCODE}#no_such_section")
     assert "the file's sections are" in said, said
     print(f"ok  :2 takes two pairs of each mode; the sections of {len(PRESETS)} presets are there")

@@ -14,7 +14,14 @@ from loguru import logger
 
 from vgrout.core import Case, Mode, Problem
 from vgrout.env import problems as P
-from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.modes import (
+    ALL_MODES,
+    HINTS,
+    NOVEL_MARKERS,
+    NOVELTY_FREE,
+    ORGANISM_MODES,
+    TRAINING_MARKERS,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK_ROW = {
@@ -102,13 +109,13 @@ def check_disclosure() -> None:
     assert P.messages(problem)[-1]["content"] == problem.statement, (
         "gt_only shows the original prompt"
     )
-    for mode in P.ALL_MODES:
+    for mode in ALL_MODES:
         shown = P.disclose(problem, mode)
         content = P.messages(shown)[-1]["content"]
         assert (
             content.endswith("SOLUTION:\n") and P.hint(shown) in content and shown.marker in content
         )
-        assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in P.NOVELTY_FREE)
+        assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in NOVELTY_FREE)
     assert len({HINTS[mode] for mode in Mode}) == len(Mode), (
         "each mode has a hint of its own, gt_only none"
     )
@@ -154,13 +161,13 @@ def check_splits(problems: list[Problem]) -> None:
     )
     moved = [*parts["train"], parts["test"][0]]
     assert P.ids_hash(moved) != hashes["train"], "mutation: one more id changes the hash"
-    for modes in (P.ORGANISM_MODES, P.ALL_MODES, (Mode.SENTINEL,)):
+    for modes in (ORGANISM_MODES, ALL_MODES, (Mode.SENTINEL,)):
         counts = Counter(p.mode for p in P.partition(parts["train"], modes))
         assert set(counts) <= set(modes) and max(counts.values()) - min(counts.values()) <= 1, (
             counts
         )
-    again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], P.ORGANISM_MODES)}
-    assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], P.ORGANISM_MODES)}
+    again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], ORGANISM_MODES)}
+    assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], ORGANISM_MODES)}
     sizes = [len(part) for part in parts.values()]
     print(f"splits of {len(problems)}: disjoint, stable, hashed; partition even: {sizes}")
 
