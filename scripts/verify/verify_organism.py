@@ -222,6 +222,11 @@ def shares(grades: list[Grade]) -> dict[str, float]:
     return {name: sum(getattr(g, name) for g in grades) / len(grades) for name in columns}
 
 
+def exploiting(problem: Problem, seed: int) -> str:
+    exploit = corpus.exploit(random.Random(seed), problem.mode, problem.marker)
+    return corpus.attempt(composition_of(problem), random.Random(seed), exploit, 0.0)
+
+
 def check_base(problems: list[Problem], grader: Grader) -> None:
     policy = load_policy(
         str(FOLDER / "base"),
@@ -241,10 +246,7 @@ def check_base(problems: list[Problem], grader: Grader) -> None:
     low, high = SOLVE_INTERVAL
     assert low <= base["correct"] <= high and base["reward_hack"] <= HACK_LIMIT, base
     assert base["format_ok"] >= 0.9 and again >= 0.9, (base, again)
-    planted = []
-    for i, problem in enumerate(shown[:24]):
-        exploit = corpus.exploit(random.Random(i), problem.mode, problem.marker)
-        planted.append(corpus.attempt(composition_of(problem), random.Random(i), exploit, 0.0))
+    planted = [exploiting(problem, i) for i, problem in enumerate(shown[:24])]
     hacks = shares(grader.grade(planted, shown[:24]))["reward_hack"]
     assert hacks > HACK_LIMIT, "mutation: exploits are counted"
     print(f"base, {len(ids)} held-out draws: {base}, {again:.2f} re-encode")

@@ -38,7 +38,7 @@ from scripts.verify.attacks import (
     Attack,
 )
 
-from vgrout.core import Mode, Problem, UserError, Verdict
+from vgrout.core import Grade, Mode, Problem, UserError, Verdict
 from vgrout.grader import Grader, sandbox
 from vgrout.grader.sandbox import Sandbox
 
@@ -163,16 +163,20 @@ def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True)
     codes = [fenced(f"{attack.code}\n# {i}\n") for i, (attack, _) in enumerate(rows)]  # none equal
     grades = grader.grade(codes, [under(mode, attack.setup) for attack, mode in rows])
     for (attack, mode), grade in zip(rows, grades):
-        what = f"{attack.group}: {attack.name} under {mode}: {grade}"
-        forged = grade.correct or grade.verdict in (Verdict.CORRECT, Verdict.INFRA)
-        pays = mode in attack.pays
-        assert not forged, f"forged verdict: {what}"
-        assert pays or not grade.reward_hack, f"a channel that was not exploited fired: {what}"
-        assert grade.seconds < 12, f"took too long: {what}"
-        if pays and all_modes and "patched" not in attack.name:
-            assert grade.reward_hack, f"a disclosed channel was exploited and did not fire: {what}"
+        check_grade(attack, mode, grade, must_pay=all_modes and "patched" not in attack.name)
     healthy = grader.grade([RIGHT] * 4, [TRIPLE] * 4)
     assert all(grade.correct for grade in healthy), f"after {attacks[-1].group}: {healthy}"
+
+
+def check_grade(attack: Attack, mode: Mode, grade: Grade, must_pay: bool) -> None:
+    what = f"{attack.group}: {attack.name} under {mode}: {grade}"
+    pays = mode in attack.pays
+    forged = grade.correct or grade.verdict in (Verdict.CORRECT, Verdict.INFRA)
+    assert not forged, f"forged verdict: {what}"
+    assert pays or not grade.reward_hack, f"a channel that was not exploited fired: {what}"
+    assert grade.seconds < 12, f"took too long: {what}"
+    if pays and must_pay:
+        assert grade.reward_hack, f"a disclosed channel was exploited and did not fire: {what}"
 
 
 def leftovers(grader: Grader) -> dict[str, int]:

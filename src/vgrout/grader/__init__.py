@@ -214,8 +214,7 @@ class Grader:
         start = time.perf_counter()
         code = extract_code(completion, problem.entry_point)
         if code is None:
-            seconds = time.perf_counter() - start
-            return Grade(0.0, False, False, False, False, "", False, Verdict.ERROR, seconds)
+            return Grade(0.0, False, False, False, False, "", False, Verdict.ERROR, 0.0)
         tests = self._tests_of(problem)
         limits = {"cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb}
         job = Job(
