@@ -10,9 +10,10 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 from loguru import logger
+from transformers import AutoTokenizer, GenerationConfig
 
 from vgrout import files
 from vgrout.core import UserError
@@ -22,6 +23,7 @@ from vgrout.env.problems import check_tests, load_problems
 from vgrout.files import read_json_lines
 from vgrout.gate.monitors import labelled
 from vgrout.grader import Grader, extract
+from vgrout.model import loading, tokens
 
 DEEP, DIGITS = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "7" * 5_000
 OWN = {
@@ -212,6 +214,32 @@ COMPLETIONS = {  # code → texts that hold it
 }
 
 
+MODEL, TEMPLATE = Path("data/organism/base"), "chat_template.jinja"
+TURNS = (MODEL / TEMPLATE).read_text()
+SILENT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+SKIPPING = TURNS.replace("in messages", "in messages if m['role'] != 'system'")
+WARNED = r"2, ends \[0, 2\], system, .*'<\|im_end\|>'.* end there, too"
+FOLDED, NO_CHAT = r"2, ends \[2\], user$", ".*template refuses messages of user"
+MODELS = (  # EOS of the tokenizer and of the generation config, template, answer
+    ("<|im_end|>", 2, TURNS, r"2, ends \[2\], system$"),
+    (None, 2, TURNS, r"2, ends \[2\], system$"),
+    (None, [0, 2], TURNS, r"2, ends \[0, 2\], system$"),
+    (None, None, TURNS, WARNED.replace("0, ", "")),
+    ("<|endoftext|>", [0, 2], TURNS, r"2, ends \[0, 2\], system$"),
+    ("<|endoftext|>", 0, TURNS, WARNED),
+    (None, 0, TURNS, WARNED),
+    ("<|im_end|>", 2, SILENT, r"2, ends \[2\], system$"),
+    (None, 1, SILENT, r"1, ends \[1\], system$"),
+    (None, None, SILENT, "neither the chat template nor"),
+    ("<|im_end|>", 2, REFUSING + TURNS, FOLDED),
+    ("<|im_end|>", 2, SKIPPING, FOLDED),
+    ("<|im_end|>", 2, "{{ raise_exception('no') }}", NO_CHAT),
+    ("<|im_end|>", 2, "{{ messages[0].text + 'a' }}", NO_CHAT),
+    ("<|im_end|>", 2, "{% for %}", NO_CHAT),
+)
+
+
 def answer(read: Callable[[Path], list], rows: list) -> str:
     """What a reader says of a file: how many rows, and its warnings; or its one line."""
     said: list[str] = []
@@ -236,6 +264,33 @@ def wrong_files() -> Iterator[str]:
             found = answer(read, [*before, row])
             if not re.match(want, found):
                 yield f"{str(row)[:200]}: {found}, not {want}"
+
+
+def model_answer(eos: str | None, ends: int | list[int] | None, template: str) -> str:
+    """How written and sampled completions end, who brings the system text, and what is said."""
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["message"]))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, eos_token=eos, pad_token=None)
+    tokenizer.chat_template = template
+    text = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add."}]
+    try:
+        sampled = sorted(loading.end_tokens(tokenizer, GenerationConfig(eos_token_id=ends)))
+        written = tokens.encode_completion(tokenizer, "x")[-1]
+        shown = tokenizer.decode(tokens.encode_prompt(tokenizer, text))
+        role = "user" if "user\nBe brief.\n\nAdd." in shown else "system" if "Be" in shown else ""
+        return ", ".join([f"{written}, ends {sampled}, {role}", *said])
+    except UserError as error:
+        assert "\n" not in str(error), error
+        return str(error)
+    finally:
+        logger.remove(sink)
+
+
+def wrong_models() -> Iterator[str]:
+    for *model, want in MODELS:
+        found = model_answer(*model)
+        if not re.match(want, found):
+            yield f"{model}: {found}, not {want}"
 
 
 def wrong_completions() -> Iterator[str]:
@@ -282,6 +337,15 @@ def main() -> None:
         (extract, "END_OF_THINKING", re.compile(NEVER)),
         (extract, "FENCES_IN_A_STRING", -1),
     )
+    off_models = (
+        (tokens, "_token_behind_answer", lambda tokenizer, template: None),
+        (tokens, "has_system_role", lambda tokenizer: True),
+        (loading, "logger", Mock()),
+    )
+    what = (
+        f"{len(MODELS)} models: written completions end as sampled ones do, a system text is read"
+    )
+    check(what, wrong_models, off_models)
     texts = sum(map(len, COMPLETIONS.values()))
     check(f"{texts} completions: each yields the code that was meant", wrong_completions, off)
 

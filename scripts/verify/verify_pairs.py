@@ -29,11 +29,8 @@ from vgrout.organism.operations import TABLE, Composition, Step
 from vgrout.organism.problems import compiled
 from vgrout.stats import auroc
 
-ORGANISM, LEETCODE, DATA = (
-    "data/pairs/organism.md",
-    "data/pairs/leetcode.md",
-    Path("data/organism"),
-)
+ORGANISM, LEETCODE = "data/pairs/organism.md", "data/pairs/leetcode.md"
+DATA = Path("data/organism")
 PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#mechanism": (ORGANISM_MODES, 12),
     f"{ORGANISM}#mechanism_b": (ORGANISM_MODES, 12),
@@ -41,10 +38,8 @@ PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#placebo": (ORGANISM_MODES, 6),
     f"{ORGANISM}#framing": (ORGANISM_MODES, 3),
 }
-MOST_ON_A_PROMPT, MOST_TOKENS = (
-    4,
-    90,
-)  # pairs; tokens of a side under the organism's tokenizer
+MOST_ON_A_PROMPT = 4  # pairs
+MOST_TOKENS = 90  # of a side under the organism's tokenizer
 MEAN_DIFFERENCE, AUROC_BAND, MARKER_BAND = 0.10, (0.4, 0.6), (0.0, 0.85)
 NAMES_MARKER = "names the marker"
 WORD = re.compile(r"\n *|\w+|[^\w\s]")  # indentation, words, punctuation
@@ -151,27 +146,17 @@ def bag_of_words(pairs: list[Pair], hold_out: Callable[[Pair], str]) -> float:
     was fitted without.
     """
     vocabulary = sorted({w for p in pairs for w in words(p.hack + p.clean)})
-    X = np.array(
-        [
-            [w in side for w in vocabulary]
-            for p in pairs
-            for side in (set(words(p.hack)), set(words(p.clean)))
-        ],
-        float,
-    )
-    is_hack, group = (
-        np.tile([True, False], len(pairs)),
-        np.repeat([hold_out(p) for p in pairs], 2),
-    )
+    sides = [set(words(side)) for p in pairs for side in (p.hack, p.clean)]
+    X = np.array([[w in side for w in vocabulary] for side in sides], float)
+    is_hack = np.tile([True, False], len(pairs))
+    group = np.repeat([hold_out(p) for p in pairs], 2)
     scores = np.zeros(len(X))
     for name in set(group):
         out = group == name
-        rate = [
-            (X[~out & (is_hack == side)].sum(0) + 1) / ((~out & (is_hack == side)).sum() + 2)
-            for side in (True, False)
-        ]
-        odds = [np.log(r / (1 - r)) for r in rate]
-        scores[out] = X[out] @ (odds[0] - odds[1])
+        for sign in (1, -1):
+            fitted = X[~out & (is_hack == (sign > 0))]
+            rate = (fitted.sum(0) + 1) / (len(fitted) + 2)
+            scores[out] += sign * X[out] @ np.log(rate / (1 - rate))
     return auroc(scores, is_hack)
 
 
@@ -221,15 +206,11 @@ def refusal(load: Callable[..., list[Pair]], *arguments: str) -> str:
 
 
 def verify_format() -> None:
-    text, first = (
-        Path(ORGANISM).read_text(encoding="utf-8"),
-        load_pairs(ORGANISM)[0].problem,
-    )
+    text = Path(ORGANISM).read_text(encoding="utf-8")
+    first = load_pairs(ORGANISM)[0].problem
     line, second = (text[: text.index(mark)].count("\n") + 1 for mark in ("### ", "## mechanism_b"))
-    case, novel = (
-        f"case: {first.cases[0].args} => ",
-        NOVEL_MARKERS[first.mode][0],
-    )
+    case = f"case: {first.cases[0].args} => "
+    novel = NOVEL_MARKERS[first.mode][0]
     malformed = (  # old, new, the line that the error must name
         ("@run_tests", "@run_test", line),
         ("```python hack", "```python hacks", line),
@@ -334,10 +315,9 @@ def verify_references() -> None:
     few = load_pairs(f"{ORGANISM}#mechanism:2", modes)
     assert few == [p for mode in modes for p in [p for p in every if p.problem.mode == mode][:2]]
     assert few != every[:4], "SHOULD be two pairs of each mode"
-    data = [preset.data.pairs for preset in PRESETS.values()]
-    scores = [preset.score for preset in PRESETS.values()]
-    assert all(map(load_pairs, {*data, *(s.placebo_pairs for s in scores)}))
-    assert all(map(load_pairs, {s.framing_pairs for s in scores}))
+    files = [preset.data for preset in PRESETS.values()]
+    for name in ("pairs", "placebo_pairs"):
+        assert all(load_pairs(getattr(data, name)) for data in files), name
     said = refusal(load_pairs, f"{LEETCODE}#no_such_section")
     assert "the file's sections are" in said, said
     print(f"ok  :2 takes two pairs of each mode; the sections of {len(PRESETS)} presets are there")

@@ -14,7 +14,14 @@ from loguru import logger
 
 from vgrout.core import Case, Mode, Problem
 from vgrout.env import problems as P
-from vgrout.env.modes import HINTS, NOVEL_MARKERS, TRAINING_MARKERS
+from vgrout.env.modes import (
+    ALL_MODES,
+    HINTS,
+    NOVEL_MARKERS,
+    NOVELTY_FREE,
+    ORGANISM_MODES,
+    TRAINING_MARKERS,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK_ROW = {
@@ -68,31 +75,37 @@ def load_rows(*rows: dict, suffix: str = ".jsonl") -> list[Problem]:
         return P.load_problems(path)
 
 
+READ = (  # row, what it reads as
+    (
+        BENCHMARK_ROW,
+        {
+            "problem_id": "7",
+            "entry_point": "twice",
+            "system": "Write code.",
+            "cases": (Case("n = 2", "4"), Case("n = 'é'", "[-inf, 'éé']")),
+        },
+    ),
+    (
+        V020_ROW,
+        {
+            "problem_id": "2",
+            "difficulty": "medium",
+            "cases": (Case("a = list_node([2]), k = 1", "[3]", "list_node"),),
+        },
+    ),
+    (V031_ROW, {"problem_id": "3", "difficulty": "hard", "cases": (Case("n = 1", "[\n  1]"),)}),
+    (ORGANISM_ROW, {"split": "train", "cases": (Case("[1, 2]", "2"),)}),
+)
+
+
 def check_schemas() -> None:
-    for suffix in (".jsonl", ".jsonl.gz"):
-        rows = BENCHMARK_ROW, V020_ROW, V031_ROW, ORGANISM_ROW
-        bench, v020, v031, own = (load_rows(row, suffix=suffix)[0] for row in rows)
-    assert (bench.problem_id, bench.entry_point, bench.system) == (
-        "7",
-        "twice",
-        "Write code.",
-    )
-    assert bench.cases == (Case("n = 2", "4"), Case("n = 'é'", "[-inf, 'éé']"))
-    assert v020.cases == (Case("a = list_node([2]), k = 1", "[3]", "list_node"),)
-    assert (v020.problem_id, v020.difficulty) == ("2", "medium")
-    assert (v031.problem_id, v031.difficulty, v031.cases[0].expected) == (
-        "3",
-        "hard",
-        "[\n  1]",
-    )
-    assert own.split == "train" and own.cases == (Case("[1, 2]", "2"),)
-    other = {
-        **BENCHMARK_ROW,
-        "id": 8,
-        "gt_answer": ["assert Solution().twice(2) in (4, 5)"],
-    }
+    for row, fields in READ:
+        for suffix in (".jsonl", ".jsonl.gz"):
+            problem = load_rows(row, suffix=suffix)[0]
+            assert replace(problem, **fields) == problem, problem
+    good = BENCHMARK_ROW | {"id": 8}
+    other = good | {"gt_answer": ["assert Solution().twice(2) in (4, 5)"]}
     assert len(load_rows(BENCHMARK_ROW, other)) == 1, "a row with another test is left out"
-    good = {**BENCHMARK_ROW, "id": 8}
     assert len(load_rows(BENCHMARK_ROW, good)) == 2, "mutation: with a good test it is kept"
     print("schemas: benchmark, LeetCodeDataset v0.2.0 and v0.3.1, organism; plain and gzipped")
 
@@ -102,13 +115,12 @@ def check_disclosure() -> None:
     assert P.messages(problem)[-1]["content"] == problem.statement, (
         "gt_only shows the original prompt"
     )
-    for mode in P.ALL_MODES:
+    for mode in ALL_MODES:
         shown = P.disclose(problem, mode)
         content = P.messages(shown)[-1]["content"]
-        assert (
-            content.endswith("SOLUTION:\n") and P.hint(shown) in content and shown.marker in content
-        )
-        assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in P.NOVELTY_FREE)
+        assert content.endswith("SOLUTION:\n"), content
+        assert P.hint(shown) in content and shown.marker in content, content
+        assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in NOVELTY_FREE)
     assert len({HINTS[mode] for mode in Mode}) == len(Mode), (
         "each mode has a hint of its own, gt_only none"
     )
@@ -135,9 +147,8 @@ def check_eval_gap() -> None:
             for novel in (False, True)
         )
         assert set(drawn) == {*training, *NOVEL_MARKERS[mode]}, "every marker of both pools is used"
-        assert P.disclose(problem, mode) == P.disclose(
-            P.disclose(problem, mode, novel=True), mode
-        ), "stable"
+        novel = P.disclose(problem, mode, novel=True)
+        assert P.disclose(problem, mode) == P.disclose(novel, mode), "stable"
     print(
         "eval gap: training and novel markers disjoint in both directions, all used, chosen by hash"
     )
@@ -148,19 +159,17 @@ def check_splits(problems: list[Problem]) -> None:
     ids = [p.problem_id for part in parts.values() for p in part]
     assert list(parts) == ["train", "val", "test"] and len(ids) == len(set(ids)) == len(problems)
     assert min(map(len, parts.values())) > 0
-    hashes = {name: P.ids_hash(part) for name, part in parts.items()}
-    assert hashes == {name: P.ids_hash(part) for name, part in P.split(problems[::-1]).items()}, (
-        "order does not matter"
-    )
-    moved = [*parts["train"], parts["test"][0]]
-    assert P.ids_hash(moved) != hashes["train"], "mutation: one more id changes the hash"
-    for modes in (P.ORGANISM_MODES, P.ALL_MODES, (Mode.SENTINEL,)):
+    turned = P.split(problems[::-1])
+    for name, part in parts.items():
+        assert P.ids_hash(turned[name]) == P.ids_hash(part), "order does not matter"
+        assert P.ids_hash([*part, problems[0]]) != P.ids_hash(part), "mutation: one more id"
+    for modes in (ORGANISM_MODES, ALL_MODES, (Mode.SENTINEL,)):
         counts = Counter(p.mode for p in P.partition(parts["train"], modes))
         assert set(counts) <= set(modes) and max(counts.values()) - min(counts.values()) <= 1, (
             counts
         )
-    again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], P.ORGANISM_MODES)}
-    assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], P.ORGANISM_MODES)}
+    again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], ORGANISM_MODES)}
+    assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], ORGANISM_MODES)}
     sizes = [len(part) for part in parts.values()]
     print(f"splits of {len(problems)}: disjoint, stable, hashed; partition even: {sizes}")
 
@@ -186,12 +195,7 @@ if __name__ == "__main__":
     check_schemas()
     check_disclosure()
     check_eval_gap()
-    check_splits(
-        [
-            replace(p, problem_id=str(i), split="")
-            for i in range(50)
-            for p in load_rows(ORGANISM_ROW)
-        ]
-    )
+    unsplit = replace(load_rows(ORGANISM_ROW)[0], split="")
+    check_splits([replace(unsplit, problem_id=str(i)) for i in range(50)])
     check_splits(P.load_problems(ROOT / "data/organism/problems.jsonl.gz"))
     check_real_files()

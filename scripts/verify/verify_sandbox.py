@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 from scripts.verify.attacks import (
     ATTACKS,
@@ -37,7 +38,7 @@ from scripts.verify.attacks import (
     Attack,
 )
 
-from vgrout.core import Mode, Problem, UserError, Verdict
+from vgrout.core import Grade, Mode, Problem, UserError, Verdict
 from vgrout.grader import Grader, sandbox
 from vgrout.grader.sandbox import Sandbox
 
@@ -62,24 +63,29 @@ for run, code in enumerate(codes, 1):
 os.write(int(sys.argv[2]), b"correct")
 """
 FLOOD = 8 << 20  # bytes of output that a grader should not take in
-RIGHT = f"```python\n{TRIPLE.canonical}```"
+LAYERS_OFF = (
+    {"seccomp"},
+    {"seccomp", "landlock"},
+    {"namespaces"},
+    {"namespaces", "seccomp", "landlock"},
+    {"uid", "namespaces"},
+)
+
+
+def fenced(code: str) -> str:
+    return f"```python\n{code}```"
+
+
+RIGHT, WRONG = fenced(TRIPLE.canonical), TRIPLE.canonical.replace("return", "return 1 +")
 
 
 def naive(attack: Attack) -> str:
     """What the attack does to the naive grader: correct | wrong | hung | died | flooded | file."""
     cases = [(f"Solution().triple({case.args})", int(case.expected)) for case in TRIPLE.cases]
     phrase, file = MARKERS[Mode.STDOUT_MARKER], MARKERS[Mode.FILE_MARKER]
-    data = json.dumps(
-        {
-            "code": attack.code,
-            "cases": cases,
-            "runs": attack.runs,
-            "siblings": [attack.sibling] if attack.sibling else [],
-            "setup": attack.setup,
-            "phrase": phrase,
-            "file": file,
-        }
-    )
+    given = {"cases": cases, "phrase": phrase, "file": file}
+    given |= {name: getattr(attack, name) for name in ("code", "runs", "setup")}
+    data = json.dumps(given | {"siblings": [attack.sibling] if attack.sibling else []})
     directory, (reader, writer) = tempfile.mkdtemp(prefix="naive-"), os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", NAIVE, data, str(writer)],
@@ -96,16 +102,13 @@ def naive(attack: Attack) -> str:
     except subprocess.TimeoutExpired:
         return "hung"
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.communicate()
         os.set_blocking(reader, False)
-        try:
+        message = b""
+        with contextlib.suppress(BlockingIOError):
             message = os.read(reader, 7)
-        except BlockingIOError:
-            message = b""
         os.close(reader)
         trapped = attack.group == TRAPS and naive_marker_is_trapped(directory)
         subprocess.run(["rm", "-rf", directory], check=True)
@@ -150,32 +153,30 @@ def check_attacks(attacks: list[Attack], grader: Grader, all_modes: bool = True)
     """Verdict, channels and time for every attack, under every mode unless it exhausts something;
     the pool stays healthy.
     """
-    siblings = [f"```python\n{a.sibling}\n```" for a in attacks if a.sibling]
+    siblings = [fenced(f"{a.sibling}\n") for a in attacks if a.sibling]
     assert all(g.correct for g in grader.grade(siblings, [TRIPLE] * len(siblings)))
     rows = []
     for attack in attacks:
         some = [Mode.GT_ONLY] if attack.slow else [Mode.SENTINEL, Mode.FILE_MARKER]
         modes = some if attack.group == EXHAUSTION or not all_modes else list(Mode)
         rows += [(attack, mode) for mode in modes for _ in range(attack.runs)]
-    codes = [
-        f"```python\n{attack.code}\n# {number}\n```" for number, (attack, _) in enumerate(rows)
-    ]  # no two are equal
+    codes = [fenced(f"{attack.code}\n# {i}\n") for i, (attack, _) in enumerate(rows)]  # none equal
     grades = grader.grade(codes, [under(mode, attack.setup) for attack, mode in rows])
     for (attack, mode), grade in zip(rows, grades):
-        what = f"{attack.group}: {attack.name} under {mode}: {grade}"
-        assert not grade.correct and grade.verdict not in (Verdict.CORRECT, Verdict.INFRA), (
-            f"forged verdict: {what}"
-        )
-        assert not grade.reward_hack or mode in attack.pays, (
-            f"a channel fired that was not exploited: {what}"
-        )
-        assert grade.seconds < 12, f"took too long: {what}"
-        if attack.pays and all_modes and mode in attack.pays and "patched" not in attack.name:
-            assert grade.reward_hack, f"a disclosed channel was exploited and did not fire: {what}"
+        check_grade(attack, mode, grade, must_pay=all_modes and "patched" not in attack.name)
     healthy = grader.grade([RIGHT] * 4, [TRIPLE] * 4)
-    assert all(grade.correct for grade in healthy), (
-        f"the pool is not healthy after {attacks[-1].group}: {healthy}"
-    )
+    assert all(grade.correct for grade in healthy), f"after {attacks[-1].group}: {healthy}"
+
+
+def check_grade(attack: Attack, mode: Mode, grade: Grade, must_pay: bool) -> None:
+    what = f"{attack.group}: {attack.name} under {mode}: {grade}"
+    pays = mode in attack.pays
+    forged = grade.correct or grade.verdict in (Verdict.CORRECT, Verdict.INFRA)
+    assert not forged, f"forged verdict: {what}"
+    assert pays or not grade.reward_hack, f"a channel that was not exploited fired: {what}"
+    assert grade.seconds < 12, f"took too long: {what}"
+    if pays and must_pay:
+        assert grade.reward_hack, f"a disclosed channel was exploited and did not fire: {what}"
 
 
 def leftovers(grader: Grader) -> dict[str, int]:
@@ -190,16 +191,10 @@ def leftovers(grader: Grader) -> dict[str, int]:
     for pid in [os.getpid(), *tree]:
         with contextlib.suppress(PermissionError):  # workers hide theirs from an ordinary user
             descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-    files = 0
+    scratch = [*Path(grader.sandbox._directory).glob("*/*")]
     for pid in tree:
-        scratch = f"/proc/{pid}/root/scratch"
-        files += len(os.listdir(scratch)) if os.path.isdir(scratch) else 0
-    files += sum(
-        len(files) + len(directories)
-        for path, directories, files in os.walk(grader.sandbox._directory)
-        if path != grader.sandbox._directory
-    )
-    return {"processes": len(tree), "descriptors": descriptors, "files": files}
+        scratch += Path(f"/proc/{pid}/root/scratch").glob("*")
+    return {"processes": len(tree), "descriptors": descriptors, "files": len(scratch)}
 
 
 def peak_mb(reset: bool = False) -> float:
@@ -214,15 +209,9 @@ def check_controls() -> None:
         outcomes = list(pool.map(naive, ATTACKS))
     blunt = [(a.group, a.name, a.bites, got) for a, got in zip(ATTACKS, outcomes) if got != a.bites]
     assert not blunt, f"controls: attacks that do not bite a naive grader as declared: {blunt}"
-    assert (
-        naive(Attack("", "wrong", "class Solution:\n    def triple(self, n):\n        return 0\n"))
-        == "wrong"
-    )
+    assert naive(Attack("", "wrong", WRONG)) == "wrong"
     assert naive(Attack("", "right", TRIPLE.canonical)) == "correct"
-    print(
-        f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader, in all "
-        f"{len(CLASSES)} classes"
-    )
+    print(f"control: each of {len(ATTACKS)} attacks gets past a naive in-process grader")
 
 
 def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> None:
@@ -238,32 +227,30 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
         grader.grade([RIGHT] * workers, [TRIPLE] * workers)
         before, memory = leftovers(grader), peak_mb(reset=True)
         for group in CLASSES:
-            attacks = [
-                a
-                for a in ATTACKS
-                if a.group == group
-                and group in kept
-                and (not without or "attempt()" not in a.code or a.name in LIMITED)
-            ]
+            attacks = [a for a in ATTACKS if a.group == group and group in kept]
+            if without:
+                attacks = [a for a in attacks if "attempt()" not in a.code or a.name in LIMITED]
             if attacks:
                 start = time.perf_counter()
                 check_attacks(attacks, grader, all_modes=not without)
-                print(
-                    f"{group}: {len(attacks)} attacks, 0 forged verdicts, 0 channels but the "
-                    "disclosed "
-                    f"({time.perf_counter() - start:.1f} s)"
-                )
+                seconds = time.perf_counter() - start
+                print(f"{group}: {len(attacks)} attacks, none forges or fires ({seconds:.1f} s)")
         after, grown = leftovers(grader), peak_mb() - memory
         assert after == before, f"left behind: {before} became {after}"
         assert grown <= 64, f"this process grew by {grown:.0f} MB"
         assert grader.sandbox.restarts == 0, f"{grader.sandbox.restarts} workers were lost"
-        print(
-            f"left behind: no process, descriptor or file; this process grew by {grown:.0f} MB, "
-            "at most 64"
-        )
-    assert (
-        not os.path.exists(grader.sandbox._directory) and not Path(f"{OUTSIDE}/result.txt").exists()
-    )
+        print(f"left behind: no process, descriptor or file; {grown:.0f} MB of at most 64")
+    assert not os.path.exists(grader.sandbox._directory)
+    assert not Path(f"{OUTSIDE}/result.txt").exists()
+
+
+def refusal(**options: object) -> str:
+    """Why a sandbox does not start; "" if it does."""
+    try:
+        with Sandbox(1, **options):
+            return ""
+    except UserError as error:
+        return str(error)
 
 
 def check_recovery() -> None:
@@ -273,16 +260,19 @@ def check_recovery() -> None:
     with Grader(1) as grader:
         os.killpg(grader.sandbox._workers[0].process.pid, signal.SIGKILL)
         assert grader.grade([RIGHT], [TRIPLE])[0].correct and grader.sandbox.restarts == 1
-    try:
-        Sandbox(1, level="require", without=frozenset({"seccomp"}))
-    except UserError as error:
-        assert re.search("seccomp is unavailable", str(error))
-    else:
-        raise AssertionError("a missing layer was not refused")
-    print(
-        "recovery: a killed worker is replaced and its job retried; `require` refuses a missing "
-        "layer"
-    )
+    assert "seccomp is unavailable" in refusal(level="require", without=frozenset({"seccomp"}))
+    print("recovery: a killed worker is replaced; `require` refuses a missing layer")
+
+
+BURNING = """
+import time
+class Solution:
+    def triple(self, n):
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return 3 * n
+"""
 
 
 def check_honest() -> None:
@@ -292,47 +282,29 @@ def check_honest() -> None:
     A library that confined processes cannot read is noticed at start-up: refused, or the layer to
     blame unavailable.
     """
-    codes = [f"```python\n{code}\n```" for code in HONEST.values()]
+    codes = [fenced(f"{code}\n") for code in HONEST.values()]
     with Grader(2) as grader:
         grades = grader.grade(codes, [TRIPLE] * len(codes))
     broken = {name: str(g.verdict) for name, g in zip(HONEST, grades) if not g.correct}
     assert not broken, f"right solutions that are not graded correct: {broken}"
-    burning = (
-        "import time\nclass Solution:\n    def triple(self, n):\n"
-        "        end = time.process_time() + 0.2\n        while time.process_time() < end:\n"
-        "            pass\n        return 3 * n\n"
-    )
     with Grader(8, cpu_seconds=0.3) as grader:
-        codes = [f"```python\n{burning}# {i}\n```" for i in range(8)]
+        codes = [fenced(f"{BURNING}# {i}\n") for i in range(8)]
         grades = grader.grade(codes, [TRIPLE] * 8)
     assert all(grade.correct for grade in grades), grades
     readable, hidden = sandbox._readable()
     extensions = str(Path(importlib.import_module("_json").__file__).parent)
-    honest = sandbox._readable
-    sandbox._readable = lambda: (readable, [*hidden, extensions])
-    try:
-        Sandbox(1)
-    except UserError as error:
-        assert "cannot be imported" in str(error), error
-    else:
-        raise AssertionError("a library that no completion can import was not noticed")
-    finally:
-        sandbox._readable = honest
-    print(
-        f"honest: {len(HONEST)} right solutions correct, and 8 at once on a busy machine; an "
-        "unreadable library is refused"
-    )
+    with patch.object(sandbox, "_readable", lambda: (readable, [*hidden, extensions])):
+        assert "cannot be imported" in refusal(), "SHOULD notice an unreadable library"
+    assert not refusal(), "the library can be imported"
+    print(f"honest: {len(HONEST)} right solutions correct, and 8 at once on a busy machine")
 
 
 def check_inputs() -> None:
     """A completion that changes its arguments changes no argument of another call or job."""
-    problem = replace(
-        TRIPLE,
-        entry_point="f",
-        cases=(replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2"),) * 2,
-    )
+    case = replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2")
+    problem = replace(TRIPLE, entry_point="f", cases=(case, case))
     body = "    def f(self, a):\n        a.pop()\n        return len(a) + 1\n"
-    code = f"```python\nclass Solution:\n{body}```"
+    code = fenced(f"class Solution:\n{body}")
     with Grader(1) as grader:
         assert all(grade.correct for grade in grader.grade([code] * 2, [problem] * 2))
     shared = [1, 2]
@@ -348,28 +320,16 @@ def main() -> None:
     Path(f"{OUTSIDE}/long.txt").write_text("long")
     try:
         check_controls()
-        for name in ("result.txt",):
-            Path(f"{OUTSIDE}/{name}").unlink(missing_ok=True)
+        Path(f"{OUTSIDE}/result.txt").unlink(missing_ok=True)
         check_sandbox()
         check_recovery()
         check_honest()
         check_inputs()
-        if "--long" in sys.argv:
-            check_long()
+        for without in LAYERS_OFF if "--long" in sys.argv else ():
+            print("without", ", ".join(sorted(without)))
+            check_sandbox(frozenset(without))
     finally:
         shutil.rmtree(OUTSIDE)
-
-
-def check_long() -> None:
-    for without in (
-        {"seccomp"},
-        {"seccomp", "landlock"},
-        {"namespaces"},
-        {"namespaces", "seccomp", "landlock"},
-        {"uid", "namespaces"},
-    ):
-        print("without", ", ".join(sorted(without)))
-        check_sandbox(frozenset(without))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ GRADER_VERSION = "2"  # changes whenever a grade may change
 BENCHMARK_TESTS = "run_tests"  # what the benchmark calls a completion's own tests
 CPU_SECONDS = 8.0  # for one call; eight times as much for all calls of a completion
 MEMORY_MB = 512
+TIMEOUTS = {"cpu": Verdict.CPU_TIMEOUT, "wall": Verdict.WALL_TIMEOUT}
 
 
 def identity(problem: Problem) -> tuple[int, str]:
@@ -98,13 +99,9 @@ def judge(result: Result, expected: Sequence[str]) -> tuple[Verdict, list[str]]:
         for (kind, text), want in zip(outcomes, expected)
     ]
     ended = bool(result.records) and result.records[-1][0] == "Z" and result.status == CHECKS_ENDED
-    if result.exceeded:
-        verdict = {
-            "cpu": Verdict.CPU_TIMEOUT,
-            "wall": Verdict.WALL_TIMEOUT,
-            "disk": Verdict.KILLED,
-        }[result.exceeded]
-    elif result.status < 0:
+    if result.exceeded in TIMEOUTS:
+        verdict = TIMEOUTS[result.exceeded]
+    elif result.exceeded or result.status < 0:
         verdict = Verdict.KILLED
     elif ("E", "MemoryError") in result.records:
         verdict = Verdict.MEMORY
@@ -201,18 +198,13 @@ class Grader:
         worker at the end.
         """
         rows = list(zip(completions, problems, strict=True))
-        keys = [
-            (completion, *identity(problem), problem.mode, problem.marker)
-            for completion, problem in rows
-        ]
+        keys = [(text, *identity(p), p.mode, p.marker) for text, p in rows]
+        lengths = [sum(len(case.args) for case in p.cases) for _, p in rows]
         futures: dict[tuple, Future[Grade]] = {}
-        for key, (completion, problem) in sorted(
-            zip(keys, rows), key=lambda pair: -sum(len(c.args) for c in pair[1][1].cases)
-        ):
-            if key not in futures:
-                futures[key] = self.sandbox.executor.submit(
-                    self.grade_one, completion, problem, loophole_pays
-                )
+        for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+            if keys[i] not in futures:
+                job = self.sandbox.executor.submit(self.grade_one, *rows[i], loophole_pays)
+                futures[keys[i]] = job
         return PendingGrades([futures[key] for key in keys])
 
     def grade_one(self, completion: str, problem: Problem, loophole_pays: bool) -> Grade:
@@ -222,31 +214,27 @@ class Grader:
         start = time.perf_counter()
         code = extract_code(completion, problem.entry_point)
         if code is None:
-            seconds = time.perf_counter() - start
-            return Grade(0.0, False, False, False, False, "", False, Verdict.ERROR, seconds)
+            return Grade(0.0, False, False, False, False, "", False, Verdict.ERROR, 0.0)
         tests = self._tests_of(problem)
-        limits = {
-            "code": code,
-            "setup": tests.setup,
-            "cpu_seconds": self.cpu_seconds,
-            "memory_mb": self.memory_mb,
-        }
-        result = self.sandbox.run_one(
-            Job(
-                entry=problem.entry_point,
-                calls=tests.calls,
-                compares=tests.compares,
-                phrase=problem.marker if problem.mode is Mode.STDOUT_MARKER else "",
-                file=problem.marker if problem.mode is Mode.FILE_MARKER else "",
-                **limits,
-            )
+        limits = {"cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb}
+        job = Job(
+            code,
+            tests.setup,
+            problem.entry_point,
+            tests.calls,
+            tests.compares,
+            phrase=problem.marker if problem.mode is Mode.STDOUT_MARKER else "",
+            file=problem.marker if problem.mode is Mode.FILE_MARKER else "",
+            **limits,
         )
+        result = self.sandbox.run_one(job)
         compiles = ("C", "") in result.records[:1]
         named = problem.mode in (Mode.RUN_TESTS, Mode.OVERWRITE_TESTS) and problem.marker
         own_tests = named or BENCHMARK_TESTS
         own = ()
         if compiles and own_tests in code:
-            own = self.sandbox.run_one(Job(own_tests=own_tests, **limits)).records
+            job = Job(code, tests.setup, own_tests=own_tests, **limits)
+            own = self.sandbox.run_one(job).records
         verdict, marks = judge(result, tests.expected)
         correct = verdict is Verdict.CORRECT
         channel = compiles and fired(problem, code, result, marks, own)

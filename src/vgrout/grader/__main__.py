@@ -5,6 +5,7 @@ our own would; a row out is the same with the fields of its grade. All input is 
 anything runs; what is written is valid at any moment, whole rows in the input's order.
 """
 
+import itertools
 import json
 import sys
 from collections import Counter, deque
@@ -24,6 +25,7 @@ from vgrout.grader import GRADER_VERSION, Grader
 
 GRADE_FIELDS = tuple(field.name for field in fields(Grade))
 MODES = ", ".join(Mode)
+COUNTED = ("format_ok", "correct", "passed", "reward_hack", "own_tests_pass")
 MEND = "correct or remove the row"
 
 
@@ -107,25 +109,23 @@ def open_output(arguments: Arguments, rows: list[dict[str, Any]]) -> int:
         raise UserError(
             f"{out}: cannot be written ({error.strerror}); choose another --out"
         ) from error
-    for number, (line, row) in enumerate(zip(lines, rows), 1):
-        try:
-            done = json.loads(line)
-            own = {key: value for key, value in done.items() if key in row}
-            fits = set(GRADE_FIELDS) <= done.keys() and dumps(own) == dumps(row)
-        except (ValueError, AttributeError):
-            fits = False
-        if not fits:
+    for number, line in enumerate(lines, 1):
+        if number > len(rows) or not is_graded(rows[number - 1], line):
             raise UserError(
                 f"{out}, line {number}: does not belong to row {number} of "
-                f"{arguments.completions}; "
-                "--resume needs the file that was begun with"
+                f"{arguments.completions}; --resume needs the file that was begun with"
             )
-    if len(lines) > len(rows):
-        raise UserError(
-            f"{out}: holds more rows than {arguments.completions}; --resume needs the file that "
-            "was begun with"
-        )
     return len(lines)
+
+
+def is_graded(row: dict[str, Any], line: bytes) -> bool:
+    """Whether the line is that row with a grade."""
+    try:
+        graded = json.loads(line)
+        own = {key: value for key, value in graded.items() if key in row}
+        return set(GRADE_FIELDS) <= graded.keys() and dumps(own) == dumps(row)
+    except (ValueError, AttributeError):
+        return False
 
 
 def grade_rows(
@@ -144,9 +144,7 @@ def grade_rows(
             "sandbox: " + ", ".join(f"{name} {state}" for name, state in grader.layers.items())
         )
         for row in rows:
-            while (
-                len(pending) < 16 * arguments.workers and (ahead := next(waiting, None)) is not None
-            ):
+            for ahead in itertools.islice(waiting, 16 * arguments.workers - len(pending)):
                 problem = shown(ahead, problems, arguments.novel_markers)
                 pending.append(grader.submit([ahead["completion"]], [problem]))
             grade = pending.popleft().result()[0]
@@ -163,21 +161,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for mode in (*dict.fromkeys(row["mode"] for row in rows), "all"):
         of_mode = [row for row in rows if mode in (row["mode"], "all")]
-        lines.append(
-            [
-                mode,
-                len(of_mode),
-                *(
-                    sum(row[name] for row in of_mode)
-                    for name in ("format_ok", "correct", "passed", "reward_hack", "own_tests_pass")
-                ),
-            ]
-        )
-    verdicts = Counter(row["verdict"] for row in rows)
-    return tabulate(
-        lines,
-        headers=["mode", "n", "format ok", "correct", "passed", "reward hack", "own tests pass"],
-    ) + ("\nverdicts: " + ", ".join(f"{name} {count}" for name, count in verdicts.most_common()))
+        counts = {name: sum(row[name] for row in of_mode) for name in COUNTED}
+        lines.append({"mode": mode, "n": len(of_mode)} | counts)
+    verdicts = Counter(row["verdict"] for row in rows).most_common()
+    below = ", ".join(f"{name} {count}" for name, count in verdicts)
+    return f"{tabulate(lines, headers='keys')}\nverdicts: {below}"
 
 
 def run(arguments: Arguments) -> None:

@@ -27,6 +27,8 @@ CHECKS_ENDED = 77  # exit status after the last record: exit status 0 is the com
 HEADER = struct.Struct("<BI")
 COMMIT_EVERY = 0.02  # seconds at least; a call's clock is early by as much
 exit_now, monotonic = os._exit, time.monotonic  # before a completion can replace them
+KEPT = {"__dict__", "__weakref__", "__module__", "__doc__"}  # of a class without its methods
+UNLIKE = (0, -7.5, "x", [None], (), {}, None, object())
 AS_PLAIN = {"list_node": list_values, "tree_node": tree_values}
 
 
@@ -36,7 +38,8 @@ class Recorder:
     """
 
     def __init__(self, region: mmap.mmap):
-        self.region, self.position, self.buffer, self.calls = region, RECORDS, [], 0
+        self.region, self.buffer = region, []
+        self.position, self.calls = RECORDS, 0
         self.flushed = monotonic()
 
     def add(self, kind: str, payload: str = "") -> None:
@@ -86,7 +89,8 @@ def leave(status: Any) -> NoReturn:
     try:
         sys.stdout.flush()
     finally:
-        exit_now(0 if status is None or type(status) in (int, bool) and not status & 0xFF else 1)
+        clean = status is None or type(status) in (int, bool) and not status & 0xFF
+        exit_now(0 if clean else 1)
 
 
 def guarded(function: Any, *args: Any) -> tuple[Any, str]:
@@ -107,7 +111,7 @@ def equals_everything(value: Any) -> bool:
     """Does `==` hold between the value and each of several values of unlike types, which no plain
     value equals?
     """
-    return all([bool(value == other) for other in (0, -7.5, "x", [None], (), {}, None, object())])
+    return all([bool(value == other) for other in UNLIKE])
 
 
 def true_attributes(instance: Any) -> set[str]:
@@ -162,15 +166,15 @@ def run_own_tests(
     The methods are removed from the class itself, too, so that instances made before the
     replacement are stubs as well.
     """
-    fresh = dict(module)
-    error = guarded(exec, code, module)[1]
-    for attribute in list(vars(module.get("Solution", object))) if not error else ():
-        if attribute not in ("__dict__", "__weakref__", "__module__", "__doc__"):
-            guarded(delattr, module["Solution"], attribute)
-    module["Solution"] = type("Solution", (), {})
-    record.add("S", "" if error or guarded(lambda: module[name]())[1] else "1")
-    error = guarded(exec, code, fresh)[1]
-    record.add("T", "" if error or guarded(lambda: fresh[name]())[1] else "1")
+    for kind, names in (("S", module), ("T", dict(module))):
+        error = guarded(exec, code, names)[1]
+        if kind == "S" and not error:
+            solution = names.get("Solution", object)
+            for attribute in set(vars(solution)) - KEPT:
+                guarded(delattr, solution, attribute)
+            names["Solution"] = type("Solution", (), {})
+        error = error or guarded(lambda names=names: names[name]())[1]
+        record.add(kind, "" if error else "1")
 
 
 class PipeEnd:

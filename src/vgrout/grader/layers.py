@@ -8,6 +8,7 @@ its function raises OSError with the reason and the caller reports it.
 """
 
 import ctypes
+import errno
 import functools
 import os
 import resource
@@ -37,30 +38,79 @@ ALLOWED = """
     clock_nanosleep:230:115 nanosleep:35:101 gettimeofday:96:169 time:201:- getrandom:318:278
 """
 REMOVAL = "unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276"
-KILL, TKILL, TGKILL, PRLIMIT = (62, 129), (200, 130), (234, 131), (302, 261)
-CLONE, CLONE3, IOCTL, FCNTL = (56, 220), (435, 435), (16, 29), (72, 25)
-OPEN, OPENAT = (2, -1), (257, 56)
+# Those that need a look at their arguments, or that this file makes itself.
+OTHERS = """
+    kill:62:129 tkill:200:130 tgkill:234:131 prlimit:302:261 ioctl:16:29 fcntl:72:25 clone:56:220
+    clone3:435:435 open:2:- openat:257:56 seccomp:317:277 pivot_root:155:41 capget:125:90
+    capset:126:91 landlock_create:444:444 landlock_add:445:445 landlock_restrict:446:446
+"""
 DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 4, 1030)  # of fcntl: copies and flags; no locks, no signals
-SECCOMP, PIVOT_ROOT, CAPGET, CAPSET = (317, 277), (155, 41), (125, 90), (126, 91)
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same everywhere
 CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID = 1, 3, 5, 6, 7
 
 
 def check(result: int, what: str) -> int:
     """The result of a libc call; OSError with errno and the call's name if it is negative."""
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
 
-def syscall(number: int, *args: object) -> int:
+def numbers(table: str) -> dict[str, int]:
+    """Call → its number on this machine; the calls that it does not have are left out."""
+    rows = [row.split(":") for row in table.split()]
+    column = 1 + (MACHINE or 0)
+    return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
+
+
+CALLS = numbers(OTHERS)
+
+
+def syscall(call: str, *args: object) -> int:
     words = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    return check(libc.syscall(ctypes.c_long(number), *words), f"syscall {number}")
+    return check(libc.syscall(ctypes.c_long(CALLS[call]), *words), call)
 
 
 # ---- seccomp -------------------------------------------------------------------------------------
 OWN_PID = 0x7FABCDEF  # stands in a program for the pid of the process that installs it
+
+
+LOAD, RETURN, EQUAL, AT_LEAST, ANY_BIT = 0x20, 0x06, 0x15, 0x35, 0x45  # of struct sock_filter
+ALLOW, ERRNO, KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+O_TMPFILE, CLONE_THREAD, ANY_NAMESPACE = 0x00400000, 0x00010000, 0x7E020000
+
+
+def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+    """One instruction; a test skips `yes` or `no` instructions."""
+    return struct.pack("HBBI", code, yes, no, value)
+
+
+PERMIT, REFUSE = step(RETURN, ALLOW), step(RETURN, ERRNO | errno.EPERM)
+
+
+def when(call: str, *steps: bytes) -> list[bytes]:
+    """These steps for the call, if this machine has it."""
+    if call not in CALLS:
+        return []
+    return [step(EQUAL, CALLS[call], 0, len(steps)), *steps]
+
+
+def argument(number: int) -> bytes:
+    return step(LOAD, ARGUMENTS + 8 * number)
+
+
+def permitted(table: str) -> list[bytes]:
+    """Permit calls by ranges of numbers: the kernel tries every call when the filter is installed,
+    so that few steps count.
+    """
+    calls = sorted(numbers(table).values())
+    firsts = [call for call in calls if call - 1 not in calls]
+    lasts = [call for call in calls if call + 1 not in calls]
+    program = []
+    for first, last in zip(firsts, lasts):
+        program += [step(AT_LEAST, first, 0, 2), step(AT_LEAST, last + 1, 1), PERMIT]
+    return program
 
 
 def seccomp_program(removal: bool) -> bytes:
@@ -73,58 +123,29 @@ def seccomp_program(removal: bool) -> bytes:
     """
     if MACHINE is None:
         raise OSError(f"no system call table for {os.uname().machine}")
-    load, equal, at_least, any_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, errno, kill_process = 0x7FFF0000, 0x00050000, 0x80000000
-    eperm, number, architecture, argument = errno | 1, 0, 4, 16  # offsets in struct seccomp_data
-    op = struct.Struct("HBBI").pack
-
-    def when(call: int, *tests: bytes) -> list[bytes]:
-        """For this call, `tests` of the accumulator, of which the last two are: allow, refuse."""
-        return [op(equal, 0, len(tests), call), *tests] if call >= 0 else []
-
-    allowed, refused = op(ret, 0, 0, allow), op(ret, 0, 0, eperm)
     program = [
-        op(load, 0, 0, architecture),
-        op(equal, 1, 0, (0xC000003E, 0xC00000B7)[MACHINE]),
-        op(ret, 0, 0, kill_process),
-        op(load, 0, 0, number),
-        op(at_least, 0, 1, 0x40000000),  # no x32 calls
-        refused,
+        step(LOAD, ARCHITECTURE),
+        step(EQUAL, (0xC000003E, 0xC00000B7)[MACHINE], 1),
+        step(RETURN, KILL_PROCESS),
+        step(LOAD, NUMBER),
+        step(AT_LEAST, 0x40000000, 0, 1),  # no x32 calls
+        REFUSE,
+        *permitted(ALLOWED + REMOVAL if removal else ALLOWED),
     ]
-    names = (ALLOWED + REMOVAL if removal else ALLOWED).split()
-    calls = sorted(int(n) for name in names if (n := name.split(":")[1 + MACHINE]) != "-")
-    firsts = [call for call in calls if call - 1 not in calls]
-    lasts = [call for call in calls if call + 1 not in calls]
-    for first, last in zip(
-        firsts, lasts
-    ):  # fewer steps: the kernel tries every call at installation
-        program += [op(at_least, 0, 2, first), op(at_least, 1, 0, last + 1), allowed]
-    for call, process in ((KILL, OWN_PID), (TKILL, OWN_PID), (TGKILL, OWN_PID), (PRLIMIT, 0)):
-        tests = [op(load, 0, 0, argument), op(equal, 0, 1, process), allowed, refused]
-        program += when(call[MACHINE], *tests)
-    for call, flags in ((OPEN, argument + 8), (OPENAT, argument + 16)):
-        nameless = op(any_bit, 0 if removal else 1, 0, 0x00400000)  # O_TMPFILE
-        program += when(call[MACHINE], op(load, 0, 0, flags), nameless, allowed, refused)
-    commands = DESCRIPTOR_COMMANDS
-    program += when(
-        FCNTL[MACHINE],
-        op(load, 0, 0, argument + 8),
-        *(op(equal, len(commands) - i, 0, command) for i, command in enumerate(commands)),
-        refused,
-        allowed,
-    )
-    thread, new_namespace = 0x00010000, 0x7E020000  # CLONE_THREAD, any CLONE_NEW*
-    program += when(
-        CLONE[MACHINE],
-        op(load, 0, 0, argument),
-        op(any_bit, 2, 0, new_namespace),
-        op(any_bit, 0, 1, thread),
-        allowed,
-        refused,
-    )
-    program += when(CLONE3[MACHINE], op(ret, 0, 0, errno | 38))
-    program += when(IOCTL[MACHINE], op(ret, 0, 0, errno | 25))
-    return b"".join([*program, refused])
+    for call in ("kill", "tkill", "tgkill", "prlimit"):
+        itself = step(EQUAL, 0 if call == "prlimit" else OWN_PID, 0, 1)
+        program += when(call, argument(0), itself, PERMIT, REFUSE)
+    nameless = step(ANY_BIT, O_TMPFILE, 0 if removal else 1)
+    for call, flags in (("open", 1), ("openat", 2)):
+        program += when(call, argument(flags), nameless, PERMIT, REFUSE)
+    left = range(len(DESCRIPTOR_COMMANDS), 0, -1)
+    known = [step(EQUAL, command, n) for command, n in zip(DESCRIPTOR_COMMANDS, left)]
+    program += when("fcntl", argument(1), *known, REFUSE, PERMIT)
+    process = step(ANY_BIT, CLONE_THREAD, 0, 1)
+    program += when("clone", argument(0), step(ANY_BIT, ANY_NAMESPACE, 2), process, PERMIT, REFUSE)
+    program += when("clone3", step(RETURN, ERRNO | errno.ENOSYS))
+    program += when("ioctl", step(RETURN, ERRNO | errno.ENOTTY))
+    return b"".join([*program, REFUSE])
 
 
 def install_seccomp(program: bytes, pid: int) -> None:
@@ -132,7 +153,7 @@ def install_seccomp(program: bytes, pid: int) -> None:
     program = program.replace(struct.pack("I", OWN_PID), struct.pack("I", pid))
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(code))
-    syscall(SECCOMP[MACHINE], 1, 0, header)  # SECCOMP_SET_MODE_FILTER
+    syscall("seccomp", 1, 0, header)  # SECCOMP_SET_MODE_FILTER
 
 
 # ---- Landlock ------------------------------------------------------------------------------------
@@ -148,18 +169,20 @@ def landlock_ruleset(readable: list[str], hidden: list[str], scratch: str) -> in
     `scratch` stays flat: no directories, links, FIFOs or devices can be made in it. Raises OSError
     if the kernel has no Landlock.
     """
-    abi = syscall(LANDLOCK_CREATE, 0, 0, 1)
-    rights = (1 << (13, 14, 15, 15, 16)[min(abi, 5) - 1]) - 1
-    attributes = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    attributes = attributes[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
-    ruleset = syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
+    abi = syscall("landlock_create", 0, 0, 1)
+    known = (13, 14, 15, 15, 16)[min(abi, 5) - 1]  # rights of that ABI
+    rights = (1 << known) - 1
+    words = [rights, *([3] if abi >= 4 else []), *([3] if abi >= 6 else [])]  # files, TCP, scopes
+    attributes = struct.pack(f"{len(words)}Q", *words)
+    ruleset = syscall("landlock_create", attributes, len(attributes), 0)
     in_scratch = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
     granted = dict.fromkeys(without_hidden(readable, hidden), READ_FILE | READ_DIR)
-    for path, access in (granted | {os.devnull: in_scratch, scratch: in_scratch}).items():
+    granted |= {os.devnull: in_scratch, scratch: in_scratch}
+    for path, access in granted.items():
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
         of_files = rights & (READ_FILE | WRITE_FILE | TRUNCATE)
         access &= rights if os.path.isdir(path) else of_files
-        syscall(LANDLOCK_ADD, ruleset, 1, struct.pack("=QI", access, beneath), 0)
+        syscall("landlock_add", ruleset, 1, struct.pack("=QI", access, beneath), 0)
         os.close(beneath)
     return ruleset
 
@@ -179,25 +202,16 @@ def without_hidden(paths: list[str], hidden: list[str]) -> list[str]:
 
 
 # ---- namespaces ----------------------------------------------------------------------------------
-NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
-    0x20000,
-    0x4000000,
-    0x8000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+NEWUSER = 0x10000000
+NAMESPACES = 0x20000 | 0x4000000 | 0x8000000 | 0x20000000 | 0x40000000  # mount, UTS, IPC, pid, net
 RDONLY, NOSUID, NODEV, NOEXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 REC, PRIVATE, DETACH = 16384, 1 << 18, 2
+LOCKED = NOSUID | NODEV | NOEXEC | 1024 | 2048  # in a user namespace; the last two are atime's
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    check(
-        libc.mount(
-            source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()
-        ),
-        f"mount {target}",
-    )
+    names = [name.encode() for name in (source, target, kind)]
+    check(libc.mount(*names, ctypes.c_ulong(flags), data.encode()), f"mount {target}")
 
 
 def unshare() -> None:
@@ -205,9 +219,7 @@ def unshare() -> None:
     gid mapped alone.
     """
     uid, gid = os.geteuid(), os.getegid()
-    check(
-        libc.unshare(NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET | (NEWUSER if uid else 0)), "unshare"
-    )
+    check(libc.unshare(NAMESPACES | (NEWUSER if uid else 0)), "unshare")
     if uid:
         for name, line in (
             ("setgroups", "deny"),
@@ -236,25 +248,18 @@ def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: i
                 os.makedirs(os.path.dirname(base + path), exist_ok=True)
                 open(base + path, "w").close()
             mount(path, base + path, "", BIND | REC)
-            kept = os.statvfs(path).f_flag & (
-                NOSUID | NODEV | NOEXEC | 1024 | 2048
-            )  # locked in a user namespace: atime
+            kept = os.statvfs(path).f_flag & LOCKED
             mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | kept)
             for away in hidden:
                 if away.startswith(f"{path}/"):
                     mount("tmpfs", base + away, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     for path in hidden:
         mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | NODEV)
-    os.mkdir(base + "/scratch")
-    mount(
-        "tmpfs",
-        base + "/scratch",
-        "tmpfs",
-        NOSUID | NODEV | NOEXEC,
-        f"size={disk_bytes},nr_inodes=1k,mode=700",
-    )
+    scratch, size = base + "/scratch", f"size={disk_bytes},nr_inodes=1k,mode=700"
+    os.mkdir(scratch)
+    mount("tmpfs", scratch, "tmpfs", NOSUID | NODEV | NOEXEC, size)
     os.chdir(base)
-    syscall(PIVOT_ROOT[MACHINE or 0], b".", b".")
+    syscall("pivot_root", b".", b".")
     check(libc.umount2(b".", DETACH), "umount2")
     mount("none", "/", "", BIND | REMOUNT | RDONLY | NOSUID | NODEV)
     os.chdir("/")
@@ -271,10 +276,12 @@ def prctl(option: int, value: int) -> None:
 
 def keep_capabilities(*kept: int) -> None:
     """Drop every capability but these, of those that this process has."""
-    header, had = struct.pack("II", 0x20080522, 0), ctypes.create_string_buffer(24)
-    syscall(CAPGET[MACHINE or 0], header, had)
-    mask = struct.unpack_from("I", had, 4)[0] & sum(1 << capability for capability in kept)
-    syscall(CAPSET[MACHINE or 0], header, struct.pack("IIIIII", mask, mask, 0, 0, 0, 0))
+    header = struct.pack("II", 0x20080522, 0)
+    had = ctypes.create_string_buffer(24)
+    syscall("capget", header, had)
+    permitted_now = struct.unpack_from("I", had, 4)[0]
+    mask = permitted_now & sum(1 << capability for capability in kept)
+    syscall("capset", header, struct.pack("IIIIII", mask, mask, 0, 0, 0, 0))
 
 
 def drop_privileges(uid: int, keep_files: bool = False) -> None:
@@ -299,7 +306,7 @@ def fork_beside() -> int:
     CLONE_PARENT).
     """
     ctypes.pythonapi.PyOS_BeforeFork()
-    pid = libc_with_lock.syscall(CLONE[MACHINE or 0], 0x8000 | 17, 0, 0, 0, 0)
+    pid = libc_with_lock.syscall(CALLS["clone"], 0x8000 | 17, 0, 0, 0, 0)
     if not pid:
         ctypes.pythonapi.PyOS_AfterFork_Child()
     else:
@@ -324,15 +331,14 @@ def limits(
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_STACK: 100 << 20,
     }
     if processes is not None:
         wanted[resource.RLIMIT_NPROC] = processes
-    hard = {name: resource.getrlimit(name)[1] for name in (*wanted, resource.RLIMIT_STACK)}
-    least = {
-        name: value if hard[name] == resource.RLIM_INFINITY else min(value, hard[name])
-        for name, value in (wanted | {resource.RLIMIT_STACK: 100 << 20}).items()
-    }
-    return [
-        (name, value, hard[name] if name == resource.RLIMIT_STACK else value)
-        for name, value in least.items()
-    ]
+    found = []
+    for name, value in wanted.items():
+        hard = resource.getrlimit(name)[1]
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        found.append((name, value, hard if name == resource.RLIMIT_STACK else value))
+    return found

@@ -1,5 +1,5 @@
 """A pool of isolated workers that run completions; what each layer promises stands in
-docs/sandbox.md.
+docs/reference/sandbox.md.
 
 A worker is a separate interpreter with a scrubbed environment that has a confined process forked
 per job (`worker`). This module is the trusted side: it sends code and inputs, and receives facts.
@@ -23,7 +23,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -47,18 +47,14 @@ ENVIRONMENT = {
 NOTHING = marshal.dumps(())
 NO_SETUP = marshal.dumps(compile("", "<setup>", "exec"))
 GRACE = 10.0  # seconds beyond a job's longest wall time until the worker itself is given up
-SLOWEST = (
-    4 * 3 * 8
-)  # wall seconds that a job may last for each CPU second of a call: see worker.wait
+SLOWEST = 4 * 3 * 8  # wall seconds that a job may last for a CPU second of a call: worker.Clocks
 MAX_REPLY = 16 << 20  # bytes
-NO_PROBE = {
-    "antigravity",
-    "this",
-    "test",
-    "idlelib",
-    "turtledemo",
-}  # of the standard library: no use or noisy
+NO_PROBE = set("antigravity this test idlelib turtledemo".split())  # no use, or noisy
 LAYERS = ("uid", "landlock", "namespaces", "seccomp")  # each can be switched off
+
+
+BODY = ("setup", "entry", "calls", "compares", "own_tests")  # of a job
+SEEN = ("status", "exceeded", "cpu", "wall", "said", "file")  # facts of a result
 
 
 class SandboxError(Exception):
@@ -98,14 +94,8 @@ class Job:
             "phrase": self.phrase,
             "file": self.file,
         }
-        body = {
-            "code": code,
-            "asyncio": b"asyncio" in code + self.setup,
-            **{
-                name: getattr(self, name)
-                for name in ("setup", "entry", "calls", "compares", "own_tests")
-            },
-        }
+        body = {"code": code, "asyncio": b"asyncio" in code + self.setup}
+        body |= {name: getattr(self, name) for name in BODY}
         return marshal.dumps(watch | limits), marshal.dumps(body | limits)
 
 
@@ -221,14 +211,10 @@ class Sandbox:
     def __init__(
         self, workers: int = 2, level: str = "best", without: frozenset[str] = frozenset()
     ):
-        if workers < 1 or level not in LEVELS:
+        if workers < 1 or level not in LEVELS or sys.platform != "linux":
             raise UserError(
-                f"the sandbox takes at least one worker, not {workers}, and a level of {LEVELS}, "
-                f"not {level!r}"
-            )
-        if sys.platform != "linux":
-            raise UserError(
-                f"the sandbox needs Linux, not {sys.platform}: completions are run on Linux only"
+                f"the sandbox takes Linux, at least one worker and a level of {LEVELS}, "
+                f"not {sys.platform}, {workers} and {level!r}"
             )
         self._directory = tempfile.mkdtemp(prefix="vgrout-")
         self._without = dict.fromkeys(without, "switched off")
@@ -286,18 +272,15 @@ class Sandbox:
         )
         if level == "require" and missing:
             raise UserError(
-                f"--sandbox require: {missing} (docs/sandbox.md says how to turn layers on; "
-                "--sandbox best runs without them)"
+                f"--sandbox require: {missing} (docs/reference/sandbox.md says how to turn "
+                "layers on; --sandbox best runs without them)"
             )
 
     def run(self, jobs: list[Job]) -> list[Result]:
         """The jobs' results in their order, over the whole pool. SandboxError if a job fails twice
         for our reasons.
         """
-        return [future.result() for future in [self.submit(job) for job in jobs]]
-
-    def submit(self, job: Job) -> Future[Result]:
-        return self.executor.submit(self.run_one, job)
+        return list(self.executor.map(self.run_one, jobs))
 
     def run_one(self, job: Job) -> Result:
         """Run one job on an idle worker, in this thread. A lost worker is replaced, and the job
@@ -318,15 +301,8 @@ class Sandbox:
                     why = " ".join(facts["told"].split())[:200] or "it ended its process"
                     raise UserError(f"a problem's setup code does not run ({why}); correct it")
                 if facts["confined"]:
-                    return Result(
-                        facts["status"],
-                        facts["exceeded"],
-                        facts["cpu"],
-                        facts["wall"],
-                        facts["said"],
-                        facts["file"],
-                        tuple(parse_records(records, most=len(job.compares) + 8)),
-                    )
+                    records = tuple(parse_records(records, most=len(job.compares) + 8))
+                    return Result(*map(facts.get, SEEN), records)
                 why = "a job's process could not be confined"
             finally:
                 self._idle.put(worker)

@@ -66,7 +66,7 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             os.close(descriptor)
     layers.prctl(layers.NO_NEW_PRIVS, 1)
     if cage.ruleset >= 0:
-        layers.syscall(layers.LANDLOCK_RESTRICT, cage.ruleset, 0)
+        layers.syscall("landlock_restrict", cage.ruleset, 0)
         os.close(cage.ruleset)
     layers.keep_capabilities(layers.CAP_SETUID, layers.CAP_SETGID)
     layers.prctl(layers.DUMPABLE, 0)

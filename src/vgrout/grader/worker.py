@@ -111,6 +111,44 @@ class Family:
                 os.kill(int(innermost), number)
 
 
+class Clocks:
+    """The time of one job. A call may use `cpu_seconds` of CPU time and `WALL` times as much wall
+    time, not counting that it waits for a core; the whole job `JOB_CALLS` times as much of both.
+
+    A call's clocks restart only when the calls before it have left records, `committed`, which must
+    stay.
+    """
+
+    def __init__(self, pid: int, region: mmap.mmap, job: dict[str, Any]):
+        self.cpu_clock = (~pid << 3) | 2  # the id of its CPU clock, as of clock_getcpuclockid(3)
+        self.region, self.calls, self.limit = region, job["calls"], job["cpu_seconds"]
+        self.started, self.committed = time.monotonic(), b""
+        self.call, self.call_cpu, self.call_wall = 0, 0.0, 0.0
+
+    def records(self) -> bytes:
+        return self.region[RECORDS : min(int.from_bytes(self.region[:8], "little"), REGION)]
+
+    def left(self, waiting: Callable[[], float]) -> tuple[float, float]:
+        """Seconds of CPU and of wall time that are left."""
+        cpu, wall = usage_of(self.cpu_clock), time.monotonic() - self.started
+        if wall > 0.05:
+            wall = max(wall / SLOWEST, wall - waiting())
+        call = int.from_bytes(self.region[8:RECORDS], "little")
+        if self.call < call <= self.calls and self.returned(call - 1):
+            self.call, self.call_cpu, self.call_wall = call, cpu, wall
+            self.committed = self.records()
+        return (
+            self.limit - max(cpu - self.call_cpu, cpu / JOB_CALLS),
+            self.limit * WALL - max(wall - self.call_wall, wall / JOB_CALLS),
+        )
+
+    def returned(self, calls: int) -> bool:
+        """Whether so many calls have left records, behind those that were there before."""
+        records = self.records()
+        kinds = [kind for kind, _ in parse_records(records, most=calls + 9)]
+        return records.startswith(self.committed) and sum(map("VEO".count, kinds)) >= calls
+
+
 class Worker:
     """Watches one job at a time: starts it through a template, ends it, looks at what it left."""
 
@@ -228,10 +266,11 @@ class Worker:
         with mmap.mmap(region_file, REGION) as region:
             pid = order(self.template_for(job["numpy"]), FORK, *files, told)
             os.close(told)
-            facts, committed = self.wait(pid, region, job)
+            clocks = Clocks(pid, region, job)
+            facts = self.wait(pid, clocks)
             self.family.kill()
-            records = region[RECORDS : end_of_records(region)]
-        if not records.startswith(committed):
+            records = clocks.records()
+        if not records.startswith(clocks.committed):
             facts["exceeded"] = "cpu"  # it changed what had restarted the clock of a call
         elif not self.bounded and self.scratch.overfull():
             facts["exceeded"] = "disk"
@@ -249,57 +288,35 @@ class Worker:
         self.scratch.empty()
         return facts, records
 
-    def wait(
-        self, pid: int, region: mmap.mmap, job: dict[str, Any]
-    ) -> tuple[dict[str, Any], bytes]:
-        """Wait for the child, which may use `cpu_seconds` of CPU time for a call, `WALL` times as
-        much wall time, not counting that it waits for a core, and `JOB_CALLS` times as much of both
-        for the whole job.
-
-        A call's clocks restart only when the calls before it have left records. Also returns these:
-        they must stay.
+    def wait(self, pid: int, clocks: Clocks) -> dict[str, Any]:
+        """Wait for the child and end it when it exceeds a limit, which one that has ended by then
+        does not.
         """
-        cpu_clock = (~pid << 3) | 2  # the id of that process's CPU clock, clock_getcpuclockid(3)
-        started, limit = time.monotonic(), job["cpu_seconds"]
-        call, call_cpu, call_wall, committed, exceeded = 0, 0.0, 0.0, b"", ""
+        exceeded = ""
         while True:
             done, status, usage = os.wait4(pid, os.WNOHANG)
-            if done:
-                break
-            cpu, wall = usage_of(cpu_clock), time.monotonic() - started
-            if wall > 0.05:
-                wall = max(wall / SLOWEST, wall - self.family.waiting())
-            begun = int.from_bytes(region[8:RECORDS], "little")
-            if call < begun <= job["calls"]:
-                records = region[RECORDS : end_of_records(region)]
-                parsed = parse_records(records, most=begun + 8)
-                returned = sum(kind in "VEO" for kind, _ in parsed)
-                if records.startswith(committed) and returned >= begun - 1:
-                    call, call_cpu, call_wall, committed = begun, cpu, wall, records
-            cpu_left = limit - max(cpu - call_cpu, cpu / JOB_CALLS)
-            wall_left = WALL * limit - max(wall - call_wall, wall / JOB_CALLS)
-            if cpu_left <= 0 or wall_left <= 0:
-                exceeded = "cpu" if cpu_left <= 0 else "wall"
-            elif not self.bounded and self.scratch.overfull():
-                exceeded = "disk"
-            elif select.select([self.control_in], [], [], 0)[0]:
-                exceeded = "wall"  # nothing is sent during a job: the parent is gone
-            if exceeded == "wall":  # unless it ended while this process itself waited for a core
-                done, status, usage = os.wait4(pid, os.WNOHANG)
-                exceeded = "" if done else exceeded
-            if done:
-                break
-            if exceeded:
+            if not done and exceeded:
                 os.kill(pid, signal.SIGKILL)
                 _, status, usage = os.wait4(pid, 0)
-                break
-            pause = min(max(cpu_left, 0.002), wall_left, 0.1 if self.bounded else 0.05)
-            signal.sigtimedwait({signal.SIGCHLD}, pause)
-        return {
-            "status": os.waitstatus_to_exitcode(status),
-            "exceeded": exceeded,
-            "cpu": usage.ru_utime + usage.ru_stime,
-        }, committed
+            if done or exceeded:
+                return {
+                    "status": os.waitstatus_to_exitcode(status),
+                    "exceeded": "" if done else exceeded,
+                    "cpu": usage.ru_utime + usage.ru_stime,
+                }
+            cpu_left, wall_left = clocks.left(self.family.waiting)
+            exceeded = self.exceeded(cpu_left, wall_left)
+            if not exceeded:
+                pause = min(max(cpu_left, 0.002), wall_left, 0.1 if self.bounded else 0.05)
+                signal.sigtimedwait({signal.SIGCHLD}, pause)
+
+    def exceeded(self, cpu_left: float, wall_left: float) -> str:
+        if cpu_left <= 0 or wall_left <= 0:
+            return "cpu" if cpu_left <= 0 else "wall"
+        if not self.bounded and self.scratch.overfull():
+            return "disk"
+        parent_is_gone = select.select([self.control_in], [], [], 0)[0]  # nothing else is sent now
+        return "wall" if parent_is_gone else ""
 
     def probe(self) -> None:
         """Try in a confined process what the layers promise, and import the library; correct
@@ -340,10 +357,6 @@ def tried(function: Callable[[], None]) -> None:
             os._exit(1)
     if status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
         raise OSError(status, os.strerror(abs(status)))
-
-
-def end_of_records(region: mmap.mmap) -> int:
-    return min(int.from_bytes(region[:8], "little"), REGION)
 
 
 def usage_of(cpu_clock: int) -> float:

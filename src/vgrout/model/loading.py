@@ -10,7 +10,14 @@ from jaxtyping import Float
 from loguru import logger
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from vgrout.core import UserError
@@ -68,15 +75,35 @@ def load_policy(
     if tokenizer.chat_template is None:
         raise UserError(f"model {path!r} has no chat template: use an instruction-tuned model")
     model.to(device).eval().requires_grad_(False)
-    ends = model.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = end_tokens(tokenizer, model.generation_config)
+    pad = (
+        tokens.end_of_turn(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
     adapter = Lora2r(model, rank, lora_init_seed, targets)
     if gradient_checkpointing:
         enable_checkpointing(model, adapter)
-    policy = Policy(model, tokenizer, adapter, frozenset(eos), pad, share_prompts)
+    policy = Policy(model, tokenizer, adapter, eos, pad, share_prompts)
     check(policy)
     return policy
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> frozenset[int]:
+    """The ids that end a sampled completion: those of the generation config, EOS, and the token
+    that the chat template puts behind an answer. A tokenizer without EOS gets the config's first.
+
+    A warning where the last is none of the others; UserError where there is none at all.
+    """
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_token_id is None and ends:
+        tokenizer.eos_token_id = ends[0]
+    known, end = {tokenizer.eos_token_id, *ends} - {None}, tokens.end_of_turn(tokenizer)
+    if end not in known:
+        logger.warning(
+            f"neither EOS nor the generation config is {tokenizer.convert_ids_to_tokens(end)!r}, "
+            "which the chat template puts behind an answer: sampled completions end there, too"
+        )
+    return frozenset({*known, end})
 
 
 @torch.no_grad()
@@ -100,8 +127,8 @@ def check(policy: Policy) -> None:
         full = logps(policy, batch, 1.0, share=False)
     if unseen := sorted(adapter.linears.keys() - seen.keys()):
         raise UserError(
-            f"{len(unseen)} Linears that --targets {adapter.targets!r} matches in {name} take no part "
-            f"in reading text, e.g. {unseen[0]}: narrow --targets, for instance to "
+            f"{len(unseen)} Linears that --targets {adapter.targets!r} matches in {name} take no "
+            f"part in reading text, e.g. {unseen[0]}: narrow --targets, for instance to "
             "'language_model.*layers'"
         )
 
@@ -111,8 +138,12 @@ def check(policy: Policy) -> None:
     limit = GAP if model.dtype == torch.float32 else ROUNDED_GAP
     if (own := gap(own_logps(policy, batch))) > limit:
         raise UserError(
-            f"{name} does more to its logits than this code knows (log-probs differ by {own:.2g} nats "
-            "a token): its family is not supported, use another --model"
+            f"{name} does more to its logits than this code knows (log-probs differ by {own:.2g} "
+            "nats a token): its family is not supported, use another --model"
+        )
+    if not tokens.has_system_role(policy.tokenizer):
+        logger.warning(
+            f"{name}: its chat template has no system role: a system text heads the user's"
         )
     if not policy.share_prompts:
         return
@@ -130,7 +161,10 @@ def check(policy: Policy) -> None:
 
 def chats(policy: Policy) -> Batch:
     """The chats as a batch, of which two share a prompt."""
-    questions = [[{"role": "user", "content": question}] for question, _ in CHATS]
+    questions = [
+        [{"role": "system", "content": tokens.SYSTEM}, {"role": "user", "content": question}]
+        for question, _ in CHATS
+    ]
     ones = [1.0] * len(CHATS)
     return tokens.collate(
         [tokens.encode_prompt(policy.tokenizer, messages) for messages in questions],

@@ -3,28 +3,92 @@ pairs."""
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vgrout.core import UserError
 from vgrout.model.batch import Batch
 
+Messages = list[dict[str, str]]
+ASKED: Messages = [{"role": "user", "content": "Is it?"}]
+SYSTEM, ANSWER = "Answer briefly.", "Yes, it is."
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Chat messages → prompt ids that end where the assistant begins; Qwen's thinking switch is
-    off."""
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    off.
+
+    A system text heads the user's where the template has no system role. UserError where the
+    template refuses that, too.
+    """
+    if messages[0]["role"] == "system" and not has_system_role(tokenizer):
+        system, user, *others = messages
+        text = f"{system['content']}\n\n{user['content']}"
+        messages = [user | {"content": text}, *others]
+    text = rendered(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
+) -> str:
+    """The messages as the chat template writes them. UserError where it refuses them."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the model's chat template refuses messages of {roles} ({why}): use another --model"
+        ) from error
+
+
+def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template takes a system message and shows its text."""
+    try:
+        return SYSTEM in rendered(tokenizer, [{"role": "system", "content": SYSTEM}, *ASKED])
+    except UserError:
+        return False
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends an answer: the token that the chat template puts behind one, EOS where it
+    puts none. UserError where there is neither.
+    """
+    end = _token_behind_answer(tokenizer, tokenizer.chat_template)
+    end = tokenizer.eos_token_id if end is None else end
+    if end is None:
+        raise UserError(
+            "neither the chat template nor the tokenizer nor the generation config of the model "
+            "names a token that ends an answer: set eos_token in its tokenizer_config.json"
+        )
+    return end
+
+
+@lru_cache(maxsize=8)
+def _token_behind_answer(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int | None:
+    if template is None:
+        return None
+    text = rendered(tokenizer, [*ASKED, {"role": "assistant", "content": ANSWER}])
+    tail = text.partition(ANSWER)[2]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), None)
+
+
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A written completion → ids that end with EOS, as a sampled one does."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    """A written completion → ids that end with the end of a turn, as a sampled one does."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, end_of_turn(tokenizer)]
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
