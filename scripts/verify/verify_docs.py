@@ -5,13 +5,16 @@ A rule finds what is wrong in a page. It must find nothing in the documents, and
     uv run python scripts/verify/verify_docs.py
 """
 
-import csv
 import re
 from collections import defaultdict
 from functools import cache
 from math import nan
 from pathlib import Path
 from statistics import mean
+
+from scripts.experiments import records
+
+from vgrout.core import EvalResult, RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = r"^(?:`{4}[^`].*?^`{4}|```[^`].*?^```)$"
@@ -100,18 +103,23 @@ def stale_figures(name: str, text: str) -> list[str]:
 
 @cache
 def committed() -> dict[str, dict[str, float]]:
-    """Row of the decision → its figures, in the tables that `just artifacts` makes."""
-    rows = defaultdict(lambda: dict.fromkeys(FIGURES, nan))
-    for path in sorted(ROOT.glob("docs/writeup/generated/*.csv")):
-        for row in csv.DictReader(path.open()):
-            if "series" in row:  # a curve: its last point stands
-                row |= {"name": row["series"], row["which"]: row["mean"], "seeds": row["runs"]}
-            for what in FIGURES if "name" in row else ():
-                by_mode = [key for key in row if key.endswith(f"_{what}")]
-                keys = [what] if what in row else by_mode
-                if keys:
-                    rows[row["name"]][what] = mean(float(row[key]) for key in keys)
-    return rows
+    """Row of a wave → its figures: the last deployed cell with novel markers, mean over seeds."""
+    runs, _ = records.load(records.files("decision") + records.files("0"))
+    runs["absorb"] = runs["none2r"]  # trained once, evaluated twice
+    found = defaultdict(lambda: dict.fromkeys(FIGURES, nan))
+    for row, seeds in runs.items():
+        state = "ablated" if row == "absorb" else "deployed"
+        cells = [last(record, state) for record in seeds.values()]
+        rates = {what: mean(getattr(c, what) / c.n for c in cells) for what in ("hack", "solve")}
+        found[row] = {"seeds": len(cells)} | rates
+    return found
+
+
+def last(record: RunRecord, state: str) -> EvalResult:
+    """The last test cell of a state with novel markers."""
+    wanted = ("test", "novel", state)
+    cells = [c for c in record.evals if (c.split, c.markers, c.state) == wanted]
+    return max(cells, key=lambda cell: cell.step)
 
 
 def prose(text: str) -> str:
