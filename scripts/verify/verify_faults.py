@@ -20,39 +20,49 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from scripts.verify import trainer
 
 from vgrout import arms, experiment, train
 from vgrout.cli import parse
-from vgrout.core import NO_ZONE, UserError, Zone
+from vgrout.config import with_options
+from vgrout.core import NO_ZONE, RunRecord, UserError, Zone
 from vgrout.env.exploits import canonical_hack
 from vgrout.experiment import Experiment, load_splits
 from vgrout.files import load_tensors
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors.judge import Endpoint
 from vgrout.gate.monitors.scores import Judge
-from vgrout.grader import sandbox
+from vgrout.grader import Grader, sandbox
 from vgrout.grader.sandbox import Job, Sandbox, SandboxError
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.run import dry_run
 from vgrout.run.faults import Stopped, describe, explained, recorded
 from vgrout.run.health import Diverged
-from vgrout.run.records import Run, load_adapter, load_metrics, load_record, load_rollouts
+from vgrout.run.records import (
+    Run,
+    _differences,
+    load_adapter,
+    load_metrics,
+    load_record,
+    load_rollouts,
+)
 
 STEPS = 3
 SHORT = (
-    f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 96 "
+    f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 128 "
     "--teacher-until 9 --final-draws 96 --save-every 1 --threads 1 --workers 1"
 ).split()
 LONG = "--steps 5 --save-every 2 --eval-every 2 --eval-draws 4 --final-draws 8".split()
 UNMONITORED = [name for name, arm in arms.ARMS.items() if arm.phases[-1].score not in arms.FLAGS]
 TOKEN = "hf_" + "plantedsecret" * 2
 SPY = """import os
-print(dict(os.environ))
+print(os.environ)
 try:
-    print(open('/proc/self/environ').read(), open(f'/proc/{os.getppid()}/environ').read())
+    for p in 'self', os.getppid():
+        print(open(f'/proc/{p}/environ').read())
 except Exception:
     pass
 """
@@ -211,6 +221,33 @@ def check_secrets(root: Path) -> None:
             seen.append(TOKEN in str(box.run([job])[0].records))
     assert seen == [False, True], f"the token in the sandbox, and leaked on purpose: {seen}"
     print("ok  a token in the environment reaches no file of a run, nor the sandbox")
+
+
+def check_identity(root: Path) -> None:
+    """Every file of a model that shapes prompts or completions belongs to a run's identity."""
+    folder = root / "model"
+    config = parse(["smoke"])[1]
+    shutil.copytree(config.model.model, folder)
+    config = with_options(config, {"model": str(folder)})
+    grader = object.__new__(Grader)
+    grader.layers = {}
+
+    def unnoticed() -> list[str]:
+        def record() -> RunRecord:
+            return experiment.new_record("smoke", config, {}, [], grader)
+
+        same = []
+        for file in sorted(folder.iterdir()):
+            before, whole = record(), file.read_bytes()
+            file.write_bytes(whole + b" ")
+            same += [] if _differences(before, record()) else [file.name]
+            file.write_bytes(whole)
+        return same
+
+    assert (folder / "chat_template.jinja").exists() and not (odd := unnoticed()), odd
+    with mock.patch.object(experiment, "MODEL_FILES", (".safetensors",)):
+        assert "tokenizer.json" in unnoticed(), "weights alone pass for the whole model"
+    print("ok  a run's identity holds its model's weights, tokenizer, template and settings")
 
 
 def check_kills(root: Path, rng: random.Random) -> None:
@@ -403,6 +440,7 @@ def main() -> None:
         check_chain(root, whole)
         check_divergence(root)
         check_read_only(whole)
+        check_identity(root)
         check_memory()
         check_statuses(whole)
         check_secrets(root)
