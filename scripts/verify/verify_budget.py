@@ -287,40 +287,6 @@ def report(what: str, violations: list[str]) -> int:
     return len(counted)
 
 
-def main():\n" + BODY * 60),
-        (UPDATE, "def update():\n" + BODY * 45),
-    ],
-    shape: [
-        (GATE, "x = [1, 2, 3, 4, 5, 6]\n"),
-        ("scripts/a.py", f"{'x' * WIDEST} = 1\n"),
-        (GATE, SKIP),
-    ],
-    config: [
-        (CONFIG, "    never: int = 0\n"),
-        (CONFIG, "    seed: int = 1\n" * FIELDS),
-    ],
-    arms: [
-        (TRAIN, "if run.intervention:\n    pass\n"),
-        (TRAIN, "x = 1 if phase.score in ('a', 'b') else 0\n"),
-    ],
-    labels: [
-        (GATE, "score = rollout.grade.reward_hack\n"),
-        (UPDATE, "w = row.teacher\n"),
-    ],
-    foreign_code: [
-        (GATE, "import pickle\n"),
-        (UPDATE, "m = torch.load(path)\n"),
-    ],
-}
-
-
-def report(what: str, violations: list[str]) -> int:
-    print("BROKEN" if violations else "ok    ", what)
-    for violation in violations:
-        print(" " * 8 + violation)
-    return len(violations)
-
-
 def main() -> None:
     files = [path for base in ("src", "scripts") for path in sorted((ROOT / base).rglob("*.py"))]
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in files}
