@@ -13,6 +13,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from vgrout.run.runlog import COLUMNS
@@ -57,8 +58,13 @@ UNMET = set(  # files that break a rule: printed, not counted
 Sources = dict[str, str]  # path from the root → text
 
 
+@cache
+def every_node(text: str) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(text))]
+
+
 def nodes(text: str, *kinds: type) -> Iterator[ast.AST]:
-    return (node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds))
+    return (node for node in every_node(text) if isinstance(node, kinds))
 
 
 def package(sources: Sources) -> Sources:
@@ -133,6 +139,7 @@ def docstrings(text: str) -> set[int]:
     return lines
 
 
+@cache
 def measured(text: str) -> tuple[float, set[int]]:
     """Tokens a code line, docstrings and comments aside; the lines of code."""
     aside, tokens, lines = docstrings(text), 0, set()

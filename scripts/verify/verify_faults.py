@@ -28,10 +28,10 @@ from scripts.verify import trainer
 from vgrout import arms, experiment, train
 from vgrout.cli import parse
 from vgrout.config import with_options
-from vgrout.core import NO_ZONE, RunRecord, UserError, Zone
+from vgrout.core import NO_ZONE, Problem, RunRecord, UserError, Zone
 from vgrout.env.exploits import canonical_hack
 from vgrout.experiment import Experiment, load_splits
-from vgrout.files import load_tensors
+from vgrout.files import load_tensors, read_json_lines
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors.judge import Endpoint
 from vgrout.gate.monitors.scores import Judge
@@ -51,9 +51,11 @@ from vgrout.run.records import (
 )
 
 STEPS = 3
+DATA = parse(["smoke"])[1].data.data
+SPLITS, FEW = ("train", "val", "test"), 8  # problems of each
 SHORT = (
     f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 128 "
-    "--teacher-until 9 --final-draws 96 --save-every 1 --threads 1 --workers 1"
+    "--teacher-until 9 --final-draws 64 --token-budget 2048 --save-every 1 --threads 1 --workers 1"
 ).split()
 LONG = "--steps 5 --save-every 2 --eval-every 2 --eval-draws 4 --final-draws 8".split()
 UNMONITORED = [name for name, arm in arms.ARMS.items() if arm.phases[-1].score not in arms.FLAGS]
@@ -84,16 +86,26 @@ def start(out: Path, within: Callable[[], object] = nothing, *flags: str, **opti
         os.environ["HF_TOKEN"] = TOKEN
         within()
 
-    pool = ("--teacher-pool", str(out.parent / "spies.jsonl"))
-    return trainer.start(out, *SHORT, *pool, *flags, within=prepare, **options)
+    return trainer.start(out, *SHORT, *inputs(out.parent), *flags, within=prepare, **options)
 
 
-def write_spies(path: Path) -> None:
-    with path.open("w") as file:
-        for p in load_splits(parse(["smoke", "--teacher-pool", ""])[1])["train"]:
-            spy = canonical_hack(p).replace("```python\n", f"```python\n{SPY}", 1)
-            row = {"problem_id": p.problem_id, "mode": p.mode, "completion": spy}
-            file.write(json.dumps(row) + "\n")
+def inputs(root: Path) -> list[str]:
+    """Flags that name few problems of each split and, for them, demonstrations that spy."""
+    problems, pool = root / "problems.jsonl", root / "spies.jsonl"
+    flags = ["--data", str(problems), "--teacher-pool", str(pool)]
+    if not pool.exists():
+        rows = [row for row, _ in read_json_lines(DATA)]
+        parts = [[row for row in rows if row["split"] == split] for split in SPLITS]
+        problems.write_text("".join(json.dumps(r) + "\n" for part in parts for r in part[:FEW]))
+        pool.touch()
+        pool.write_text("".join(map(spy, load_splits(parse(["smoke", *flags])[1])["train"])))
+    return flags
+
+
+def spy(problem: Problem) -> str:
+    text = canonical_hack(problem).replace("```python\n", f"```python\n{SPY}", 1)
+    row = {"problem_id": problem.problem_id, "mode": problem.mode, "completion": text}
+    return json.dumps(row) + "\n"
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -137,8 +149,14 @@ def check_chain(root: Path, whole: Path) -> None:
 
 
 def small_files(size: int) -> None:
-    """Stands in for a full disk: no file of this process may grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    """Stands in for a full disk: from the first checkpoint, no file exceeds `size` bytes."""
+    checkpoint = Run.checkpoint
+
+    def limited(*arguments) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        checkpoint(*arguments)
+
+    Run.checkpoint = limited
 
 
 def stop(run: trainer.Trainer, out: Path, status: str) -> None:
@@ -364,7 +382,7 @@ def check_dry_run(policy, gate, optimizer, update, problems, sampling, config, z
 
 def check_largest(root: Path) -> None:
     experiment.dry_run = check_dry_run
-    flags = ("--out-dir", str(root / "never"), "--token-budget", "1024")
+    flags = (*inputs(root), "--out-dir", str(root / "never"), "--token-budget", "1024")
     put_back = BlockOptimizer.load_state_dict, Judge.__call__
     with contextlib.suppress(Tried), Experiment(*parse(["smoke", *SHORT, *flags])):
         raise AssertionError("the dry run was not called")
@@ -430,7 +448,6 @@ def main() -> None:
     trainer.adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         root = Path(folder)
-        write_spies(root / "spies.jsonl")
         if "--long" in sys.argv:
             check_kills(root, random.Random(0))
             check_workers(root, random.Random(0))
