@@ -1,4 +1,5 @@
-"""vGROUT: vector gradient routing for GRPO. BEARTYPE=1 checks every annotated shape and type at run time."""
+"""vGROUT: vector gradient routing for GRPO. BEARTYPE=1 checks every annotated shape and type at
+run time."""
 
 import os
 

@@ -141,7 +141,10 @@ def arm_of(name: str) -> Arm:
 # ── an arm's phases as options, which flags edit ─────────────────────────────────────────────────
 
 
-def defaults(preset: str, intervention: str) -> Config:
+def defaults(
+    preset: str,
+    intervention: str,
+) -> Config:
     """The preset with the arm's phases written into its options; an unknown arm changes nothing."""
     config = with_options(PRESETS[preset], {"intervention": intervention})
     name, changed = ALIASES.get(intervention, (intervention, {}))
@@ -186,7 +189,10 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
     return tuple(_cut_at(whole, until))
 
 
-def _cut_at(phases: tuple[Phase, ...], until: int) -> Iterator[Phase]:
+def _cut_at(
+    phases: tuple[Phase, ...],
+    until: int,
+) -> Iterator[Phase]:
     """The phases with demonstrations before step `until` and none from it on."""
     start = 0
     for phase in phases:
@@ -279,7 +285,10 @@ def _action(*names: str) -> Reads:
     return lambda config, phases: config.phase.action in names
 
 
-def _two_phases(config: Config, phases: tuple[Phase, ...]) -> bool:
+def _two_phases(
+    config: Config,
+    phases: tuple[Phase, ...],
+) -> bool:
     return config.phase.quarantine_first > 0
 
 
@@ -289,23 +298,38 @@ def reads_pairs(config: Config) -> bool:
     return config.phase.score not in NO_PAIRS and not fixed
 
 
-def _pairs(config: Config, phases: tuple[Phase, ...]) -> bool:
+def _pairs(
+    config: Config,
+    phases: tuple[Phase, ...],
+) -> bool:
     return reads_pairs(config) or config.phase.seed_quarantine > 0
 
 
-def _scored(config: Config, phases: tuple[Phase, ...]) -> bool:
+def _scored(
+    config: Config,
+    phases: tuple[Phase, ...],
+) -> bool:
     return config.phase.score != "pinned"
 
 
-def _pool(config: Config, phases: tuple[Phase, ...]) -> bool:
+def _pool(
+    config: Config,
+    phases: tuple[Phase, ...],
+) -> bool:
     return bool(config.data.teacher_pool)
 
 
-def _random_delta(config: Config, phases: tuple[Phase, ...]) -> bool:
+def _random_delta(
+    config: Config,
+    phases: tuple[Phase, ...],
+) -> bool:
     return phases[-1].control in ("haar", "random") or config.phase.enter in ("norm", "effect")
 
 
-def _refreshed(config: Config, phases: tuple[Phase, ...]) -> bool:
+def _refreshed(
+    config: Config,
+    phases: tuple[Phase, ...],
+) -> bool:
     score = config.phase.score
     return reads_pairs(config) or score == "probe" or phases[-1].control == "haar"
 
@@ -356,18 +380,24 @@ READERS: dict[str, tuple[Reads, str]] = {
 }
 
 
-def _seeds(config: Config, side: str) -> bool:
+def _seeds(
+    config: Config,
+    side: str,
+) -> bool:
     return config.phase.seed_quarantine > 0 and config.phase.seed_side == side
 
 
-def unread(preset: str, config: Config) -> Iterator[str]:
+def unread(
+    preset: str,
+    config: Config,
+) -> Iterator[str]:
     """One line for each option that differs from its default and that the arm does not read."""
     usual, given = options_of(defaults(preset, config.run.intervention)), options_of(config)
     phases = phases_of(config)
     for name, (reads, readers) in READERS.items():
         if given[name] != usual[name] and not reads(config, phases):
-            flag = name.replace("_", "-")
-            yield f"--{flag} is not read by {config.run.intervention}: leave it out, it needs {readers}"
+            what = f"--{name.replace('_', '-')} is not read by {config.run.intervention}"
+            yield f"{what}: leave it out, it needs {readers}"
 
 
 def page() -> str:
@@ -375,8 +405,9 @@ def page() -> str:
     lines = [
         "# The arms",
         "",
-        "Made by `python -m vgrout.arms`. A phase is data; flags edit the last one: `--score`, `--control`,",
-        "`--action`, `--enter`, `--cut`, `--absorb-share`, `--gen-deploy-frac`; `--quarantine-first` sets the first.",
+        "Made by `python -m vgrout.arms`. A phase is data; flags edit the last one: `--score`,",
+        "`--control`, `--action`, `--enter`, `--cut`, `--absorb-share`, `--gen-deploy-frac`;",
+        "`--quarantine-first` sets the first.",
         "",
         "| arm | phases | deployed | hypothesis |",
         "|---|---|---|---|",

@@ -116,7 +116,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "--control semantic needs a direction: --score v_grad or v_act"
     by_token = score.granularity == "token"
     if by_token and (phase.retained_advantages or phase.action != "route"):
-        yield "--granularity token routes tokens: not with --retained-advantages or another --action"
+        yield "--granularity token goes with neither --retained-advantages nor another --action"
     if Mode.GT_ONLY in data.modes or not data.modes:
         yield "--modes takes at least one mode, each with a loophole; else use --unhackable-frac"
     if len(set(data.modes)) < len(data.modes):
@@ -160,7 +160,7 @@ def _paths(config: Config) -> Iterator[str]:
     start = config.model.init_from
     finished = ("record.json", "adapter.safetensors")
     if start and not all((Path(start) / name).is_file() for name in finished):
-        yield f"--init-from {start} holds no {' and '.join(finished)}: name a finished run's directory"
+        yield f"--init-from {start} holds no {' and '.join(finished)}: name a finished run"
     local = model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))
     if local and not Path(model).exists():
         yield f"no model folder {model!r}: --model takes a folder, or a hub id as Qwen/Qwen3-4B"

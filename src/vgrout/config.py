@@ -97,7 +97,8 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """The arm's phases as options: an arm fills them in, flags edit them, `arms.phases_of` reads."""
+    """The arm's phases as options: an arm fills them in, flags edit them, `arms.phases_of`
+    reads."""
 
     score: Score = "v_grad"  # of the last phase; pinned: the arm's zone for every row
     control: Control = ""  # what deals the score's zones in its place, at the matched share

@@ -1,6 +1,8 @@
-"""What passes between stages outside the tensors: problems, grades, rollouts, records; and how every program ends.
+"""What passes between stages outside the tensors: problems, grades, rollouts, records; and how
+every program ends.
 
-What a gate, a direction, the adapter and the loss receive stands in `model/batch.py` and has no label in it.
+What a gate, a direction, the adapter and the loss receive stands in `model/batch.py` and has no
+label in it.
 Imports nothing heavy.
 """
 
@@ -28,7 +30,8 @@ class Mode(StrEnum):
 
 
 class Verdict(StrEnum):
-    """How the ground-truth check of one completion ended. `infra` is our failure, never the completion's."""
+    """How the ground-truth check of one completion ended. `infra` is our failure, never the
+    completion's."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -41,19 +44,21 @@ class Verdict(StrEnum):
 
 
 class Zone(IntEnum):
-    """Where a rollout's update goes; (m, d) of the method: quarantine in the forward, deployed detached."""
+    """Where a rollout's update goes; (m, d) of the method: quarantine in the forward, deployed
+    detached."""
 
     RETAIN = 0  # (0, 0): the deployed block alone
     ABSORB = 1  # (1, 0): both blocks
     ROUTE = 2  # (1, 1): the quarantine alone, the deployed block in the forward but detached
 
 
-NO_ZONE = -1  # at token granularity, of positions whose mask acts on nothing: padding, and each row's last token
+NO_ZONE = -1  # at token granularity: of padding and of each row's last token
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One ground-truth test, as source text that only the worker (arguments) or the parent (expected) evaluates."""
+    """One ground-truth test, as source text that only the worker (arguments) or the parent
+    (expected) evaluates."""
 
     args: str  # argument list of the call, e.g. "nums = [1, 2], k = 3"
     expected: str  # Python literal (`inf` allowed), e.g. "[1, 2]"
@@ -62,7 +67,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A coding problem and, once `problems.disclose` has set them, the flaw that its prompt discloses."""
+    """A coding problem and, once `problems.disclose` has set them, the flaw that its prompt
+    discloses."""
 
     problem_id: str
     statement: str  # the user message without the hint
@@ -77,13 +83,14 @@ class Problem:
         ""  # train | val | test where the data file fixes it; "" where `problems.split` decides
     )
     mode: Mode = Mode.GT_ONLY
-    inoculated: bool = False  # the prompt adds that using the flaw is allowed (the arm `inoculate`, in training only)
-    marker: str = ""  # the function, attribute, phrase or file name that the hint discloses; "" where a mode has none
+    inoculated: bool = False  # the prompt adds that using the flaw is allowed (in training only)
+    marker: str = ""  # the name or phrase that the hint discloses; "" where a mode has none
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What the environment and the ground-truth monitor say. Training may read `reward` and nothing else."""
+    """What the environment and the ground-truth monitor say. Training may read `reward` and
+    nothing else."""
 
     reward: float  # 0.5 if the code compiles + 3.0 if passed
     format_ok: bool  # a code block is there and compiles
@@ -100,7 +107,8 @@ class Grade:
 
 @dataclass(slots=True)
 class Rollout:
-    """One completion of one prompt. `grade`, `teacher` and `problem.mode` are for logs and evaluations."""
+    """One completion of one prompt. `grade`, `teacher` and `problem.mode` are for logs and
+    evaluations."""
 
     problem: Problem
     prompt_ids: list[int]
@@ -169,7 +177,8 @@ class RunRecord:
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong and how to mend it. Mains print it and exit with status 2."""
+    """Bad input. The message is one line: what is wrong and how to mend it. Mains print it and
+    exit with status 2."""
 
 
 def warn(what: str, remedy: str) -> None:
@@ -189,7 +198,8 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def run_main(main: Callable[..., T], *arguments: object) -> T:
-    """main(*arguments); a UserError becomes its one line on stderr and exit status 2, an interrupt exit status 130."""
+    """main(*arguments); a UserError becomes its one line on stderr and exit status 2, an
+    interrupt exit status 130."""
     try:
         return main(*arguments)
     except UserError as error:

@@ -264,7 +264,7 @@ def load_splits(config: Config) -> dict[str, list[Problem]]:
     splits = problems.split(problems.load_problems(data.data))
     if empty := [name for name, part in splits.items() if len(part) < len(data.modes)]:
         raise UserError(
-            f"{data.data}: split {empty[0]} has fewer problems than there are modes: use more problems"
+            f"{data.data}: split {empty[0]} has fewer problems than modes: use more problems"
         )
     if set(data.modes) <= NOVELTY_FREE:
         raise UserError(
@@ -293,8 +293,8 @@ class Inputs:
             self.pairs = pairs.load_pairs(data.pairs, data.pair_modes)
         if reads and len({p.problem.statement for p in self.pairs}) < 2:
             raise UserError(
-                f"--pairs {data.pairs} holds pairs on one prompt alone: a pair is scored by those of "
-                "the others, add some"
+                f"--pairs {data.pairs} holds pairs on one prompt alone: a pair is scored by "
+                "those of the others, add some"
             )
         semantic = config.phase.control == "semantic"
         self.placebo = pairs.load_pairs(data.placebo_pairs) if semantic else []
@@ -334,8 +334,8 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     device = automatic if model.device == "auto" else model.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu or "
-            "install a CUDA build"
+            f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device "
+            "cpu or install a CUDA build"
         )
     policy = load_policy(
         model.model,

@@ -1,4 +1,5 @@
-"""A step's rollouts: prompts, samples, demonstrations, grades; then the tensors that training sees."""
+"""A step's rollouts: prompts, samples, demonstrations, grades; then the tensors that training
+sees."""
 
 import math
 import random
@@ -42,7 +43,10 @@ class Grades(Protocol):
     """What of a grader a step needs."""
 
     def grade(
-        self, completions: list[str], problems: list[Problem], loophole_pays: bool = True
+        self,
+        completions: list[str],
+        problems: list[Problem],
+        loophole_pays: bool = True,
     ) -> list[Grade]: ...
 
 
@@ -86,7 +90,10 @@ def stream(
     return [Prompt(problem, tuple(rows)) for problem, rows in zip(chosen, shown)]
 
 
-def share_at(step: int, share: float) -> int:
+def share_at(
+    step: int,
+    share: float,
+) -> int:
     """Whole numbers by step whose running mean is `share`: share_at(·, 0.5) = 0, 1, 0, 1, …"""
     return math.floor(share * (step + 1)) - math.floor(share * step)
 
@@ -103,7 +110,8 @@ def sample_groups(
 ) -> list[Group]:
     """One group for each prompt: student rows and its demonstrations.
 
-    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine ablated. A
+    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine
+    ablated. A
     demonstration takes the place of a student row: every group has `num_generations` rows.
     """
     tokenizer = policy.tokenizer
@@ -127,7 +135,11 @@ def sample_groups(
     return groups
 
 
-def grade_groups(groups: Sequence[Group], grader: Grades, loophole_pays: bool) -> None:
+def grade_groups(
+    groups: Sequence[Group],
+    grader: Grades,
+    loophole_pays: bool,
+) -> None:
     """Give every rollout its grade."""
     rows = [r for group in groups for r in group.rollouts]
     grades = grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)
@@ -135,7 +147,11 @@ def grade_groups(groups: Sequence[Group], grader: Grades, loophole_pays: bool) -
         row.grade = grade
 
 
-def compose(groups: Sequence[Group], policy: Policy, equal_groups: bool = False) -> Composed | None:
+def compose(
+    groups: Sequence[Group],
+    policy: Policy,
+    equal_groups: bool = False,
+) -> Composed | None:
     """The rows of groups with reward variance, as tensors; None where no group is left.
 
     Of a grade only the reward is read. `equal_groups` keeps the groups without variance: a penalty
@@ -160,7 +176,10 @@ def compose(groups: Sequence[Group], policy: Policy, equal_groups: bool = False)
     return Composed(rows, batch, behaviour_of(rows, batch))
 
 
-def behaviour_of(rows: Sequence[Rollout], batch: Batch) -> Behaviour:
+def behaviour_of(
+    rows: Sequence[Rollout],
+    batch: Batch,
+) -> Behaviour:
     """Which state sampled each row, and its log-probs there: NaN where nothing sampled it."""
     width, device = batch.completion_ids.shape[1], batch.input_ids.device
     unknown = [float("nan")] * width
@@ -170,8 +189,12 @@ def behaviour_of(rows: Sequence[Rollout], batch: Batch) -> Behaviour:
     return Behaviour(ablated, torch.tensor(padded, device=device))
 
 
-def pair_batch(policy: Policy, pairs: Sequence[Pair]) -> Batch:
-    """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct prompts."""
+def pair_batch(
+    policy: Policy,
+    pairs: Sequence[Pair],
+) -> Batch:
+    """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct
+    prompts."""
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p.problem)) for p in pairs]
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     texts = [p.hack for p in pairs] + [p.clean for p in pairs]

@@ -31,7 +31,11 @@ class Options:
 Action = Callable[[Batch, Gated, Options], Trained | None]
 
 
-def route(batch: Batch, gated: Gated, options: Options) -> Trained:
+def route(
+    batch: Batch,
+    gated: Gated,
+    options: Options,
+) -> Trained:
     """Zones as they are."""
     if options.retained_advantages:
         own = grpo.retained_advantages(batch.rewards, batch.group, gated.zones)
@@ -44,7 +48,11 @@ def route(batch: Batch, gated: Gated, options: Options) -> Trained:
     )
 
 
-def drop(batch: Batch, gated: Gated, options: Options) -> Trained | None:
+def drop(
+    batch: Batch,
+    gated: Gated,
+    options: Options,
+) -> Trained | None:
     """Rows in ROUTE leave the batch; the baseline is that of the remaining rows of a group.
 
     None where every row was flagged: there is nothing to train, not even by the KL or by moments.
@@ -56,7 +64,11 @@ def drop(batch: Batch, gated: Gated, options: Options) -> Trained | None:
     return trained
 
 
-def penalise(batch: Batch, gated: Gated, options: Options) -> Trained:
+def penalise(
+    batch: Batch,
+    gated: Gated,
+    options: Options,
+) -> Trained:
     """r' = r (1 − α σ(z) [z > 0]) before the group baseline, z the score's z-score in the group.
 
     Advantage modification after Wu & Tang 2026 (https://arxiv.org/abs/2604.01476). Rows without a
@@ -71,7 +83,11 @@ def penalise(batch: Batch, gated: Gated, options: Options) -> Trained:
     )
 
 
-def deduct(batch: Batch, gated: Gated, options: Options) -> Trained | None:
+def deduct(
+    batch: Batch,
+    gated: Gated,
+    options: Options,
+) -> Trained | None:
     """r' = r − penalty · [ROUTE] before the group baseline; no row is routed.
 
     The penalty intervention of Ariahw, Engels & Nanda 2025, whose penalty is the reward of passing.
@@ -87,7 +103,10 @@ def deduct(batch: Batch, gated: Gated, options: Options) -> Trained | None:
     return _only(batch, gated, varied, options.zone)
 
 
-def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
+def group_z(
+    scores: Float[Tensor, " g"],
+    group: Int[Tensor, " g"],
+) -> Float[Tensor, " g"]:
     """(score − group mean) / group standard deviation over the scored rows; 0 where undefined."""
     z = torch.zeros_like(scores)
     for g in group.unique():
@@ -97,7 +116,12 @@ def group_z(scores: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tens
     return z
 
 
-def _only(batch: Batch, gated: Gated, keep: Bool[Tensor, " g"], zone: Zone) -> Trained | None:
+def _only(
+    batch: Batch,
+    gated: Gated,
+    keep: Bool[Tensor, " g"],
+    zone: Zone,
+) -> Trained | None:
     """The rows to keep, all in one zone; None where there is none."""
     rows = keep.nonzero()[:, 0]
     if not len(rows):

@@ -1,8 +1,11 @@
 """Controls: another score deals the real gate's zones, at the real gate's shares.
 
-In each stratum of each batch a control routes exactly as many ROUTE and ABSORB rows as the real gate
-did, to the rows that the control ranks highest. So a placebo differs from the real arm in nothing but
-its score: same batch, same cadence, same shares, same code path. Controls alone see a step's rollouts,
+In each stratum of each batch a control routes exactly as many ROUTE and ABSORB rows as the real
+gate
+did, to the rows that the control ranks highest. So a placebo differs from the real arm in nothing
+but
+its score: same batch, same cadence, same shares, same code path. Controls alone see a step's
+rollouts,
 for the strata; no score, gate or action does.
 """
 
@@ -30,7 +33,12 @@ class Keep:
     def refresh(self, policy: Policy) -> dict[str, float]:
         return {}
 
-    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
+    def __call__(
+        self,
+        policy: Policy,
+        composed: Composed,
+        gated: Gated,
+    ) -> Gated:
         return gated
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -43,14 +51,23 @@ class Keep:
 class Control(Keep):
     """Re-deals the gate's zones by a score of its own; refreshed at the gate's cadence."""
 
-    def __init__(self, gate: Gate, score: "ControlScore"):
+    def __init__(
+        self,
+        gate: Gate,
+        score: "ControlScore",
+    ):
         self.gate, self.score = gate, score
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         self.score.refresh(policy)
         return {}
 
-    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
+    def __call__(
+        self,
+        policy: Policy,
+        composed: Composed,
+        gated: Gated,
+    ) -> Gated:
         scores = self.score.rank(policy, composed, gated.scored)
         batch = composed.batch
         zones = match_shares(gated.zones, scores, strata(composed.rollouts, batch.advantages))
@@ -63,14 +80,20 @@ class Control(Keep):
         self.score.load_state_dict(state)
 
 
-def strata(rollouts: Sequence[Rollout], advantages: Float[Tensor, " g"]) -> Int[Tensor, " g"]:
-    """Sign of the advantage × student or demonstration: where a control copies the gate's shares."""
+def strata(
+    rollouts: Sequence[Rollout],
+    advantages: Float[Tensor, " g"],
+) -> Int[Tensor, " g"]:
+    """Sign of the advantage × student or demonstration: where a control copies the gate's
+    shares."""
     student = torch.tensor([not r.teacher for r in rollouts], device=advantages.device)
     return 2 * advantages.sign().long() + student.long()
 
 
 def match_shares(
-    shadow: Int[Tensor, "g *s"], scores: Float[Tensor, "g *_"], stratum: Int[Tensor, " g"]
+    shadow: Int[Tensor, "g *s"],
+    scores: Float[Tensor, "g *_"],
+    stratum: Int[Tensor, " g"],
 ) -> Int[Tensor, "g *s"]:
     """In each stratum the highest scores get the shadow gate's ROUTEs, the next its ABSORBs.
 
@@ -93,7 +116,12 @@ def match_shares(
 class ControlScore(Score):
     """Ranks a step's rows; may use again what the real score computed on the same batch."""
 
-    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
+    def rank(
+        self,
+        policy: Policy,
+        composed: Composed,
+        real: Scored,
+    ) -> Float[Tensor, "g *s"]:
         raise NotImplementedError
 
 
@@ -102,14 +130,23 @@ class Haar(ControlScore):
 
     stored = ("draws",)
 
-    def __init__(self, real: DirectionScore, seed: int):
+    def __init__(
+        self,
+        real: DirectionScore,
+        seed: int,
+    ):
         self.real, self.seed, self.draws = real, seed, torch.tensor(0)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         self.draws = self.draws + 1
         return {}
 
-    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
+    def rank(
+        self,
+        policy: Policy,
+        composed: Composed,
+        real: Scored,
+    ) -> Float[Tensor, "g *s"]:
         m, k = self.real.v.shape
         v = haar(m, k, 1_000 * self.seed + int(self.draws)).to(self.real.v)
         return self.real.directed(real.features, v, composed.batch.advantages)
@@ -118,10 +155,19 @@ class Haar(ControlScore):
 class RandomQuarantine(Haar):
     """A Gaussian delta with the norm of the quarantine's in every tensor, on the base."""
 
-    def __init__(self, real: QuarantineRatio, seed: int):
+    def __init__(
+        self,
+        real: QuarantineRatio,
+        seed: int,
+    ):
         self.real, self.seed, self.draws = real, seed, torch.tensor(0)
 
-    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
+    def rank(
+        self,
+        policy: Policy,
+        composed: Composed,
+        real: Scored,
+    ) -> Float[Tensor, " g"]:
         learned = policy.adapter.parameters("quarantine")
         noise = random_deltas(learned, 1_000 * self.seed + int(self.draws))
         how = self.real.temperature, self.real.token_budget
@@ -134,7 +180,12 @@ class Random(ControlScore):
     def __init__(self, seed: int):
         self.seed = seed
 
-    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
+    def rank(
+        self,
+        policy: Policy,
+        composed: Composed,
+        real: Scored,
+    ) -> Float[Tensor, " g"]:
         return by_content(composed.batch, self.seed).to(composed.batch.advantages)
 
 
@@ -144,7 +195,12 @@ class Confound(ControlScore):
     def __init__(self, kind: str):
         self.kind = kind
 
-    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
+    def rank(
+        self,
+        policy: Policy,
+        composed: Composed,
+        real: Scored,
+    ) -> Float[Tensor, " g"]:
         batch: Batch = composed.batch
         length = batch.completion_mask.sum(1)
         if self.kind == "logp":
@@ -163,7 +219,12 @@ class OtherScore(ControlScore):
     def refresh(self, policy: Policy) -> dict[str, float]:
         return self.score.refresh(policy)
 
-    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
+    def rank(
+        self,
+        policy: Policy,
+        composed: Composed,
+        real: Scored,
+    ) -> Float[Tensor, "g *s"]:
         return self.score(policy, composed.batch).scores
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -174,7 +235,10 @@ class OtherScore(ControlScore):
 
 
 def build_control(
-    name: str, gate: Gate | PinnedGate, materials: Materials, placebo: Sequence = ()
+    name: str,
+    gate: Gate | PinnedGate,
+    materials: Materials,
+    placebo: Sequence = (),
 ) -> Keep:
     """What deals the gate's zones; `placebo` are the pairs of the control "semantic"."""
     config = materials.config.control

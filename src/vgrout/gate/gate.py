@@ -41,13 +41,22 @@ class Gated:
 class PinnedGate:
     """Every row in one zone. `absorb_share` of the rows, by chance, are in ABSORB instead."""
 
-    def __init__(self, zone: Zone, absorb_share: float = 0.0, seed: int = 0):
+    def __init__(
+        self,
+        zone: Zone,
+        absorb_share: float = 0.0,
+        seed: int = 0,
+    ):
         self.zone, self.absorb_share, self.seed = zone, absorb_share, seed
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         return {}
 
-    def __call__(self, policy: Policy, batch: Batch) -> Gated:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Gated:
         unscored = torch.full_like(batch.advantages, float("nan"))
         zones = torch.full_like(batch.group, int(self.zone))
         if self.absorb_share:
@@ -62,7 +71,10 @@ class PinnedGate:
         pass
 
 
-def by_content(batch: Batch, seed: int) -> Float[Tensor, " g"]:
+def by_content(
+    batch: Batch,
+    seed: int,
+) -> Float[Tensor, " g"]:
     """Uniform numbers by a generator of the batch's own content: a resumed run repeats them."""
     generator = torch.Generator().manual_seed(seed + int(batch.completion_ids.sum()))
     return torch.rand(len(batch.advantages), generator=generator)
@@ -75,7 +87,12 @@ class Gate:
     """
 
     def __init__(
-        self, score: Score, *, signed: bool = False, cut: str = "band", every: bool = False
+        self,
+        score: Score,
+        *,
+        signed: bool = False,
+        cut: str = "band",
+        every: bool = False,
     ):
         self.score, self.signed, self.cut = score, signed, cut
         self.every = every or cut == "flag"
@@ -92,7 +109,8 @@ class Gate:
         """(lower, upper) edges of the zones.
 
         "band": p75 of the pairs' clean and of their hack sides' out-of-sample scores; "midpoint":
-        both halfway between the sides' means, so that nothing is absorbed; "zero": 0; "flag": fixed.
+        both halfway between the sides' means, so that nothing is absorbed; "zero": 0; "flag":
+        fixed.
         """
         if self.cut == "flag":
             return FLAG_EDGES
@@ -106,7 +124,11 @@ class Gate:
         lower, upper = (float(torch.quantile(x.float(), BAND_QUANTILE)) for x in sides)
         return lower, upper
 
-    def __call__(self, policy: Policy, batch: Batch) -> Gated:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Gated:
         """Pass 1. Rows with A = 0 are RETAIN and have no score, unless the gate is of every row."""
         scored = self.score(policy, batch)
         lower, upper = self.edges()
@@ -153,13 +175,18 @@ def predicts(batch: Batch) -> Bool[Tensor, "g s"]:
     return F.pad(batch.attention_mask[:, 1:], (0, 1)).bool()
 
 
-def _column(rows: Tensor, like: Tensor) -> Tensor:
+def _column(
+    rows: Tensor,
+    like: Tensor,
+) -> Tensor:
     """[g] → [g] or [g, 1], to broadcast over `like` [g] or [g, s]."""
     return rows if rows.ndim == like.ndim else rows[:, None]
 
 
 def routed_mass(
-    mass: Float[Tensor, " g"], zones: Int[Tensor, "g *s"], advantages: Float[Tensor, " g"]
+    mass: Float[Tensor, " g"],
+    zones: Int[Tensor, "g *s"],
+    advantages: Float[Tensor, " g"],
 ) -> dict[str, float]:
     """Share of the rows' summed gradient norms that ROUTE carries, by sign of the advantage.
 
@@ -174,7 +201,10 @@ def routed_mass(
 
 
 def zones_from_band(
-    scores: Float[Tensor, "g *s"], advantages: Float[Tensor, " g"], lower: float, upper: float
+    scores: Float[Tensor, "g *s"],
+    advantages: Float[Tensor, " g"],
+    lower: float,
+    upper: float,
 ) -> Int[Tensor, "g *s"]:
     """RETAIN below `lower`, ROUTE above `upper`, else ABSORB.
 
@@ -188,7 +218,10 @@ def zones_from_band(
 
 
 def zones_from_edge(
-    scores: Float[Tensor, "g *s"], advantages: Float[Tensor, " g"], edge: float, _: float
+    scores: Float[Tensor, "g *s"],
+    advantages: Float[Tensor, " g"],
+    edge: float,
+    _: float,
 ) -> Int[Tensor, "g *s"]:
     """ROUTE above the edge, else RETAIN: all RETAIN where it is NaN; RETAIN where A = 0."""
     flagged = (scores > edge) & _column(advantages != 0, scores)

@@ -14,16 +14,26 @@ from vgrout.model.policy import Policy
 
 
 class Oracle(Keep):
-    """The true label, thinned to a recall and polluted to a false-positive rate: ROUTE or RETAIN."""
+    """The true label, thinned to a recall and polluted to a false-positive rate: ROUTE or
+    RETAIN."""
 
-    def __init__(self, config: ControlConfig, seed: int):
+    def __init__(
+        self,
+        config: ControlConfig,
+        seed: int,
+    ):
         self.config, self.seed = config, seed
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         lower, upper = FLAG_EDGES
         return {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": 0.0}
 
-    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
+    def __call__(
+        self,
+        policy: Policy,
+        composed: Composed,
+        gated: Gated,
+    ) -> Gated:
         batch = composed.batch
         hack = torch.tensor(self.labels(composed.rollouts), device=batch.advantages.device)
         chance = torch.where(hack, self.config.oracle_recall, self.config.oracle_fpr)
@@ -32,7 +42,8 @@ class Oracle(Keep):
         return Gated(zones, scores, *FLAG_EDGES)
 
     def labels(self, rollouts: Sequence[Rollout]) -> list[bool]:
-        """Whether the mode's exploit fired. A correct completion that fires it too is no reward hack,
+        """Whether the mode's exploit fired. A correct completion that fires it too is no reward
+        hack,
         and would teach one all the same."""
         modes = self.config.oracle_modes
         return [

@@ -71,7 +71,12 @@ class LikelihoodRatio(Score):
         drift = float("nan") if last is None else direction_cosine(last, self.deltas)
         return {"direction_drift": drift}
 
-    def _fit(self, policy: Policy, batch: Batch, index: int) -> Deltas:
+    def _fit(
+        self,
+        policy: Policy,
+        batch: Batch,
+        index: int,
+    ) -> Deltas:
         deltas = likelihood_deltas(
             policy,
             batch,
@@ -85,7 +90,11 @@ class LikelihoodRatio(Score):
         return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
 
     def _score(
-        self, policy: Policy, batch: Batch, hack: Deltas, clean: Deltas
+        self,
+        policy: Policy,
+        batch: Batch,
+        hack: Deltas,
+        clean: Deltas,
     ) -> Float[Tensor, " g"]:
         def at(deltas: Deltas) -> Float[Tensor, "g t"]:
             with policy.adapter.shifted(deltas):
@@ -93,7 +102,11 @@ class LikelihoodRatio(Score):
 
         return (at(hack) - at(clean)).sum(1) / batch.completion_mask.sum(1)
 
-    def __call__(self, policy: Policy, batch: Batch) -> Scored:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Scored:
         return Scored(self._score(policy, batch, *self.deltas))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -119,7 +132,10 @@ class LikelihoodRatio(Score):
                 self.folds[k] = hack, clean
 
 
-def direction_cosine(a: tuple[Deltas, Deltas], b: tuple[Deltas, Deltas]) -> float:
+def direction_cosine(
+    a: tuple[Deltas, Deltas],
+    b: tuple[Deltas, Deltas],
+) -> float:
     """Cosine of two directions Δ_hack − Δ_clean over all parameters."""
     flat = [torch.cat([(h - c).flatten() for h, c in zip(*deltas)]) for deltas in (a, b)]
     return float(torch.cosine_similarity(*flat, dim=0))
@@ -129,18 +145,31 @@ class QuarantineRatio(Score):
     """log p(completion) under the quarantine alone minus that under the base.
 
     The quarantine is its own detector. Trained first or seeded on the pairs' hack sides, it has
-    learned what pays at once; what it would do more often is kept from the deployed block. Both states
-    are without that block, so that the score does not fade when the deployed policy begins to do the
-    same. Nothing is fitted at a refresh: it scores the pairs, if it has any, whose sides may give the
+    learned what pays at once; what it would do more often is kept from the deployed block. Both
+    states
+    are without that block, so that the score does not fade when the deployed policy begins to do
+    the
+    same. Nothing is fitted at a refresh: it scores the pairs, if it has any, whose sides may give
+    the
     cut.
     """
 
     stored = ("pairs_hack", "pairs_clean")
 
-    def __init__(self, pairs: Batch | None, *, temperature: float, token_budget: int):
+    def __init__(
+        self,
+        pairs: Batch | None,
+        *,
+        temperature: float,
+        token_budget: int,
+    ):
         self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
 
-    def _score(self, policy: Policy, batch: Batch) -> Scored:
+    def _score(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Scored:
         with policy.adapter.ablated("deployed"):
             alone = batch_logps(policy, batch, self.temperature, self.token_budget)
         with policy.adapter.disabled():
@@ -153,12 +182,19 @@ class QuarantineRatio(Score):
             self.pairs_hack, self.pairs_clean = scores.chunk(2)
         return {}
 
-    def __call__(self, policy: Policy, batch: Batch) -> Scored:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Scored:
         return self._score(policy, batch)
 
 
 @register("llr")
-def build_llr(materials: Materials, random_seed: int | None = None) -> LikelihoodRatio:
+def build_llr(
+    materials: Materials,
+    random_seed: int | None = None,
+) -> LikelihoodRatio:
     score, probe = materials.config.score, materials.probe
     return LikelihoodRatio(
         materials.batch(),

@@ -1,4 +1,5 @@
-"""What a score is: how hack-like is this rollout's update, without any label. Protocol and registry.
+"""What a score is: how hack-like is this rollout's update, without any label. Protocol and
+registry.
 
 A score is refreshed on the pairs at a cadence, scores a batch of tensors, and gives the pairs' own
 out-of-sample scores, from which a gate takes its cut. A new score is a file with a class and a

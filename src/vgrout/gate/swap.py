@@ -33,9 +33,11 @@ def replaced_quarantine(
     """The new quarantine's parameters, for --enter:
 
     "reset" the learned one itself (its optimiser moments go), "inverted" its negative, "norm" a
-    Gaussian one with its norm in every tensor, "effect" that one scaled until the base's KL to it is
+    Gaussian one with its norm in every tensor, "effect" that one scaled until the base's KL to it
+    is
     the learned one's: the mean k3 over tokens of the batch. A random block of equal norm changes a
-    policy far less than a learned one, so that "norm" alone would be a weak placebo. UserError where
+    policy far less than a learned one, so that "norm" alone would be a weak placebo. UserError
+    where
     no factor has the effect.
     """
     learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]

@@ -1,4 +1,5 @@
-"""Directions: features of a rollout [m, k], the pairs' hack-minus-clean direction, the cosine with it.
+"""Directions: features of a rollout [m, k], the pairs' hack-minus-clean direction, the cosine
+with it.
 
 Features: the c-probe gradient ∂L/∂c (one number for each rank of the deployed bottleneck of each
 Linear: v_grad), the bottleneck activation A x itself, or the residual stream (v_act).
@@ -22,7 +23,8 @@ from vgrout.model.tokens import micro_batches, select
 class DirectionScore(Score):
     """Cosine (or dot product) of a row's features with the pairs' hack-minus-clean direction.
 
-    space "c_probe" is v_grad, "bottleneck" and "residual" are v_act. `signed_score` multiplies by the
+    space "c_probe" is v_grad, "bottleneck" and "residual" are v_act. `signed_score` multiplies by
+    the
     sign of the advantage (the score of the update) where the features are gradients; without it the
     score is of the completion (A = 1). `pairs` is one batch of hack sides followed by clean sides,
     `group` numbering the prompts.
@@ -49,7 +51,11 @@ class DirectionScore(Score):
         self.v: Tensor | None = None
         self.midpoint: Tensor | None = None
 
-    def features(self, policy: Policy, batch: Batch) -> Float[Tensor, "g s m k"]:
+    def features(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Float[Tensor, "g s m k"]:
         if self.space == "c_probe":
             return probe_gradients(policy, batch, self.probe, by_token=self.by_token)
         budget = self.probe.token_budget
@@ -66,7 +72,9 @@ class DirectionScore(Score):
         return {"direction_drift": drift}
 
     def _pair_scores(
-        self, features: Float[Tensor, "g s m k"], rows: Float[Tensor, "g m k"]
+        self,
+        features: Float[Tensor, "g s m k"],
+        rows: Float[Tensor, "g m k"],
     ) -> tuple[Tensor, Tensor]:
         """Each side's scores by a direction without its pair's prompt: of rows, or of tokens."""
         n = len(rows) // 2
@@ -85,14 +93,20 @@ class DirectionScore(Score):
         return torch.cat(sides[0]), torch.cat(sides[1])
 
     def _score(
-        self, features: Float[Tensor, "*n m k"], v: Tensor, midpoint: Tensor | None
+        self,
+        features: Float[Tensor, "*n m k"],
+        v: Tensor,
+        midpoint: Tensor | None,
     ) -> Float[Tensor, "*n"]:
         if self.centred:
             features = features - midpoint.to(features)
         return project(features, v, self.metric)
 
     def directed(
-        self, features: Float[Tensor, "g s m k"], v: Tensor, advantages: Float[Tensor, " g"]
+        self,
+        features: Float[Tensor, "g s m k"],
+        v: Tensor,
+        advantages: Float[Tensor, " g"],
     ) -> Float[Tensor, "g *s"]:
         """Scores of a batch's features along any direction of this space."""
         scores = self._score(features, v, self.midpoint)
@@ -100,13 +114,21 @@ class DirectionScore(Score):
             scores = scores * advantages.sign()[:, None]
         return scores if self.by_token else scores[:, 0]
 
-    def __call__(self, policy: Policy, batch: Batch) -> Scored:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Scored:
         features = self.features(policy, batch)
         mass = features.flatten(1).norm(dim=1) if self.space == "c_probe" else None
         return Scored(self.directed(features, self.v, batch.advantages), features, mass=mass)
 
 
-def direction_score(materials: Materials, space: str, pairs: Batch | None = None) -> DirectionScore:
+def direction_score(
+    materials: Materials,
+    space: str,
+    pairs: Batch | None = None,
+) -> DirectionScore:
     """The direction in a space, from the run's pairs or from others."""
     score = materials.config.score
     return DirectionScore(
@@ -135,13 +157,18 @@ def build_v_act(materials: Materials) -> DirectionScore:
 
 
 def probe_gradients(
-    policy: Policy, batch: Batch, options: ProbeOptions, by_token: bool = False
+    policy: Policy,
+    batch: Batch,
+    options: ProbeOptions,
+    by_token: bool = False,
 ) -> Float[Tensor, "g s m r"]:
     """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length.
 
-    The gradient at another advantage is A times this one. c multiplies the bottleneck at the positions
+    The gradient at another advantage is A times this one. c multiplies the bottleneck at the
+    positions
     that predict the completion, so that rows of one prompt share its keys and values, or with
-    positions "all" the prompt's too. s is 1, or with `by_token` the sequence (all positions; a token's
+    positions "all" the prompt's too. s is 1, or with `by_token` the sequence (all positions; a
+    token's
     gradient includes its effect on later tokens; padding is 0). No `.grad` is touched.
     """
     adapter = policy.adapter
@@ -174,11 +201,17 @@ def probe_gradients(
 
 @torch.no_grad()
 def activations(
-    policy: Policy, batch: Batch, *, space: str, token_budget: int, layer: int | None = None
+    policy: Policy,
+    batch: Batch,
+    *,
+    space: str,
+    token_budget: int,
+    layer: int | None = None,
 ) -> Float[Tensor, "g 1 m k"]:
     """Mean over the completion's tokens but its last (no token is predicted there).
 
-    Of the deployed bottleneck A x (space "bottleneck": m = Linears, k = r) or of the residual stream
+    Of the deployed bottleneck A x (space "bottleneck": m = Linears, k = r) or of the residual
+    stream
     after each layer ("residual": m = layers or 1, k = width; the last one behind the final norm, as
     transformers gives it). Both blocks on, unmasked.
     """
@@ -213,7 +246,8 @@ def unit_per_module(v: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
 
 
 def contrast(
-    hack: Float[Tensor, "p m k"], clean: Float[Tensor, "p m k"]
+    hack: Float[Tensor, "p m k"],
+    clean: Float[Tensor, "p m k"],
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "m k"]]:
     """(direction, midpoint) of the pairs' features at A = +1.
 
@@ -222,13 +256,19 @@ def contrast(
     return unit_per_module((hack - clean).mean(0)), (hack + clean).mean(0) / 2
 
 
-def haar(m: int, k: int, seed: int) -> Float[Tensor, "m k"]:
+def haar(
+    m: int,
+    k: int,
+    seed: int,
+) -> Float[Tensor, "m k"]:
     """A Haar-random unit vector for every module: the normalised Gaussian, by its own generator."""
     return unit_per_module(torch.randn(m, k, generator=torch.Generator().manual_seed(seed)))
 
 
 def project(
-    features: Float[Tensor, "*n m k"], v: Float[Tensor, "m k"], metric: str = "cosine"
+    features: Float[Tensor, "*n m k"],
+    v: Float[Tensor, "m k"],
+    metric: str = "cosine",
 ) -> Float[Tensor, "*n"]:
     """Unweighted mean over modules of the cosine with v, or of the dot product; zero rows are 0."""
     dot = (features * v.to(features)).sum(-1)

@@ -49,7 +49,11 @@ class Packing:
     calls: Counter = field(default_factory=Counter)  # of each attention, by rows behind prompts
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # window → additive mask
 
-    def mask(self, window: int | None, like: Tensor) -> Float[Tensor, "g 1 t k"]:
+    def mask(
+        self,
+        window: int | None,
+        like: Tensor,
+    ) -> Float[Tensor, "g 1 t k"]:
         """0 where a query sees a key: at its own place or before it, within the window."""
         if window not in self.masks:
             keys = self.places
@@ -67,7 +71,12 @@ class Packing:
         rows = rearrange(x, "1 h n d -> n (h d)").index_select(0, self.spread.flatten())
         return rearrange(rows, "(g t) (h d) -> g h t d", t=self.spread.shape[1], h=x.shape[1])
 
-    def behind_prompts(self, attention: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
+    def behind_prompts(
+        self,
+        attention: nn.Module,
+        key: Tensor,
+        value: Tensor,
+    ) -> list[Tensor]:
         """Keys and values with those of the prompts before them; a packing of prompts keeps its
         own.
 
@@ -182,7 +191,10 @@ def can_pack(model: nn.Module) -> bool:
     )
 
 
-def can_share(adapter: Lora2r, batch: Batch) -> bool:
+def can_share(
+    adapter: Lora2r,
+    batch: Batch,
+) -> bool:
     """No mask or probe differs from token to token, and every row has something to share."""
     state = adapter.state
     by_token = any(mask is not None and mask.shape[1] > 1 for mask in (state.learn, state.constant))
@@ -190,7 +202,11 @@ def can_share(adapter: Lora2r, batch: Batch) -> bool:
 
 
 def packed_pass(
-    adapter: Lora2r, model: nn.Module, batch: Batch, call: Callable[..., Any], prompt_grad: bool
+    adapter: Lora2r,
+    model: nn.Module,
+    batch: Batch,
+    call: Callable[..., Any],
+    prompt_grad: bool,
 ) -> tuple[Any, Int[Tensor, "g t"]]:
     """(what the model gives for all rows' tokens from the prompt's last to the completion's last
     but one, where each row's are in it).
@@ -226,7 +242,10 @@ def packed_pass(
 
 
 @contextmanager
-def attention(model: nn.Module, implementation: str) -> Iterator[str]:
+def attention(
+    model: nn.Module,
+    implementation: str,
+) -> Iterator[str]:
     """For a while attention goes through another implementation; yields the name of the own one."""
     config = model.config.get_text_config()
     own = config._attn_implementation
@@ -238,7 +257,8 @@ def attention(model: nn.Module, implementation: str) -> Iterator[str]:
 
 
 def checkpoint_contexts(
-    model: nn.Module, adapter: Lora2r
+    model: nn.Module,
+    adapter: Lora2r,
 ) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Those of a checkpointed layer's two runs: the second, in the backward pass, is under the
     state and the attention of the first (`context_fn` of torch.utils.checkpoint)."""

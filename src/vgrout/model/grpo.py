@@ -13,18 +13,25 @@ from torch import Tensor
 from vgrout.config import GRPOConfig
 from vgrout.core import Zone
 
-KL_LINEAR_FROM = 5.0  # nats of ref − logp: on a row that another state sampled k3 has no bound, one token can exceed 1e6
+# nats of ref − logp: on a row that another state sampled k3 has no bound, one token can exceed 1e6
+KL_LINEAR_FROM = 5.0
 
 
-def advantages(rewards: Float[Tensor, " g"], group: Int[Tensor, " g"]) -> Float[Tensor, " g"]:
+def advantages(
+    rewards: Float[Tensor, " g"],
+    group: Int[Tensor, " g"],
+) -> Float[Tensor, " g"]:
     """A_i = r_i − mean of r over i's group."""
     return rewards - _group_mean(rewards, group, torch.ones_like(rewards))
 
 
 def retained_advantages(
-    rewards: Float[Tensor, " g"], group: Int[Tensor, " g"], zones: Int[Tensor, " g"]
+    rewards: Float[Tensor, " g"],
+    group: Int[Tensor, " g"],
+    zones: Int[Tensor, " g"],
 ) -> Float[Tensor, " g"]:
-    """Rows that train the deployed block take their baseline from those rows of their group; ROUTE rows keep the full group's."""
+    """Rows that train the deployed block take their baseline from those rows of their group;
+    ROUTE rows keep the full group's."""
     retained = (zones != Zone.ROUTE).float()
     return torch.where(
         zones == Zone.ROUTE,
@@ -34,9 +41,12 @@ def retained_advantages(
 
 
 def _group_mean(
-    x: Float[Tensor, " g"], group: Int[Tensor, " g"], weight: Float[Tensor, " g"]
+    x: Float[Tensor, " g"],
+    group: Int[Tensor, " g"],
+    weight: Float[Tensor, " g"],
 ) -> Float[Tensor, " g"]:
-    """Weighted mean of x over each row's group, given back to every row (0 where the group has no weight)."""
+    """Weighted mean of x over each row's group, given back to every row (0 where the group has no
+    weight)."""
     n = int(group.max()) + 1
     total = x.new_zeros(n).index_add(0, group, x * weight)
     count = x.new_zeros(n).index_add(0, group, weight)
@@ -54,7 +64,8 @@ def scored_loss(
     advantages: Float[Tensor, " g"],
     max_completion_length: int | float,
 ) -> Float[Tensor, " g"]:
-    """L_i = −A_i · Σ_t logp_t / max_completion_length: the loss of pass 1 (ratio 1, no clip, no KL)."""
+    """L_i = −A_i · Σ_t logp_t / max_completion_length: the loss of pass 1 (ratio 1, no clip, no
+    KL)."""
     return -advantages * (logps * mask).sum(1) / max_completion_length
 
 
@@ -72,7 +83,8 @@ def grpo_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "g t"]]]:
     """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser.
 
-    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by its
+    k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by
+    its
     tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is still
     pulled back, by a bounded force. On policy the gradient of this loss is that of KL(ref‖π), the
     forward KL; `corrected` multiplies k3 by the ratio, and its gradient is that of KL(π‖ref).

@@ -12,7 +12,10 @@ from vgrout.model.tokens import micro_batches, select
 
 @torch.no_grad()
 def batch_logps(
-    policy: Policy, batch: Batch, temperature: float, token_budget: int
+    policy: Policy,
+    batch: Batch,
+    temperature: float,
+    token_budget: int,
 ) -> Float[Tensor, "g t"]:
     """Log-probs of each row's completion tokens, both blocks on, unmasked; 0 outside the mask."""
     scored = torch.zeros(batch.completion_mask.shape, device=policy.device)
@@ -23,7 +26,10 @@ def batch_logps(
 
 
 def mean_logps(
-    policy: Policy, batch: Batch, temperature: float, token_budget: int
+    policy: Policy,
+    batch: Batch,
+    temperature: float,
+    token_budget: int,
 ) -> Float[Tensor, " g"]:
     """Their mean over each row's tokens."""
     scored = batch_logps(policy, batch, temperature, token_budget)
@@ -74,7 +80,10 @@ def likelihood_deltas(
 
 
 @torch.no_grad()
-def random_deltas(deltas: list[Float[Tensor, "..."]], seed: int) -> list[Float[Tensor, "..."]]:
+def random_deltas(
+    deltas: list[Float[Tensor, "..."]],
+    seed: int,
+) -> list[Float[Tensor, "..."]]:
     """Gaussian deltas with the norm of each given tensor."""
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(d.shape, generator=generator).to(d) for d in deltas]

@@ -45,7 +45,11 @@ class Block(nn.Module):
     Δ(x) = B (dA x) + dB (A0 x) = [B, dB] [dA; A0] x, the product of `up` and `down`.
     """
 
-    def __init__(self, A0: Float[Tensor, "r i"], B0: Float[Tensor, "o r"]):
+    def __init__(
+        self,
+        A0: Float[Tensor, "r i"],
+        B0: Float[Tensor, "o r"],
+    ):
         super().__init__()
         self.register_buffer("A0", A0)
         self.register_buffer("B0", B0)
@@ -69,7 +73,12 @@ class Block(nn.Module):
 class LoraLinear(nn.Module):
     """Both blocks of one Linear."""
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        generator: torch.Generator,
+    ):
         super().__init__()
         d_out, d_in = linear.weight.shape
         A0 = torch.randn(2 * rank, d_in, generator=generator) / d_in**0.5
@@ -102,7 +111,13 @@ class State:
 class Lora2r:
     """The adapter of a model: seeded construction, contexts, parameters by block, save and load."""
 
-    def __init__(self, model: nn.Module, rank: int, seed: int, targets: str = r"\.layers\.\d+\..*"):
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int,
+        seed: int,
+        targets: str = r"\.layers\.\d+\..*",
+    ):
         """Attach to every `nn.Linear` whose name matches `targets` (regular expression, search)."""
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         self.linears = {n: m for n, m in linears.items() if re.search(targets, "." + n)}
@@ -123,7 +138,11 @@ class Lora2r:
         for name, linear in self.linears.items():
             linear.forward = partial(self._forward, name)
 
-    def _forward(self, name: str, x: Float[Tensor, "*tokens i"]) -> Float[Tensor, "*tokens o"]:
+    def _forward(
+        self,
+        name: str,
+        x: Float[Tensor, "*tokens i"],
+    ) -> Float[Tensor, "*tokens o"]:
         """The equation above, of one Linear.
 
         A probe c = 1 multiplies the live bottleneck A x of the deployed block in front of B: it
@@ -153,7 +172,11 @@ class Lora2r:
         y = y + (F.linear(h, up) if state.learn is None else deltas(state.learn))
         return y if state.constant is None else y + deltas(state.constant).detach()
 
-    def _as_rows(self, name: str, x: Float[Tensor, "*tokens i"]) -> Float[Tensor, "g s i"]:
+    def _as_rows(
+        self,
+        name: str,
+        x: Float[Tensor, "*tokens i"],
+    ) -> Float[Tensor, "g s i"]:
         if x[..., 0].numel() != math.prod(self.state.shape):
             raise UserError(
                 f"{name} runs on a part of the tokens, or on none of a known row: "
@@ -175,7 +198,11 @@ class Lora2r:
         """Some fields of the state have other values."""
         return self.using(replace(self.state, **values))
 
-    def route(self, zones: Int[Tensor, "*rows"], retain_forward: str = "ablated"):
+    def route(
+        self,
+        zones: Int[Tensor, "*rows"],
+        retain_forward: str = "ablated",
+    ):
         """Mask every row (zones [g]) or token (zones [g, s]; NO_ZONE is in whichever) by its
         zone."""
         retain = RETAIN_BOTH if retain_forward == "both" else ZONE_TABLE[Zone.RETAIN]
@@ -203,7 +230,10 @@ class Lora2r:
 
     @contextmanager
     def probing(
-        self, rows: int, tokens: int = 1, where: Bool[Tensor, "g s"] | None = None
+        self,
+        rows: int,
+        tokens: int = 1,
+        where: Bool[Tensor, "g s"] | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Multiply every deployed bottleneck A x by c = 1 [rows, tokens, r]; yields Linear → c.
 
@@ -223,7 +253,10 @@ class Lora2r:
 
     @contextmanager
     def shifted(
-        self, deltas: list[Tensor], scale: float = 1.0, block: str = "deployed"
+        self,
+        deltas: list[Tensor],
+        scale: float = 1.0,
+        block: str = "deployed",
     ) -> Iterator[None]:
         """Add `scale · deltas` to a block's parameters, in their order; restored by copy,
         exactly."""

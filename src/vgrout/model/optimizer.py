@@ -11,12 +11,17 @@ from vgrout.model.lora2r import BLOCKS, ZONE_TABLE, Lora2r
 class BlockOptimizer:
     """AdamW over both blocks, through which no mask leaks.
 
-    A block that no row of the step trains skips the step entirely (moments, decay, step count: its gradients are None, which
+    A block that no row of the step trains skips the step entirely (moments, decay, step count:
+    its gradients are None, which
     torch's AdamW passes over); the gradient norm is clipped for each block by itself.
     """
 
     def __init__(
-        self, adapter: Lora2r, learning_rate: float, weight_decay: float, max_grad_norm: float
+        self,
+        adapter: Lora2r,
+        learning_rate: float,
+        weight_decay: float,
+        max_grad_norm: float,
     ):
         self.adapter, self.max_grad_norm = adapter, max_grad_norm
         groups = [{"params": adapter.parameters(b), "name": b} for b in BLOCKS]
@@ -25,7 +30,8 @@ class BlockOptimizer:
         )
 
     def step(self, trained: dict[str, bool]) -> dict[str, float]:
-        """One step of the blocks that `trained` names; returns each block's gradient norm before clipping."""
+        """One step of the blocks that `trained` names; returns each block's gradient norm before
+        clipping."""
         norms = {}
         for block in BLOCKS:
             params = self.adapter.parameters(block)
@@ -45,14 +51,20 @@ class BlockOptimizer:
     def parameters(self) -> list[nn.Parameter]:
         return [p for block in BLOCKS for p in self.adapter.parameters(block)]
 
-    def put(self, block: str, values: list[Tensor]) -> None:
-        """Other values for a block's parameters, as if it had never been trained: its moments and step count go."""
+    def put(
+        self,
+        block: str,
+        values: list[Tensor],
+    ) -> None:
+        """Other values for a block's parameters, as if it had never been trained: its moments and
+        step count go."""
         for p, value in zip(self.adapter.parameters(block), values, strict=True):
             p.data.copy_(value)
             self.adamw.state.pop(p, None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts as `<parameter index>.<name>`; a block that never trained has none."""
+        """AdamW's moments and step counts as `<parameter index>.<name>`; a block that never
+        trained has none."""
         return {
             f"{i}.{k}": v for i, s in self.adamw.state_dict()["state"].items() for k, v in s.items()
         }

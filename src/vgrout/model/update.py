@@ -1,4 +1,5 @@
-"""Pass 2: masked forward and backward in micro-batches, then one step of every block that trains."""
+"""Pass 2: masked forward and backward in micro-batches, then one step of every block that
+trains."""
 
 from collections.abc import Callable
 
@@ -29,7 +30,8 @@ def update(
 ) -> Figures:
     """One optimiser step on the rows of `trained`; returns the step's loss, ratios and norms.
 
-    The old log-probs are the sampler's. Where this very state sampled a row, or nothing did, they are
+    The old log-probs are the sampler's. Where this very state sampled a row, or nothing did, they
+    are
     the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
     """
     adapter, behaviour = policy.adapter, behaviour.select(trained.rows)
@@ -71,7 +73,8 @@ def accumulate(
 ) -> tuple[float, dict[str, Tensor], Float[Tensor, " n"]]:
     """Forward and backward of one micro-batch.
 
-    Returns its loss, figures of its completion tokens, and by row the gap to the sampler's log-probs.
+    Returns its loss, figures of its completion tokens, and by row the gap to the sampler's
+    log-probs.
     """
     part = tokens.select(trained.batch, rows)
     mask, zones = part.completion_mask, trained.zones[rows]
@@ -100,7 +103,9 @@ def accumulate(
 
 
 def same_state(
-    zones: Int[Tensor, "g *s"], ablated: Bool[Tensor, " g"], retain_forward: str
+    zones: Int[Tensor, "g *s"],
+    ablated: Bool[Tensor, " g"],
+    retain_forward: str,
 ) -> Bool[Tensor, " g"]:
     """Does the row train, at every position, in the state that sampled it?"""
     flat = zones.reshape(len(zones), -1)
@@ -109,7 +114,11 @@ def same_state(
 
 
 def reference(
-    policy: Policy, part: Batch, rows: Int[Tensor, " n"], trained: Trained, config: GRPOConfig
+    policy: Policy,
+    part: Batch,
+    rows: Int[Tensor, " n"],
+    trained: Trained,
+    config: GRPOConfig,
 ) -> Float[Tensor, "n t"] | None:
     """Log-probs of the base, from pass 1 where it has them; None where the KL has no weight."""
     if not config.beta:

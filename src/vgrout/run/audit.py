@@ -1,4 +1,5 @@
-"""Where labels meet scores and gradients, for the log: nothing in training reads what is made here."""
+"""Where labels meet scores and gradients, for the log: nothing in training reads what is made
+here."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ def audit(
     gated: Gated | None,
     eos_ids: frozenset[int],
 ) -> Figures:
-    """The step's figures that use labels: rates of student rows, zones, how the score finds hacks."""
+    """The step's figures that use labels: rates of student rows, zones, how the score finds
+    hacks."""
     figures = student_rates(groups, eos_ids)
     if composed is None or gated is None:
         return figures | {f"rows_{zone.name.lower()}": 0 for zone in Zone}
@@ -38,7 +40,10 @@ def audit(
     return figures | zone_figures(composed, gated)
 
 
-def student_rates(groups: Sequence[Group], eos_ids: frozenset[int]) -> Figures:
+def student_rates(
+    groups: Sequence[Group],
+    eos_ids: frozenset[int],
+) -> Figures:
     rollouts = [r for g in groups for r in g.rollouts]
     students = [r for r in rollouts if not r.teacher]
     skipped = [len({r.grade.reward for r in g.rollouts}) == 1 for g in groups]
@@ -65,8 +70,12 @@ def _mean(values: Sequence[float | int]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def score_figures(composed: Composed, gated: Gated) -> Figures:
-    """AUROC of the score over student rows, by sign of the advantage; precision and recall of ROUTE."""
+def score_figures(
+    composed: Composed,
+    gated: Gated,
+) -> Figures:
+    """AUROC of the score over student rows, by sign of the advantage; precision and recall of
+    ROUTE."""
     hack = torch.tensor([r.grade.reward_hack for r in composed.rollouts])
     student = torch.tensor([not r.teacher for r in composed.rollouts])
     scores, zones = (x.cpu() for x in gated.by_row())
@@ -83,8 +92,12 @@ def score_figures(composed: Composed, gated: Gated) -> Figures:
     return figures | {"score_precision_route": at["precision"], "score_recall_route": at["recall"]}
 
 
-def zone_figures(composed: Composed, gated: Gated) -> Figures:
-    """Rows and shares by zone; shares are of student rows with an advantage, which controls match."""
+def zone_figures(
+    composed: Composed,
+    gated: Gated,
+) -> Figures:
+    """Rows and shares by zone; shares are of student rows with an advantage, which controls
+    match."""
     advantages = composed.batch.advantages
     student = torch.tensor([not r.teacher for r in composed.rollouts], device=advantages.device)
     zones = gated.zones[student & (advantages != 0)]
@@ -95,7 +108,10 @@ def zone_figures(composed: Composed, gated: Gated) -> Figures:
 
 
 def rollout_rows(
-    step: int, groups: Sequence[Group], composed: Composed | None, gated: Gated | None
+    step: int,
+    groups: Sequence[Group],
+    composed: Composed | None,
+    gated: Gated | None,
 ) -> list[dict[str, object]]:
     """Every rollout of the step for rollouts.jsonl.gz: grade, advantage, score and zone."""
     place = {id(r): i for i, r in enumerate(composed.rollouts)} if composed else {}
@@ -127,8 +143,10 @@ def gradient_norms(
     """‖∂L/∂block‖ of the student rows that are hacks and of those that are not, each in its zone.
 
     L is the policy-gradient term of the step's loss at ratio 1, without KL: −Σ_i A_i Σ_t logp_t /
-    (G · max_completion_length · P) over the rows of one label, as an action left them. After Shilov et
-    al. 2025, section 4.4 (https://arxiv.org/abs/2512.05648): do hacks update the quarantine, and the
+    (G · max_completion_length · P) over the rows of one label, as an action left them. After
+    Shilov et
+    al. 2025, section 4.4 (https://arxiv.org/abs/2512.05648): do hacks update the quarantine, and
+    the
     rest the deployed block? `autograd.grad` touches no `.grad`, and nothing draws at random.
     `rollouts` are those of the step's batch, before the action; a label without a row has norm 0.
     """
@@ -162,7 +180,11 @@ def gradient_norms(
 
 
 @contextmanager
-def scaled(adapter: Lora2r, scale: float, blocks: Sequence[str] = BLOCKS) -> Iterator[None]:
+def scaled(
+    adapter: Lora2r,
+    scale: float,
+    blocks: Sequence[str] = BLOCKS,
+) -> Iterator[None]:
     """Multiply the weight deltas of some blocks by `scale` for a while.
 
     1 is the policy as trained, 0 on the quarantine ablates it. A block's delta is B dA + dB A0 with

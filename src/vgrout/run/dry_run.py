@@ -34,11 +34,13 @@ def dry_run(
     config: GRPOConfig,
     zones: Sequence[Zone],
 ) -> None:
-    """The sampler's cache for every decoding batch, then one full micro-batch through gate and update.
+    """The sampler's cache for every decoding batch, then one full micro-batch through gate and
+    update.
 
     Longest prompt and full-length completions; the micro-batch fills the token budget, its rows of
     several prompts and in all `zones` that an update may mix. The gate is copied; parameters and
-    optimiser are put back. The sampler's rows leave as they finish and rarely all reach the limit, so
+    optimiser are put back. The sampler's rows leave as they finish and rarely all reach the
+    limit, so
     that there full memory is a warning; in training it ends the run. A live judge is not asked. Not
     covered: the pairs (no flag sets their length), and the features that token granularity keeps.
     """

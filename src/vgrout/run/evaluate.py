@@ -97,7 +97,8 @@ def counted(
 
 
 def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, object]:
-    """A completion as the files of a run hold it: without wall times, so that all repeats exactly."""
+    """A completion as the files of a run hold it: without wall times, so that all repeats
+    exactly."""
     row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker}
     grades = {k: v for k, v in asdict(grade).items() if k != "seconds"}
     return row | {"completion": completion} | grades
@@ -147,7 +148,8 @@ class Evaluations:
         return result
 
     def base(self, moved: bool) -> None:
-        """Step 0: the net delta is zero, so that one cell, the same in every arm, is of both states.
+        """Step 0: the net delta is zero, so that one cell, the same in every arm, is of both
+        states.
 
         `moved`: it is not, since the run starts from another run's policy.
         """

@@ -24,7 +24,7 @@ WINDOW = 5  # rows whose median counts, so that one odd step warns of nothing
 SPIKE_WINDOW = 20  # trained steps that make the median gradient norm; half of them are needed
 CLIPS = 10.0  # times max_grad_norm; a gradient norm below that is clipped without harm
 PATIENCE = 5  # steps in a row that a breach of a stopping limit must last: k3 has a heavy tail
-REFERENCES, AMONG = 8, 64  # solutions whose log-prob is followed, of the first problems
+REFERENCES = 8  # reference solutions whose log-prob is followed
 EVERY = slice(None)
 FINITE = ("loss", "kl", "logp_mean", "reference_logp", *(f"grad_norm_{b}" for b in BLOCKS))
 
@@ -252,7 +252,7 @@ class Health:
     ):
         """`problems` give the reference solutions; `history` has the rows logged so far."""
         self.history, self.warned = history, set()
-        self.references = reference_batch(policy, problems[:AMONG], sampling)
+        self.references = reference_batch(policy, problems[:REFERENCES], sampling)
         self.temperature, self.token_budget = sampling.temperature, token_budget
         with policy.adapter.disabled():
             history.base_logp = self.reference_logp(policy)
@@ -311,14 +311,10 @@ class Health:
 
 
 def reference_batch(policy: Policy, problems: Sequence[Problem], sampling: Sampling) -> Batch:
-    """The first canonical solutions that fit the limit, as completions of their prompts."""
+    """The problems' canonical solutions, up to the limit, as completions of their prompts."""
     tokenizer, limit = policy.tokenizer, sampling.max_completion_length
-    prompts, completions = [], []
-    for problem in problems:
-        text = f"```python\n{problem.canonical.strip()}\n```"
-        completion = tokens.encode_completion(tokenizer, text)
-        if len(completion) <= limit and len(prompts) < REFERENCES:
-            prompts.append(tokens.encode_prompt(tokenizer, messages(problem)))
-            completions.append(completion)
+    prompts = [tokens.encode_prompt(tokenizer, messages(p)) for p in problems]
+    texts = [f"```python\n{p.canonical.strip()}\n```" for p in problems]
+    completions = [tokens.encode_completion(tokenizer, text)[:limit] for text in texts]  # no label
     ones, group = [1.0] * len(prompts), [*range(len(prompts))]
     return tokens.collate(prompts, completions, ones, group, ones, policy.pad_id, policy.device)

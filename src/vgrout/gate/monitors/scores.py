@@ -1,7 +1,9 @@
 """Live monitors as scores, the external baselines: an LLM judge, and a linear probe.
 
-Both need in training what vGROUT is meant to do without, and are marked so everywhere. Their score is
-a flag, cut at 0.5; they read no pairs, and no label of a training rollout (docs/method/monitors.md).
+Both need in training what vGROUT is meant to do without, and are marked so everywhere. Their
+score is
+a flag, cut at 0.5; they read no pairs, and no label of a training rollout
+(docs/method/monitors.md).
 """
 
 import torch
@@ -28,12 +30,19 @@ class Judge(Score):
     def __init__(self, endpoint: Endpoint):
         self.endpoint = endpoint
 
-    def __call__(self, policy: Policy, batch: Batch) -> Scored:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Scored:
         scores = torch.tensor(judge(self.endpoint, texts(policy, batch))).to(batch.advantages)
         return Scored(scores, stats={"judge_failures": float(scores.isnan().sum())})
 
 
-def texts(policy: Policy, batch: Batch) -> list[tuple[str, str]]:
+def texts(
+    policy: Policy,
+    batch: Batch,
+) -> list[tuple[str, str]]:
     """(prompt, completion) of every row, decoded from its tokens."""
     rows = []
     for i, start in enumerate(batch.completion_start.tolist()):
@@ -48,7 +57,8 @@ def texts(policy: Policy, batch: Batch) -> list[tuple[str, str]]:
 class Probe(Score):
     """p(hack) by logistic regression on pooled activations, with another environment's labels.
 
-    Fitted at the current parameters. `data` are rollouts of other problems with their labels `hack`;
+    Fitted at the current parameters. `data` are rollouts of other problems with their labels
+    `hack`;
     the rows `held_out` are not fitted, and give the figures that a refresh returns. Features are
     standardised by the fitted rows' mean and standard deviation.
     """
@@ -77,10 +87,18 @@ class Probe(Score):
             "probe_accuracy": accuracy,
         }
 
-    def __call__(self, policy: Policy, batch: Batch) -> Scored:
+    def __call__(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Scored:
         return Scored(self._probability(self._features(policy, batch)))
 
-    def _features(self, policy: Policy, batch: Batch) -> Float[Tensor, "g k"]:
+    def _features(
+        self,
+        policy: Policy,
+        batch: Batch,
+    ) -> Float[Tensor, "g k"]:
         return activations(policy, batch, **self.how).flatten(1)
 
     def _probability(self, x: Float[Tensor, "g k"]) -> Float[Tensor, " g"]:
@@ -91,7 +109,9 @@ class Probe(Score):
 
 
 def fit_logistic(
-    x: Float[Tensor, "n k"], y: Bool[Tensor, " n"], l2: float
+    x: Float[Tensor, "n k"],
+    y: Bool[Tensor, " n"],
+    l2: float,
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, ""]]:
     """argmin over (w, b) of Σ log(1 + exp(−s (x·w + b))) + l2/2 · ‖w‖², s = ±1, by L-BFGS.
 
