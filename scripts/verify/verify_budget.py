@@ -44,15 +44,11 @@ UNMET = set(  # files that break a rule: printed, not counted
     scripts/analysis/audit.py scripts/analysis/policies.py scripts/analysis/rescoring.py
     scripts/experiments/artifacts.py scripts/experiments/criterion.py scripts/experiments/plan.py
     scripts/experiments/reopen.py scripts/experiments/waves.py scripts/verify/soak_grader.py
-    scripts/verify/verify_audit.py scripts/verify/verify_decision.py
-    scripts/verify/verify_grader.py scripts/verify/verify_lora2r.py scripts/verify/verify_models.py
-    scripts/verify/verify_organism.py scripts/verify/verify_pairs.py
-    scripts/verify/verify_sampling.py scripts/verify/verify_tutorial.py src/vgrout/arms.py
-    src/vgrout/core.py src/vgrout/gate/actions.py src/vgrout/gate/controls.py
-    src/vgrout/gate/gate.py src/vgrout/gate/monitors/scores.py src/vgrout/gate/oracle.py
-    src/vgrout/gate/ratio.py src/vgrout/gate/v_grad.py src/vgrout/grader/layers.py
-    src/vgrout/model/fast.py src/vgrout/model/grpo.py src/vgrout/model/likelihood.py
-    src/vgrout/model/lora2r.py src/vgrout/model/tokens.py src/vgrout/run/audit.py
+    scripts/verify/verify_audit.py scripts/verify/verify_decision.py scripts/verify/verify_grader.py
+    scripts/verify/verify_lora2r.py scripts/verify/verify_models.py scripts/verify/verify_organism.py
+    scripts/verify/verify_pairs.py scripts/verify/verify_sampling.py scripts/verify/verify_tutorial.py
+    src/vgrout/gate/monitors/scores.py src/vgrout/grader/layers.py src/vgrout/model/tokens.py
+    src/vgrout/run/audit.py
     """.split()
 )
 Sources = dict[str, str]  # path from the root → text
