@@ -55,8 +55,7 @@ DATA = parse(["smoke"])[1].data.data
 SPLITS, FEW = ("train", "val", "test"), 8  # problems of each
 SHORT = (
     f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 128 "
-    "--teacher-until 9 --final-draws 24 --token-budget 2048 --save-every 1 --threads 1 --workers 1 "
-    "--pairs data/pairs/organism.md#mechanism:3"
+    "--teacher-until 9 --final-draws 64 --token-budget 2048 --save-every 1 --threads 1 --workers 1"
 ).split()
 LONG = "--steps 5 --save-every 2 --eval-every 2 --eval-draws 4 --final-draws 8".split()
 UNMONITORED = [name for name, arm in arms.ARMS.items() if arm.phases[-1].score not in arms.FLAGS]
