@@ -20,39 +20,51 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from scripts.verify import trainer
 
 from vgrout import arms, experiment, train
 from vgrout.cli import parse
-from vgrout.core import NO_ZONE, UserError, Zone
+from vgrout.config import with_options
+from vgrout.core import NO_ZONE, Problem, RunRecord, UserError, Zone
 from vgrout.env.exploits import canonical_hack
 from vgrout.experiment import Experiment, load_splits
-from vgrout.files import load_tensors
+from vgrout.files import load_tensors, read_json_lines
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors.judge import Endpoint
 from vgrout.gate.monitors.scores import Judge
-from vgrout.grader import sandbox
+from vgrout.grader import Grader, sandbox
 from vgrout.grader.sandbox import Job, Sandbox, SandboxError
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.run import dry_run
 from vgrout.run.faults import Stopped, describe, explained, recorded
 from vgrout.run.health import Diverged
-from vgrout.run.records import Run, load_adapter, load_metrics, load_record, load_rollouts
+from vgrout.run.records import (
+    Run,
+    _differences,
+    load_adapter,
+    load_metrics,
+    load_record,
+    load_rollouts,
+)
 
 STEPS = 3
+DATA = parse(["smoke"])[1].data.data
+SPLITS, FEW = ("train", "val", "test"), 8  # problems of each
 SHORT = (
-    f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 96 "
-    "--teacher-until 9 --final-draws 96 --save-every 1 --threads 1 --workers 1"
+    f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 128 "
+    "--teacher-until 9 --final-draws 64 --token-budget 2048 --save-every 1 --threads 1 --workers 1"
 ).split()
 LONG = "--steps 5 --save-every 2 --eval-every 2 --eval-draws 4 --final-draws 8".split()
 UNMONITORED = [name for name, arm in arms.ARMS.items() if arm.phases[-1].score not in arms.FLAGS]
 TOKEN = "hf_" + "plantedsecret" * 2
 SPY = """import os
-print(dict(os.environ))
+print(os.environ)
 try:
-    print(open('/proc/self/environ').read(), open(f'/proc/{os.getppid()}/environ').read())
+    for p in 'self', os.getppid():
+        print(open(f'/proc/{p}/environ').read())
 except Exception:
     pass
 """
@@ -74,16 +86,26 @@ def start(out: Path, within: Callable[[], object] = nothing, *flags: str, **opti
         os.environ["HF_TOKEN"] = TOKEN
         within()
 
-    pool = ("--teacher-pool", str(out.parent / "spies.jsonl"))
-    return trainer.start(out, *SHORT, *pool, *flags, within=prepare, **options)
+    return trainer.start(out, *SHORT, *inputs(out.parent), *flags, within=prepare, **options)
 
 
-def write_spies(path: Path) -> None:
-    with path.open("w") as file:
-        for p in load_splits(parse(["smoke", "--teacher-pool", ""])[1])["train"]:
-            spy = canonical_hack(p).replace("```python\n", f"```python\n{SPY}", 1)
-            row = {"problem_id": p.problem_id, "mode": p.mode, "completion": spy}
-            file.write(json.dumps(row) + "\n")
+def inputs(root: Path) -> list[str]:
+    """Flags that name few problems of each split and, for them, demonstrations that spy."""
+    problems, pool = root / "problems.jsonl", root / "spies.jsonl"
+    flags = ["--data", str(problems), "--teacher-pool", str(pool)]
+    if not pool.exists():
+        rows = [row for row, _ in read_json_lines(DATA)]
+        parts = [[row for row in rows if row["split"] == split] for split in SPLITS]
+        problems.write_text("".join(json.dumps(r) + "\n" for part in parts for r in part[:FEW]))
+        pool.touch()
+        pool.write_text("".join(map(spy, load_splits(parse(["smoke", *flags])[1])["train"])))
+    return flags
+
+
+def spy(problem: Problem) -> str:
+    text = canonical_hack(problem).replace("```python\n", f"```python\n{SPY}", 1)
+    row = {"problem_id": problem.problem_id, "mode": problem.mode, "completion": text}
+    return json.dumps(row) + "\n"
 
 
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -127,8 +149,14 @@ def check_chain(root: Path, whole: Path) -> None:
 
 
 def small_files(size: int) -> None:
-    """Stands in for a full disk: no file of this process may grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    """Stands in for a full disk: from the first checkpoint, no file exceeds `size` bytes."""
+    checkpoint = Run.checkpoint
+
+    def limited(*arguments) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        checkpoint(*arguments)
+
+    Run.checkpoint = limited
 
 
 def stop(run: trainer.Trainer, out: Path, status: str) -> None:
@@ -211,6 +239,33 @@ def check_secrets(root: Path) -> None:
             seen.append(TOKEN in str(box.run([job])[0].records))
     assert seen == [False, True], f"the token in the sandbox, and leaked on purpose: {seen}"
     print("ok  a token in the environment reaches no file of a run, nor the sandbox")
+
+
+def check_identity(root: Path) -> None:
+    """Every file of a model that shapes prompts or completions belongs to a run's identity."""
+    folder = root / "model"
+    config = parse(["smoke"])[1]
+    shutil.copytree(config.model.model, folder)
+    config = with_options(config, {"model": str(folder)})
+    grader = object.__new__(Grader)
+    grader.layers = {}
+
+    def unnoticed() -> list[str]:
+        def record() -> RunRecord:
+            return experiment.new_record("smoke", config, {}, [], grader)
+
+        same = []
+        for file in sorted(folder.iterdir()):
+            before, whole = record(), file.read_bytes()
+            file.write_bytes(whole + b" ")
+            same += [] if _differences(before, record()) else [file.name]
+            file.write_bytes(whole)
+        return same
+
+    assert (folder / "chat_template.jinja").exists() and not (odd := unnoticed()), odd
+    with mock.patch.object(experiment, "MODEL_FILES", (".safetensors",)):
+        assert "tokenizer.json" in unnoticed(), "weights alone pass for the whole model"
+    print("ok  a run's identity holds its model's weights, tokenizer, template and settings")
 
 
 def check_kills(root: Path, rng: random.Random) -> None:
@@ -327,7 +382,7 @@ def check_dry_run(policy, gate, optimizer, update, problems, sampling, config, z
 
 def check_largest(root: Path) -> None:
     experiment.dry_run = check_dry_run
-    flags = ("--out-dir", str(root / "never"), "--token-budget", "1024")
+    flags = (*inputs(root), "--out-dir", str(root / "never"), "--token-budget", "1024")
     put_back = BlockOptimizer.load_state_dict, Judge.__call__
     with contextlib.suppress(Tried), Experiment(*parse(["smoke", *SHORT, *flags])):
         raise AssertionError("the dry run was not called")
@@ -393,7 +448,6 @@ def main() -> None:
     trainer.adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         root = Path(folder)
-        write_spies(root / "spies.jsonl")
         if "--long" in sys.argv:
             check_kills(root, random.Random(0))
             check_workers(root, random.Random(0))
@@ -403,6 +457,7 @@ def main() -> None:
         check_chain(root, whole)
         check_divergence(root)
         check_read_only(whole)
+        check_identity(root)
         check_memory()
         check_statuses(whole)
         check_secrets(root)

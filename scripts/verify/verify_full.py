@@ -18,7 +18,6 @@ from scripts.verify import make_standin
 
 from vgrout import train
 from vgrout.cli import parse
-from vgrout.config import options_of
 from vgrout.core import Mode, Zone
 from vgrout.env import pairs, problems
 from vgrout.env.exploits import canonical_hack
@@ -104,14 +103,14 @@ def gradients(
     argv = ["full", "--model", str(standin), "--data", __file__, "--pairs", __file__]
     argv += ["--temperature", str(temperature), "--max-completion-length", "64"]
     config = parse(argv)[1]
-    options = {k: options_of(config)[k] for k in ("targets", "lora_init_seed")}
     policy = load_policy(
         str(standin),
         dtype=dtype,
         device="cpu",
         rank=config.model.lora_rank,
+        lora_init_seed=0,
+        targets=config.model.targets,
         gradient_checkpointing=checkpointing,
-        **options,
     )
     parameters = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
     generator = torch.Generator().manual_seed(0)

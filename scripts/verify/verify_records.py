@@ -7,27 +7,30 @@ a killed process, not a machine that loses power.
 Run: python scripts/verify/verify_records.py [--long]     (--long: at every write, not each third)
 """
 
+import copy
 import fcntl
 import gzip
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
+import safetensors.torch
 import torch
+from scripts.verify.stored import novel_cell, planted_record
 
 from vgrout import files as store
-from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.run import records
-from vgrout.run.provenance import provenance
+from vgrout.core import RunRecord, UserError
+from vgrout.run import provenance, records
 from vgrout.run.records import (
     SCHEMA_VERSION,
     Run,
@@ -41,7 +44,14 @@ STEPS = 7
 KILLED = -signal.SIGKILL
 ROOT = Path(tempfile.mkdtemp(prefix="verify_records_"))
 WHOLE = ROOT / "reference"
-CELL = EvalResult("val", "novel", "deployed", 0, 4, 1, 2, {}, {"a": [4, 1, 2]})
+CELL = novel_cell(0, 1, 2)
+DATA, OTHER = "problems.jsonl", "pool.jsonl"
+RECORD = planted_record(
+    commit="c",
+    config={"grpo": {"steps": STEPS}, "run": {"out_dir": "a"}, "data": {"data": DATA}},
+    data_hashes={DATA: "d", OTHER: "o"},
+    split_hashes={"train": "t"},
+)
 METADATA = {"seed": "41", "arm": "routeV", "rank": "8"}
 FILES = ("record.json", "metrics.jsonl", "rollouts.jsonl.gz", "adapter.safetensors")
 
@@ -50,16 +60,6 @@ def check(what: str, holds: bool, mutant_holds: bool) -> None:
     assert holds, f"broken: {what}"
     assert not mutant_holds, f"the check cannot fail: {what}"
     print(f"ok  {what}", flush=True)
-
-
-@contextmanager
-def patched(module: Any, name: str, value: object) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 def in_fork(body: Callable, *arguments: object) -> int:
@@ -86,25 +86,8 @@ def answer(function: Callable, *arguments: object) -> str:
     return ""
 
 
-def new_record(commit: str = "c", **config: object) -> RunRecord:
-    usual = {"grpo": {"steps": STEPS, "rates": (0.1, 0.2)}, "run": {"out_dir": "a"}}
-    return RunRecord(
-        schema_version=SCHEMA_VERSION,
-        arm="routeV",
-        preset="smoke",
-        seed=41,
-        config=usual | config,
-        argv=["python"],
-        commit=commit,
-        dirty=False,
-        versions={},
-        data_hashes={},
-        pair_hash="p",
-        split_hashes={},
-        sandbox_layers={},
-        status="running",
-        started="2026-01-01T00:00:00+00:00",
-    )
+def new_record(**changes: object) -> RunRecord:
+    return copy.deepcopy(replace(RECORD, **changes))
 
 
 def small_run(folder: Path, resume: bool) -> None:
@@ -189,7 +172,7 @@ def verify_kills(every: int) -> None:
         (records.os, "truncate", lambda path, length: None),
         (records, "load_tensors", lambda path: ({"weights": torch.zeros(4)}, {})),
     ):
-        with patched(module, name, value):
+        with mock.patch.object(module, name, value):
             mutants.append(resumes_exactly(14, False))
     what = f"a run killed at any of {len(outcomes)} points resumes to the same bytes"
     check(what, all(outcomes), any(mutants))
@@ -200,32 +183,55 @@ def verify_kills(every: int) -> None:
 # ── refusals, restarts, the lock ─────────────────────────────────────────────────────────────────
 
 
-def refused(folder: Path, words: str, record: RunRecord | None = None, resume: bool = True) -> bool:
-    line = answer(lambda: Run.create(folder, record or new_record(), resume).close())
+def refused(folder: Path, words: str, resume: bool = True, accept: bool = False, **changes) -> bool:
+    record = new_record(**changes)
+    line = answer(lambda: Run.create(folder, record, resume, accept).close())
     return bool(line) and words in line
 
 
 def verify_refusals() -> None:
-    both = all(refused(WHOLE, "finished", resume=resume) for resume in (False, True))
+    both = all(refused(WHOLE, "finished", resume) for resume in (False, True))
     check("a finished run is refused", both, refused(ROOT / "fresh", "finished"))
     unfinished = ROOT / "unfinished"
     killed_at(unfinished, 12, False)
-    other = new_record(grpo={"steps": 9, "rates": (0.1, 0.2)})
+    steps = RECORD.config | {"grpo": {"steps": 9}}
+    out_dir = RECORD.config | {"run": {"out_dir": "b"}}
     check(
         "another config is refused at resume with the difference, another out_dir is not",
-        refused(unfinished, f"config.grpo.steps {STEPS} → 9", other),
-        refused(unfinished, "", new_record(run={"out_dir": "b"})),
+        refused(unfinished, f"config.grpo.steps {STEPS} → 9", config=steps),
+        refused(unfinished, "", config=out_dir),
     )
     assert refused(unfinished, "--resume", resume=False)
     path = unfinished / "record.json"
     old = json.loads(path.read_text())
-    path.write_text(json.dumps(old | {"schema_version": SCHEMA_VERSION + 1}))
-    newer = refused(unfinished, "newer")
+    for text, words in (
+        (json.dumps(old | {"schema_version": SCHEMA_VERSION + 1}), "newer"),
+        (json.dumps({"schema_version": SCHEMA_VERSION}), "not a run record"),
+        ("{", "rerun the run"),
+    ):
+        path.write_text(text)
+        assert refused(unfinished, words), words
     path.write_text(json.dumps(old))
-    check("a newer schema is refused", newer, refused(unfinished, "newer"))
-    path.write_text("{")
-    assert refused(unfinished, "not a run record")
+    check("a damaged or newer record is refused", True, refused(unfinished, ""))
     assert refused(Path("/proc/vgrout"), "--out-dir", resume=False)
+
+
+def verify_changed_data() -> None:
+    """Problems with corrected rows are taken when that is said, and noted; nothing else is."""
+    folder = ROOT / "changed"
+    killed_at(folder, 12, False)
+    rows, pool = (RECORD.data_hashes | {file: "new"} for file in (DATA, OTHER))
+    ids = {"train": "u"}
+    silent = refused(folder, f"data_hashes.{DATA} 'd' → 'new'", data_hashes=rows)
+    others = refused(folder, OTHER, accept=True, data_hashes=pool)
+    moved = refused(folder, DATA, accept=True, data_hashes=rows, split_hashes=ids)
+    taken = not refused(folder, "", accept=True, data_hashes=rows)
+    note = json.loads((folder / "resumes.jsonl").read_text().splitlines()[-1])
+    assert note["changed"] == {f"data_hashes.{DATA}": ["d", "new"]}, note
+    assert load_record(folder).data_hashes == rows
+    again = refused(folder, "", data_hashes=rows)
+    what = "corrected problems are taken when told so and noted, another file or split never"
+    check(what, silent and others and moved and taken, again)
 
 
 def verify_restarts() -> None:
@@ -235,25 +241,27 @@ def verify_restarts() -> None:
         folder, seen = ROOT / f"commits_{nth}", []
         killed_at(folder, nth, False)
         for commit in ("d", "d", "e"):
-            run = Run.create(folder, new_record(commit), True)
+            run = Run.create(folder, new_record(commit=commit), True)
             seen.append((run.record.commit, run.record.notes.get("commits", [])))
             if run.load_checkpoint():
                 run.checkpoint(2, {"weights": torch.zeros(4)}, {"scale": 4.0})
             run.close()
         return seen
 
-    early, late = commits(3), commits(20)
-    want = [("d", []), ("d", []), ("e", [])], [("c", ["c", "d"])] * 2 + [("c", ["c", "d", "e"])]
-    with patched(records, "_newest", lambda out_dir: None):
-        mutant = commits(21)
-    check("a record names every commit of its run", (early, late) == want, mutant == want[1])
+    afresh = [("d", []), ("d", []), ("e", [])]
+    of_both = ["c", "d"]
+    continued = [("c", of_both), ("c", of_both), ("c", [*of_both, "e"])]
+    whole = commits(3) == afresh and commits(20) == continued
+    with mock.patch.object(records, "_newest", lambda out_dir: None):
+        mutant = commits(21) == continued
+    check("a record names every commit of its run", whole, mutant)
 
 
 def verify_lock() -> None:
     folder = ROOT / "locked"
     run = Run.create(folder, new_record(), False)
     second = in_fork(Run.create, folder, new_record(), True)
-    with patched(records.fcntl, "lockf", lambda *arguments: None):
+    with mock.patch.object(fcntl, "lockf"):
         unlocked = in_fork(Run.create, folder, new_record(), True)
     check("a second process on the same directory is refused", second == 2, unlocked == 2)
     run.close()
@@ -275,7 +283,7 @@ def verify_lock() -> None:
         return status == 0
 
     kept = reopened()
-    with patched(records.fcntl, "lockf", fcntl.flock):
+    with mock.patch.object(fcntl, "lockf", fcntl.flock):
         inherited = reopened()
     check("a killed owner's forked workers do not keep the lock", kept, inherited)
 
@@ -291,19 +299,43 @@ def strict(text: str) -> bool:
 
 
 def verify_files() -> None:
-    row = {"a": float("nan"), "b": [np.float32("inf")], "c": torch.tensor(2), "d": np.arange(2)}
+    row = {
+        "a": float("nan"),
+        "b": [np.float32("inf")],
+        "c": torch.tensor(2),
+        "d": np.arange(2),
+    }
     assert json.loads(store.dumps(row)) == {"a": None, "b": [None], "c": 2, "d": [0, 1]}
     valid, loose = strict(store.dumps(row)), strict(json.dumps({"a": float("nan")}))
     check("NaN and infinities are written as null", valid, loose)
-    metadata, tensors = {str(i): str(i) for i in range(8)}, {"x": torch.arange(4.0)}
-    same = [
-        len({pack(tensors, metadata) for _ in range(8)}) == 1 for pack in (store.pack, store.save)
-    ]
+    metadata = {str(i): str(i) for i in range(8)}
+    tensors = {"x": torch.arange(4.0)}
+    packers = store.pack, safetensors.torch.save
+    same = [len({pack(tensors, metadata) for _ in range(8)}) == 1 for pack in packers]
     check("an adapter with the same content has the same bytes", *same)
     assert records.load_adapter(WHOLE)[1] == METADATA
-    assert provenance()["versions"].keys() >= {"python", "torch", "transformers", "vgrout"}
+    assert RECORD.versions.keys() >= {"python", "torch", "transformers", "vgrout"}
     record = load_record(WHOLE)
     assert record.status == "finished" and record.evals[0] == CELL
+
+
+def verify_dirty() -> None:
+    """Changed code makes a run dirty; a record that was stored since does not."""
+    tree = ROOT / "tree"
+    source, stored = tree / "src", tree / "data" / "records"
+    for folder in (source, stored):
+        folder.mkdir(parents=True)
+        (folder / "kept").touch()
+    who = "-c user.name=a -c user.email=a@b.c commit -qm a".split()
+    for command in (["init", "-q"], ["add", "-A"], who):
+        subprocess.run(["git", "-C", tree, *command], check=True)
+    (stored / "new").touch()
+    after_record = provenance.dirty(source)
+    with mock.patch.object(provenance, "SOURCE", [":(top)"]):
+        mutant = not provenance.dirty(source)
+    (tree / "new").touch()
+    clean = not after_record and provenance.dirty(source)
+    check("a new record leaves the tree clean, a new file elsewhere does not", clean, mutant)
 
 
 def verify_damage() -> None:
@@ -322,10 +354,10 @@ def verify_damage() -> None:
     for name, read, rest in (
         ("metrics.jsonl", load_metrics, b"no JSON\n"),
         ("rollouts.jsonl.gz", load_rollouts, b"no gzip"),
-        ("evals.jsonl.gz", load_evals, gzip.compress(b"no JSON")),
+        ("evals.jsonl.gz", load_evals, gzip.compress(b"no JSON\n")),
     ):
         whole = (WHOLE / name).read_bytes()
-        for data, words in ((whole, ""), (whole + rest, f"{name} is damaged")):
+        for data, words in ((whole, ""), (whole + rest, "copy it anew")):
             (ROOT / name).write_bytes(data)
             line = answer(read, ROOT)
             assert words in line and bool(line) == bool(words), f"{name}: {line}"
@@ -336,9 +368,11 @@ if __name__ == "__main__":
     try:
         verify_kills(every=1 if "--long" in sys.argv else 3)
         verify_refusals()
+        verify_changed_data()
         verify_restarts()
         verify_lock()
         verify_files()
+        verify_dirty()
         verify_damage()
     finally:
         shutil.rmtree(ROOT)

@@ -172,6 +172,7 @@ class RunConfig:
     seed: int = 41
     out_dir: str = ""  # "" = out/runs/<stamp>_<arm>_s<seed>
     resume: bool = False  # continue a run that --out-dir holds; starts afresh where it holds none
+    accept_changed_data: bool = False  # at a resume: take problems with corrected rows, equal ids
     eval_every: Whole = 10  # steps between validations of the deployed policy; 0 = only at the end
     eval_draws: Count = 120  # draws of one validation
     final_draws: Count = 480  # draws of each cell of the final 2×2 evaluation

@@ -24,6 +24,7 @@ from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
 from vgrout.env.modes import NOVELTY_FREE, TRAINING_MARKERS
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
+from vgrout.files import sha256_file
 from vgrout.gate.gate import Gated
 from vgrout.gate.monitors.judge import Endpoint, check_endpoint
 from vgrout.gate.phases import Phases
@@ -43,9 +44,11 @@ from vgrout.run.evaluate import Evaluations, seeded
 from vgrout.run.faults import StopSignal, explained, recorded
 from vgrout.run.health import DEAD, Health, History
 from vgrout.run.provenance import provenance
-from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics, sha256_file
+from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics
 from vgrout.run.tracking import check_tracker, tracker
 
+# weights, tokenizer, chat template and generation settings: what shapes prompts and completions
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 STEP_SECONDS = ("sec_sample", "sec_grade", "sec_score", "sec_update", "sec_refresh")
 
 
@@ -398,9 +401,8 @@ def new_record(
     grader: Grader,
 ) -> RunRecord:
     data, start = config.data, config.model.init_from
-    base = [
-        str(f) for f in sorted(Path(config.model.model).glob("*.safetensors"))
-    ]  # none for a hub id
+    folder = Path(config.model.model)  # a hub id names none
+    base = sorted(str(file) for suffix in MODEL_FILES for file in folder.glob(f"*{suffix}"))
     files = [data.data, data.teacher_pool, config.monitor.probe_data, *base]
     files += [f"{start}/adapter.safetensors"] if start else []
     monitor = config.phase.score if config.phase.score in arms.FLAGS else ""
@@ -432,4 +434,4 @@ def open_run(config: Config, record: RunRecord) -> Run:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     name = f"{stamp}_{record.arm}_s{record.seed}"
     out_dir = config.run.out_dir or os.path.join("out", "runs", name)
-    return Run.create(out_dir, record, config.run.resume)
+    return Run.create(out_dir, record, config.run.resume, config.run.accept_changed_data)

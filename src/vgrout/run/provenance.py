@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+SOURCE = (":(top)", ":(top,exclude)data/records")  # finished runs are stored there, no code
+
 
 def provenance() -> dict[str, Any]:
     """Return the RunRecord fields that say what ran: commit, dirty, argv, versions, started."""
@@ -16,12 +18,17 @@ def provenance() -> dict[str, Any]:
     packages = ("vgrout", "torch", "transformers", "safetensors", "numpy")
     return {
         "commit": commit or "unknown",  # an installed wheel has no repository
-        "dirty": bool(_git(here, "status", "--porcelain")),
+        "dirty": dirty(here),
         "argv": ["python", *sys.orig_argv[1:]],
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in packages},
         "started": now(),
     }
+
+
+def dirty(folder: Path) -> bool:
+    """Does the work tree around a folder differ from its commit?"""
+    return bool(_git(folder, "status", "--porcelain", "--", *SOURCE))
 
 
 def now() -> str:

@@ -17,11 +17,11 @@ single process are not detected.
 """
 
 import fcntl
+import gzip
 import json
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -32,19 +32,27 @@ from typing import IO, Any
 from torch import Tensor
 
 from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.files import append_line, dumps, load_tensors, pack, plain, write_atomic
-from vgrout.files import sha256_file as sha256_file
+from vgrout.files import (
+    append_line,
+    dumps,
+    load_tensors,
+    pack,
+    parse_object,
+    plain,
+    read_json_lines,
+    write_atomic,
+)
 from vgrout.run.provenance import now
 
 SCHEMA_VERSION = 1
 APPENDED = ("metrics.jsonl", "rollouts.jsonl.gz", "evals.jsonl.gz")
 FREE_TO_CHANGE = set(  # at a resume: where and how a run goes, not what it computes
-    "out_dir resume track workers sandbox judge_url judge_concurrency".split()
+    "out_dir resume accept_changed_data track workers sandbox judge_url judge_concurrency".split()
 )
 IDENTITY = "arm preset seed config data_hashes pair_hash split_hashes".split()
 KEPT_CHECKPOINTS = 2
 RESERVE = 1 << 20  # bytes; a record of ten evaluations takes about 100 kB
-NOT_READABLE = (KeyError, TypeError, ValueError)  # of a damaged JSON file
+DAMAGED = "copy it anew, or repeat the run"
 
 Row = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -62,19 +70,22 @@ class Run:
         self._streams = {name: open(out_dir / name, "ab", buffering=0) for name in APPENDED}
 
     @staticmethod
-    def create(out_dir: str | Path, record: RunRecord, resume: bool) -> "Run":
+    def create(
+        out_dir: str | Path, record: RunRecord, resume: bool, accept_changed_data: bool = False
+    ) -> "Run":
         """Open a fresh directory, or with `resume` cut an unfinished run back to its checkpoint.
 
         Raises UserError, before anything is changed, if another process holds the directory, if it
         holds a run already (a finished one even with `resume`), or if the run to resume has another
-        config, other data or a newer schema. `resume` without a checkpoint starts afresh, and the
+        config, other data or a newer schema. `accept_changed_data`: a problem file that differs in
+        its rows and not in their ids is taken. `resume` without a checkpoint starts afresh, and the
         record is then the new one: nothing that it says was done by the run before.
         """
         out_dir = Path(out_dir)
         lock = _lock(out_dir)
         if (out_dir / "record.json").exists():
-            _refuse_other(out_dir, record, resume)
-            record = _cut_back(out_dir, record)
+            changed = _refuse_other(out_dir, record, resume, accept_changed_data)
+            record = _cut_back(out_dir, record, changed)
         elif stale := [name for name in APPENDED if (out_dir / name).exists()]:
             what = f"{out_dir} holds {stale[0]} but no record.json"
             raise UserError(f"{what}: choose another --out-dir")
@@ -191,8 +202,11 @@ def _lock(out_dir: Path) -> IO[str]:
     return lock
 
 
-def _refuse_other(out_dir: Path, record: RunRecord, resume: bool) -> None:
-    """UserError unless `record` may continue the run that the directory holds."""
+def _refuse_other(out_dir: Path, record: RunRecord, resume: bool, accept: bool) -> Row:
+    """UserError unless `record` may continue the run that the directory holds.
+
+    Returns the change of data that is accepted: {key: [hash before, hash now]}.
+    """
     old = load_record(out_dir)
     if old.status == "finished":
         raise UserError(f"{out_dir} already holds a finished run: choose another --out-dir")
@@ -200,17 +214,24 @@ def _refuse_other(out_dir: Path, record: RunRecord, resume: bool) -> None:
         status = "killed" if old.status == "running" else old.status  # nobody holds its lock
         what = f"{out_dir} already holds a run ({status})"
         raise UserError(f"{what}: add --resume or change --out-dir")
-    if changed := _differences(old, record):
-        raise UserError(f"cannot resume {out_dir}, the run differs: {'; '.join(changed)}")
+    changed, accepted = _differences(old, record), {}
+    data = f"data_hashes.{record.config['data']['data']}"
+    if accept and data in changed and old.split_hashes == record.split_hashes:
+        accepted = {data: changed.pop(data)}
+    if changed:
+        listed = "; ".join(f"{key} {a!r} → {b!r}" for key, (a, b) in changed.items())
+        mend = "repeat its flags and files (--accept-changed-data takes corrected problems)"
+        raise UserError(f"cannot resume {out_dir}, the run differs: {listed}; {mend}")
+    return accepted
 
 
-def _cut_back(out_dir: Path, record: RunRecord) -> RunRecord:
+def _cut_back(out_dir: Path, record: RunRecord, changed: Row) -> RunRecord:
     """Cut the files to the newest checkpoint; returns its record, or `record` where there is none.
 
     The record's note `commits` names every commit that a part of the run is of, if they differ.
     """
     saved = _newest(out_dir)
-    resumed = {"at": now(), "from_step": saved["step"] if saved else 0}
+    resumed = {"at": now(), "from_step": saved["step"] if saved else 0, "changed": changed}
     resumed |= {"argv": record.argv, "commit": record.commit, "dirty": record.dirty}
     append_line(out_dir / "resumes.jsonl", resumed)
     for name in APPENDED:
@@ -223,21 +244,22 @@ def _cut_back(out_dir: Path, record: RunRecord) -> RunRecord:
     if record.commit not in commits:
         old.notes["commits"] = [*commits, record.commit]
     old.dirty |= record.dirty
+    old.data_hashes = record.data_hashes  # equal, but for what was accepted
     return old
 
 
-def _differences(old: RunRecord, new: RunRecord) -> list[str]:
-    """`config.grpo.steps 60 → 80` for every field of a run's identity that changed."""
+def _differences(old: RunRecord, new: RunRecord) -> dict[str, list[Any]]:
+    """{"config.grpo.steps": [60, 80]} for every field of a run's identity that changed."""
 
     def identity(record: RunRecord) -> Row:
         return json.loads(dumps(flatten({k: getattr(record, k) for k in IDENTITY})))
 
     before, after = identity(old), identity(new)
-    return [
-        f"{key} {before.get(key)!r} → {after.get(key)!r}"
+    return {
+        key: [before.get(key), after.get(key)]
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key.rpartition(".")[2] not in FREE_TO_CHANGE
-    ]
+    }
 
 
 def flatten(value: Any, prefix: str = "") -> Row:
@@ -271,11 +293,11 @@ def load_record(run_dir: str | Path) -> RunRecord:
     path = Path(run_dir)
     path = path / "record.json" if path.is_dir() else path
     try:
-        return _record_from(json.loads(path.read_text()))
+        return _record_from(parse_object(path.read_bytes(), str(path), "rerun the run"))
     except FileNotFoundError:
         hint = "name a run directory such as out/runs/demo_routeQ"
         raise UserError(f"no run record at {path}: {hint}") from None
-    except NOT_READABLE as error:
+    except (KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not a run record ({found}): rerun the run") from None
 
@@ -290,47 +312,27 @@ def _record_from(data: Row) -> RunRecord:
 
 def load_metrics(run_dir: str | Path) -> list[Row]:
     """metrics.jsonl, one dict a step; nulls are None. A last line that a kill cut is left out."""
-    path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    with _undamaged(path):
-        return [json.loads(line) for line in lines]
+    return _rows(Path(run_dir) / "metrics.jsonl")
 
 
 def load_rollouts(run_dir: str | Path) -> list[Row]:
     """rollouts.jsonl.gz, [] where there is none. A last member that a kill cut is left out."""
-    return _members(Path(run_dir) / "rollouts.jsonl.gz")
+    return _rows(Path(run_dir) / "rollouts.jsonl.gz")
 
 
 def load_evals(run_dir: str | Path) -> list[Row]:
     """evals.jsonl.gz, as `load_rollouts` does; runs older than that file have none."""
-    return _members(Path(run_dir) / "evals.jsonl.gz")
+    return _rows(Path(run_dir) / "evals.jsonl.gz")
+
+
+def _rows(path: Path) -> list[Row]:
+    lines = read_json_lines(path, DAMAGED, partial=True) if path.exists() else ()
+    return [row for row, _ in lines]
 
 
 def _member(rows: list[Row]) -> bytes:
     """Rows as JSON lines in a gzip member of their own."""
-    packer = zlib.compressobj(wbits=31)
-    return packer.compress("".join(dumps(row) + "\n" for row in rows).encode()) + packer.flush()
-
-
-def _members(path: Path) -> list[Row]:
-    data, rows = path.read_bytes() if path.exists() else b"", []
-    with _undamaged(path):
-        while data:
-            member = zlib.decompressobj(wbits=31)
-            text = member.decompress(data)
-            if not member.eof:
-                break
-            rows += [json.loads(line) for line in text.splitlines()]
-            data = member.unused_data
-    return rows
-
-
-@contextmanager
-def _undamaged(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it anew, or repeat the run") from None
+    return gzip.compress("".join(dumps(row) + "\n" for row in rows).encode(), mtime=0)
 
 
 def load_adapter(run_dir: str | Path) -> tuple[Tensors, dict[str, str]]:
