@@ -57,8 +57,11 @@ def _one_token(policy, problems, grader, sampling, *, evaluate=evaluation.evalua
 
 
 def same_adapter(a: Path, b: Path) -> bool:
-    x, y = (load_adapter(folder)[0] for folder in (a, b))
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return same_tensors(load_adapter(a)[0], load_adapter(b)[0])
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def untimed(rows: list[dict]) -> list[dict]:
