@@ -1,6 +1,7 @@
 """The real loop, short and in this process: what the gates of training run."""
 
 import contextlib
+import functools
 import io
 import random
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from vgrout import experiment, train
 from vgrout.cli import parse
 from vgrout.core import Grade, Mode, Verdict
+from vgrout.env import problems
 from vgrout.run import evaluate as evaluation
 from vgrout.run.records import load_adapter, load_record
 
@@ -20,6 +22,7 @@ SMALL = (
     "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 "
     "--final-draws 8 --eval-every 0 --save-every 0 --threads 1 --workers 1"
 )
+LOAD = functools.cache(problems.load_problems)
 SECONDS = {*experiment.STEP_SECONDS, "sec_step", "tokens_per_second"}  # of a row of metrics
 
 
@@ -30,30 +33,27 @@ def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True)
     what they train. That neither matters is shown by comparison with runs that have both.
     """
     arm, *flags = line.split()
-    argv = [preset, *SMALL.split(), "--intervention", arm, "--out-dir", str(folder), *flags]
+    argv = [
+        preset,
+        *SMALL.split(),
+        "--intervention",
+        arm,
+        "--out-dir",
+        str(folder),
+        *flags,
+    ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(problems, "load_problems", LOAD))
         if quiet:
             stack.enter_context(mock.patch.object(evaluation, "evaluate", _one_token))
-            stack.enter_context(
-                mock.patch.object(
-                    experiment,
-                    "dry_run",
-                    lambda *_: None,
-                )
-            )
+            stack.enter_context(mock.patch.object(experiment, "dry_run", lambda *_: None))
         train.main(*parse(argv))
     return Path(folder)
 
 
 def _one_token(policy, problems, grader, sampling, *, evaluate=evaluation.evaluate, **options):
     short = replace(sampling, max_completion_length=1)
-    return evaluate(
-        policy,
-        problems,
-        grader,
-        short,
-        **options | {"draws": 1},
-    )
+    return evaluate(policy, problems, grader, short, **options | {"draws": 1})
 
 
 def same_adapter(a: Path, b: Path) -> bool:
@@ -61,7 +61,13 @@ def same_adapter(a: Path, b: Path) -> bool:
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(
+            a[k],
+            b[k],
+        )
+        for k in a
+    )
 
 
 def untimed(rows: list[dict]) -> list[dict]:

@@ -37,8 +37,22 @@ def k3(gap: float, linear_from: float) -> float:
 def random_parts() -> list[torch.Tensor]:
     """Log-probs new, old, of the reference; mask; advantages."""
     g = torch.Generator().manual_seed(0)
-    new, old, ref = (-torch.rand(5, 7, generator=g) * 2 for _ in range(3))
-    return [new, old, ref, torch.rand(5, 7, generator=g) > 0.3, torch.randn(5, generator=g)]
+    new, old, ref = (
+        -torch.rand(
+            5,
+            7,
+            generator=g,
+        )
+        * 2
+        for _ in range(3)
+    )
+    return [
+        new,
+        old,
+        ref,
+        torch.rand(5, 7, generator=g) > 0.3,
+        torch.randn(5, generator=g),
+    ]
 
 
 def check_loss() -> None:
@@ -65,10 +79,29 @@ def check_scored_loss() -> None:
     new, old, _, mask, A = random_parts()
     new.requires_grad_()
     rows = grpo.scored_loss(new, mask, A, NORMALISER)
-    assert torch.allclose(rows[0], -A[0] * new[0][mask[0]].sum() / NORMALISER)
+    assert torch.allclose(
+        rows[0],
+        -A[0] * new[0][mask[0]].sum() / NORMALISER,
+    )
     how = HOW | {"beta": 0.0}
-    losses = [grpo.grpo_loss(new, x, None, mask, A, **how)[0] for x in (new.detach(), old)]
-    applied, other, scored = (torch.autograd.grad(x, new)[0] for x in (*losses, rows.sum()))
+    losses = [
+        grpo.grpo_loss(
+            new,
+            x,
+            None,
+            mask,
+            A,
+            **how,
+        )[0]
+        for x in (new.detach(), old)
+    ]
+    applied, other, scored = (
+        torch.autograd.grad(
+            x,
+            new,
+        )[0]
+        for x in (*losses, rows.sum())
+    )
     assert torch.allclose(applied, scored)
     assert not torch.allclose(other, scored), "a ratio goes unnoticed"
     print("ok  at ratio 1 the GRPO gradient is the scored loss's; at another it is not")
@@ -105,9 +138,33 @@ def check_advantages() -> None:
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     zones = torch.tensor([2, 0, 1, 0, 0, 2])
     plain = grpo.advantages(rewards, group)
-    assert torch.allclose(plain, torch.tensor([2.0, -1, -1, -2, 1, 1]))
+    assert torch.allclose(
+        plain,
+        torch.tensor(
+            [
+                2.0,
+                -1,
+                -1,
+                -2,
+                1,
+                1,
+            ]
+        ),
+    )
     retained = grpo.retained_advantages(rewards, group, zones)
-    assert torch.allclose(retained, torch.tensor([2.0, 0, 0, -1.5, 1.5, 1])), retained
+    assert torch.allclose(
+        retained,
+        torch.tensor(
+            [
+                2.0,
+                0,
+                0,
+                -1.5,
+                1.5,
+                1,
+            ]
+        ),
+    ), retained
     routed = torch.full((6,), int(Zone.ROUTE))
     whole = grpo.retained_advantages(rewards, group, routed)
     assert torch.allclose(whole, plain), "groups routed whole keep their advantages"
@@ -134,9 +191,34 @@ def check_micro_batches() -> None:
 
 
 def check_layout() -> None:
-    rows = [[5, 6, 7], [8, 9]], [[4], [3, EOS]]
-    batch = tokens.collate(*rows, [0.0, 1.0], [0, 0], [-0.5, 0.5], PAD, "cpu")
-    assert batch.input_ids.tolist() == [[5, 6, 7, 4], [8, 9, 3, EOS]]
+    rows = (
+        [
+            [
+                5,
+                6,
+                7,
+            ],
+            [8, 9],
+        ],
+        [[4], [3, EOS]],
+    )
+    batch = tokens.collate(
+        *rows,
+        [0.0, 1.0],
+        [0, 0],
+        [-0.5, 0.5],
+        PAD,
+        "cpu",
+    )
+    assert batch.input_ids.tolist() == [
+        [5, 6, 7, 4],
+        [
+            8,
+            9,
+            3,
+            EOS,
+        ],
+    ]
     assert batch.completion_start.tolist() == [3, 2]
     assert batch.completion_ids.tolist() == [[4, PAD], [3, EOS]]
     assert batch.completion_mask.tolist() == [[True, False], [True, True]]

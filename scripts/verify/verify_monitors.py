@@ -111,10 +111,7 @@ def plain_chat(endpoint: Endpoint) -> Iterator[Callable[[judge.Messages], str]]:
     def ask(asked: judge.Messages) -> str:
         body = json.dumps({"model": endpoint.model, "messages": asked}).encode()
         try:
-            with urllib.request.urlopen(
-                f"{endpoint.url}/chat/completions",
-                body,
-            ) as reply:
+            with urllib.request.urlopen(f"{endpoint.url}/chat/completions", body) as reply:
                 return json.load(reply)["choices"][0]["message"]["content"]
         except OSError as error:
             raise NoAnswer(str(error)) from None
@@ -180,8 +177,24 @@ def check_forgery() -> None:
 def check_client() -> None:
     """Retries, failures, concurrency: with the real client."""
     row = ("a", "b")
-    with server(lambda body, n: (500, "busy") if n < 2 else planted(body, n)) as (url, seen):
-        assert judge.judge(Endpoint(url, "m", retries=3), [row, row]) == [0.0, 0.0]
+    with server(
+        lambda body, n: (
+            (500, "busy")
+            if n < 2
+            else planted(
+                body,
+                n,
+            )
+        )
+    ) as (url, seen):
+        assert judge.judge(
+            Endpoint(
+                url,
+                "m",
+                retries=3,
+            ),
+            [row, row],
+        ) == [0.0, 0.0]
         assert len(seen) == 3, "equal rows are asked once"
         body = seen[-1]["body"]
         assert (body["temperature"], body["model"]) == (0, "m")
@@ -200,7 +213,14 @@ def check_client() -> None:
         return planted(body, number)
 
     with server(slow) as (url, seen):
-        judge.judge(Endpoint(url, "m", concurrency=3), [("a", str(i)) for i in range(12)])
+        judge.judge(
+            Endpoint(
+                url,
+                "m",
+                concurrency=3,
+            ),
+            [("a", str(i)) for i in range(12)],
+        )
         assert max(most) == 3, most
     print("ok  the client retries 5xx and not 4xx, asks equal rows once, and keeps its limits")
 
@@ -208,7 +228,12 @@ def check_client() -> None:
 def check_odd_replies() -> None:
     """What is none of the protocol, or drips, is no verdict; the judge's other rows have theirs."""
     rows = [("a", str(i)) for i in range(len(RAW) + 2)]
-    replies = dict(zip((question(*row)[0] for row in rows), (*RAW, None)))
+    replies = dict(
+        zip(
+            (question(*row)[0] for row in rows),
+            (*RAW, None),
+        )
+    )
 
     def reply(body: dict, number: int) -> tuple[int, str | None]:
         tag = SECTION.search(body["messages"][-1]["content"])[1]
@@ -220,14 +245,16 @@ def check_odd_replies() -> None:
 
     chat = plain_chat if find_spec("openai") is None else judge.chat
     with server(reply) as (url, _), mock.patch.object(judge, "chat", chat):
-        endpoint = Endpoint(url, "m", timeout=0.5, retries=0)
+        endpoint = Endpoint(url, "m", retries=0)
+        *odd, drips, plain = rows
+        verdicts = judge.judge(endpoint, [*odd, plain])
+        assert all(map(missing, verdicts[:-1])) and verdicts[-1] == 0.0, verdicts
         start = time.perf_counter()
-        *odd, plain = judge.judge(endpoint, rows)
+        assert missing(*judge.judge(replace(endpoint, timeout=0.5), [drips]))
         took = time.perf_counter() - start
-        assert all(map(missing, odd)) and plain == 0.0, odd
         assert took < 2, f"a body that drips holds the run for {took:.1f} s"
         with mock.patch.object(judge, "within", unwatched):
-            noticed = [unanswered(endpoint, row) for row in rows[:-1]]
+            noticed = [unanswered(endpoint, row) for row in (*odd, drips)]
     assert sum(noticed) >= 3 and noticed[-1], noticed
     print(f"ok  replies that are none, and one that drips, are no verdict, in {took:.1f} s")
 
@@ -253,7 +280,10 @@ def check_key() -> None:
         assert seen[0]["key"] == "Bearer sk-secret"
     with (
         server(planted) as (url, seen),
-        mock.patch.dict(os.environ, OPENAI_API_KEY="sk-other"),
+        mock.patch.dict(
+            os.environ,
+            OPENAI_API_KEY="sk-other",
+        ),
     ):
         check_endpoint(Endpoint(url, "m"))
         assert "sk-other" not in seen[0]["key"], "another service's key was sent"
@@ -276,10 +306,7 @@ def check_refusals() -> None:
         ("routeV --probe-rows 64", "--probe-rows is not read by routeV"),
         ("routeV --penalty 1", "--penalty is not read by routeV"),
     ):
-        said = refusal(
-            parse,
-            ["organism", "--intervention", *line.split()],
-        )
+        said = refusal(parse, ["organism", "--intervention", *line.split()])
         assert words in said, said
     print("ok  a monitor without its arm, an arm without its monitor, a bad URL: one line each")
 
@@ -296,7 +323,19 @@ def check_flags() -> None:
     assert gated.zones.tolist() == [2, 0, 0, 2, 0, 1, 0, 0]
     assert torch.equal(gated.scores.isnan(), flags.isnan())
     fined = deduct(batch, gated, Options(penalty=3.0))  # the third group is equal, and leaves
-    wanted = grpo.advantages(torch.tensor([0.5, 3.5, 0.5, 0.5, 3.5, 3.5]), group[:6])
+    wanted = grpo.advantages(
+        torch.tensor(
+            [
+                0.5,
+                3.5,
+                0.5,
+                0.5,
+                3.5,
+                3.5,
+            ]
+        ),
+        group[:6],
+    )
     assert torch.allclose(fined.batch.advantages, wanted)
     assert fined.rows.tolist() == [*range(6)]
     assert (fined.zones == Zone.ABSORB).all()
@@ -317,7 +356,16 @@ def check_probe() -> None:
     held = torch.arange(320) % 4 == 0
     how = dict(layer=None, token_budget=2000, l2=1.0)
     for space in ("residual", "bottleneck"):
-        probe, saved = (Probe(data, label, held, space=space, **how) for _ in range(2))
+        probe, saved = (
+            Probe(
+                data,
+                label,
+                held,
+                space=space,
+                **how,
+            )
+            for _ in range(2)
+        )
         figures = probe.refresh(policy)
         p = probe(policy, fresh).scores
         assert figures["probe_auroc"] > 0.95 and figures["probe_accuracy"] > 0.9, figures
@@ -391,7 +439,10 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
         ("line 1: 'reward_hack' must be a bool", {"reward_hack": 1}),
         ("line 1: has no 'prompt'", {"prompt": None}),
     ):
-        texts[words] = [json.dumps(json.loads(lines[0]) | change), *lines[1:]]
+        texts[words] = [
+            json.dumps(json.loads(lines[0]) | change),
+            *lines[1:],
+        ]
     for words, text in texts.items():
         bad.write_text("\n".join(text))
         line = refusal(load_labelled, str(bad), training, 60)
@@ -471,7 +522,14 @@ def check_probe_run(tmp: Path, other: Path) -> Path:
             (row["score"] > 0.5) + (row["score"] >= 0.25),
             set(),
         ).add(row["zone"])
-    assert zones.items() <= {0: {"RETAIN"}, 1: {"ABSORB"}, 2: {"ROUTE"}}.items(), zones
+    assert (
+        zones.items()
+        <= {
+            0: {"RETAIN"},
+            1: {"ABSORB"},
+            2: {"ROUTE"},
+        }.items()
+    ), zones
     assert {0, 2} <= zones.keys(), zones
     assert label_blind(folder, tmp / "blind_probe", line), "a training label reached the probe"
     check_marks(record, "probe")

@@ -53,7 +53,7 @@ TWO_PHASES = (
 )
 QUIET = "--snapshot-every 0"
 ONE_STEP = "none2r --steps 1 --warmup-steps 0 --snapshot-every 1 --final-draws 4"
-OFTEN = "--save-every 1 --eval-every 1 --eval-draws 6 --snapshot-every 1"
+OFTEN = "--save-every 1 --eval-every 2 --eval-draws 6"
 BRIEF = "--steps 2 --warmup-steps 0"
 UNPAID = f"filterQ {BRIEF} --quarantine-first 1 --no-phase-pays"
 LINES = (UNPAID, f"matched_absorbQ {BRIEF} --quarantine-first 1", f"oracle {BRIEF} --seed 42")
@@ -206,14 +206,14 @@ def every_arm() -> list[str]:
 
 
 def check_phases(tmp: str) -> None:
-    """A first phase trains the quarantine alone; every --enter takes its place as it says; a step
-    of which an action leaves nothing moves neither parameters nor moments."""
+    """A first phase trains the quarantine alone, and what enters takes its place; a step of which
+    an action leaves nothing moves neither parameters nor moments."""
     entered: dict[str, Tensor] = {}
     optimizers: list[BlockOptimizer] = []
     moments: list[dict[str, Tensor]] = []
 
     def enter(live, policy, optimizer, groups, *, real=LivePhase.enter):
-        """Every --enter in turn, then the learned quarantine with its moments again."""
+        """What enters in turn, then the learned quarantine with its moments again."""
         if not live.start:
             return
         deployed, quarantine = (policy.adapter.parameters(b) for b in BLOCKS)
@@ -221,7 +221,7 @@ def check_phases(tmp: str) -> None:
         learned = [p.detach().clone() for p in quarantine]
         optimizers.append(optimizer)
         moments.append(stored(optimizer))
-        for name in ("reset", "norm", "effect", "inverted"):
+        for name in ("reset", "inverted"):
             real(replace(live, phase=replace(live.phase, enter=name)), policy, optimizer, groups)
             entered[name] = torch.cat([p.detach().flatten() for p in quarantine])
             assert not optimizer.adamw.state, "moments outlive the quarantine that had them"
@@ -252,7 +252,6 @@ def check_phases(tmp: str) -> None:
     learned = entered.pop("learned")
     cosine = {k: float(torch.cosine_similarity(v, learned, dim=0)) for k, v in entered.items()}
     assert cosine["reset"] > 0.999 and cosine["inverted"] < -0.999, cosine
-    assert abs(cosine["norm"]) < 0.2 and abs(cosine["effect"]) < 0.2, cosine
     words = ", ".join(f"{name} {value:+.2f}" for name, value in cosine.items())
     print(
         f"ok  the first phase trains the quarantine; its cosine with what enters: {words};", end=""
@@ -284,7 +283,7 @@ def check_evaluation(evaluated: Path, plain: Path) -> None:
     assert (first.step, first.split, first.markers) == (0, "test", "novel")
     last = {(c.markers, c.state) for c in record.evals if c.step == done and c.split == "test"}
     assert last == {(m, s) for m in ("iid", "novel") for s in ("as_trained", "deployed")}
-    assert len(record.evals) == len(load_record(plain).evals) + done - 1
+    assert len(record.evals) == len(load_record(plain).evals) + 1
     print("ok  evaluations are of held-out problems, and their completions are those counted")
 
 
