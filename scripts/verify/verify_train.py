@@ -56,7 +56,7 @@ UNPAID = f"filterQ {BRIEF} --quarantine-first 1 --no-phase-pays"
 LINES = (UNPAID, f"matched_absorbQ {BRIEF} --quarantine-first 1", f"oracle {BRIEF} --seed 42")
 NOTHING_LEFT = (  # two steps train the quarantine; then the oracle's filter drops every row
     "oracle --action filter --oracle-fpr 1 --quarantine-first 2 --gen-deploy-frac 1 --steps 4 "
-    "--snapshot-every 1"
+    "--snapshot-every 1 --warmup-steps 0"
 )
 LONG = (  # with every arm: every score, action and kind of phase
     "routeA --action penalise",
@@ -229,7 +229,7 @@ def check_phases(tmp: str) -> None:
             assert not optimizer.adamw.state, "moments outlive the quarantine that had them"
             optimizer.put("quarantine", learned)
         entered["learned"] = torch.cat([p.flatten() for p in learned])
-        optimizer.load_state_dict(moments[0])
+        optimizer.load_state_dict({k: v.clone() for k, v in moments[0].items()})
 
     def act(live, batch, gated, *, real=LivePhase.action):
         """The mutation in the last step: rows at A = 0 where an action leaves none."""
