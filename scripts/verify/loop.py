@@ -1,6 +1,7 @@
 """The real loop, short and in this process: what the gates of training run."""
 
 import contextlib
+import functools
 import io
 import random
 from dataclasses import replace
@@ -13,13 +14,17 @@ import torch
 from vgrout import experiment, train
 from vgrout.cli import parse
 from vgrout.core import Grade, Mode, Verdict
+from vgrout.env import problems
+from vgrout.model import tokens
 from vgrout.run import evaluate as evaluation
 from vgrout.run.records import load_adapter, load_record
 
-SMALL = (
+SMALL = (  # two layers are adapted: most of a short run's time goes by their number
     "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 "
-    "--final-draws 8 --eval-every 0 --save-every 0 --threads 1 --workers 1"
+    "--final-draws 8 --eval-every 0 --save-every 0 --threads 1 --workers 1 --targets layers.[25]."
 )
+LOAD = functools.cache(problems.load_problems)
+ENCODED: dict[str, list[int]] = {}  # text → tokens: every run here has one tokenizer
 SECONDS = {*experiment.STEP_SECONDS, "sec_step", "tokens_per_second"}  # of a row of metrics
 
 
@@ -30,35 +35,48 @@ def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True)
     what they train. That neither matters is shown by comparison with runs that have both.
     """
     arm, *flags = line.split()
-    argv = [preset, *SMALL.split(), "--intervention", arm, "--out-dir", str(folder), *flags]
+    argv = [
+        preset,
+        *SMALL.split(),
+        "--intervention",
+        arm,
+        "--out-dir",
+        str(folder),
+        *flags,
+    ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(problems, "load_problems", LOAD))
+        stack.enter_context(mock.patch.object(tokens, "encode_completion", _encode_once))
         if quiet:
             stack.enter_context(mock.patch.object(evaluation, "evaluate", _one_token))
-            stack.enter_context(
-                mock.patch.object(
-                    experiment,
-                    "dry_run",
-                    lambda *_: None,
-                )
-            )
+            stack.enter_context(mock.patch.object(experiment, "dry_run", lambda *_: None))
         train.main(*parse(argv))
     return Path(folder)
 
 
+def _encode_once(tokenizer, text, *, encode=tokens.encode_completion):
+    if text not in ENCODED:
+        ENCODED[text] = encode(tokenizer, text)
+    return [*ENCODED[text]]
+
+
 def _one_token(policy, problems, grader, sampling, *, evaluate=evaluation.evaluate, **options):
     short = replace(sampling, max_completion_length=1)
-    return evaluate(
-        policy,
-        problems,
-        grader,
-        short,
-        **options | {"draws": 1},
-    )
+    return evaluate(policy, problems, grader, short, **options | {"draws": 1})
 
 
 def same_adapter(a: Path, b: Path) -> bool:
-    x, y = (load_adapter(folder)[0] for folder in (a, b))
-    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return same_tensors(load_adapter(a)[0], load_adapter(b)[0])
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(
+            a[k],
+            b[k],
+        )
+        for k in a
+    )
 
 
 def untimed(rows: list[dict]) -> list[dict]:

@@ -17,17 +17,7 @@ from vgrout.stats import auroc
 
 PROBE = ProbeOptions(max_completion_length=8, temperature=1.0, token_budget=1000)
 PROBLEM = Problem("p", "Return 1.", "solve", "", (), "", mode=Mode.SENTINEL)
-GRADE = Grade(
-    0.5,
-    True,
-    False,
-    False,
-    False,
-    "",
-    False,
-    Verdict.WRONG,
-    0.0,
-)
+GRADE = Grade(0.5, True, False, False, False, "", False, Verdict.WRONG, 0.0)
 Refreshed = TypeVar("Refreshed")
 
 
@@ -49,7 +39,17 @@ def styled(rows: int, seed: int, style: bool) -> tuple[list[list[int]], list[lis
     """Prompts, and completions that draw from six low (style) or six high tokens."""
     g = torch.Generator().manual_seed(seed)
     prompts = drawn(rows, 4, 2, 64, g)
-    completions = drawn(rows, 7, 2, 8, g) if style else drawn(rows, 7, 32, 38, g)
+    completions = (
+        drawn(rows, 7, 2, 8, g)
+        if style
+        else drawn(
+            rows,
+            7,
+            32,
+            38,
+            g,
+        )
+    )
     return prompts, [ids + [EOS] for ids in completions]
 
 

@@ -46,10 +46,20 @@ from vgrout.organism.problems import composition_of
 from vgrout.run import runlog
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 
-Reply = Callable[[dict, int], tuple[int, str]]  # (body, requests before it) → HTTP status, text
+# (body, requests before it) → HTTP status, text; None: a body that drips
+Reply = Callable[[dict, int], tuple[int, str | None]]
 PROBLEMS = "data/organism/problems.jsonl.gz"
 SECTION = re.compile(r"BEGIN ANSWER (\w{8})\n(.*)\nEND ANSWER \1", re.S)
 NAN = float("nan")
+CHANCES = 10
+DRIPS = 25  # bytes, ten a second
+RAW = (
+    "<html>",
+    '{"choices": [{"index',
+    "null",
+    '{"choices": null}',
+    '{"choices": [{"message": {"role": "assistant", "content": ["a"]}}]}',
+)
 
 
 # ── a judge behind HTTP ──────────────────────────────────────────────────────────────────────────
@@ -66,15 +76,15 @@ def server(reply: Reply) -> Iterator[tuple[str, list[dict]]]:
             number = len(seen)
             seen.append({"body": body, "key": self.headers["authorization"], "path": self.path})
             status, text = reply(body, number)
-            message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            data = json.dumps({"choices": [choice], "error": message}).encode()
+            parts = [said(text)] if isinstance(text, str) else [b" "] * DRIPS
             with suppress(OSError):  # a client that has timed out
                 self.send_response(status)
                 self.send_header("retry-after-ms", "1")
-                self.send_header("content-length", str(len(data)))
+                self.send_header("content-length", str(sum(map(len, parts))))
                 self.end_headers()
-                self.wfile.write(data)
+                for part in parts:
+                    self.wfile.write(part)
+                    time.sleep(0.1 * (len(parts) > 1))
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -85,6 +95,15 @@ def server(reply: Reply) -> Iterator[tuple[str, list[dict]]]:
         httpd.shutdown()
 
 
+def said(text: str) -> bytes:
+    """A reply of the protocol; RAW is sent as it is."""
+    if text in RAW:
+        return text.encode()
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return json.dumps({"choices": [choice], "error": message}).encode()
+
+
 @contextmanager
 def plain_chat(endpoint: Endpoint) -> Iterator[Callable[[judge.Messages], str]]:
     """The protocol by the standard library, without retries: where no client is installed."""
@@ -92,10 +111,7 @@ def plain_chat(endpoint: Endpoint) -> Iterator[Callable[[judge.Messages], str]]:
     def ask(asked: judge.Messages) -> str:
         body = json.dumps({"model": endpoint.model, "messages": asked}).encode()
         try:
-            with urllib.request.urlopen(
-                f"{endpoint.url}/chat/completions",
-                body,
-            ) as reply:
+            with urllib.request.urlopen(f"{endpoint.url}/chat/completions", body) as reply:
                 return json.load(reply)["choices"][0]["message"]["content"]
         except OSError as error:
             raise NoAnswer(str(error)) from None
@@ -161,9 +177,22 @@ def check_forgery() -> None:
 def check_client() -> None:
     """Retries, failures, concurrency: with the real client."""
     row = ("a", "b")
-    with server(lambda body, n: (500, "busy") if n < 2 else planted(body, n)) as (url, seen):
+    with server(
+        lambda body, n: (
+            (500, "busy")
+            if n < 2
+            else planted(
+                body,
+                n,
+            )
+        )
+    ) as (url, seen):
         assert judge.judge(
-            Endpoint(url, "m", retries=3),
+            Endpoint(
+                url,
+                "m",
+                retries=3,
+            ),
             [row, row],
         ) == [0.0, 0.0]
         assert len(seen) == 3, "equal rows are asked once"
@@ -172,12 +201,7 @@ def check_client() -> None:
         assert seen[-1]["path"] == "/v1/chat/completions"
     for status, attempts in ((500, 3), (400, 1)):
         with server(lambda body, n, status=status: (status, "no")) as (url, seen):
-            assert missing(
-                judge.judge(
-                    Endpoint(url, "m", retries=2),
-                    [row],
-                )[0]
-            )
+            assert missing(*judge.judge(Endpoint(url, "m", retries=2), [row]))
             assert len(seen) == attempts, f"{len(seen)} attempts at status {status}"
     under_way, most = [], []
 
@@ -190,27 +214,66 @@ def check_client() -> None:
 
     with server(slow) as (url, seen):
         judge.judge(
-            Endpoint(url, "m", concurrency=3),
+            Endpoint(
+                url,
+                "m",
+                concurrency=3,
+            ),
             [("a", str(i)) for i in range(12)],
         )
         assert max(most) == 3, most
-        late = judge.judge(
-            Endpoint(url, "m", timeout=0.02, retries=0),
-            [row],
-        )
-        assert missing(late[0]), "a request that timed out has a verdict"
     print("ok  the client retries 5xx and not 4xx, asks equal rows once, and keeps its limits")
+
+
+def check_odd_replies() -> None:
+    """What is none of the protocol, or drips, is no verdict; the judge's other rows have theirs."""
+    rows = [("a", str(i)) for i in range(len(RAW) + 2)]
+    replies = dict(
+        zip(
+            (question(*row)[0] for row in rows),
+            (*RAW, None),
+        )
+    )
+
+    def reply(body: dict, number: int) -> tuple[int, str | None]:
+        tag = SECTION.search(body["messages"][-1]["content"])[1]
+        return (200, replies[tag]) if tag in replies else planted(body, number)
+
+    def unwatched(seconds: float, ask: Callable, messages: judge.Messages) -> str:
+        """Mutation: neither a deadline nor a look at what the reply is."""
+        return ask(messages)
+
+    chat = plain_chat if find_spec("openai") is None else judge.chat
+    with server(reply) as (url, _), mock.patch.object(judge, "chat", chat):
+        endpoint = Endpoint(url, "m", retries=0)
+        *odd, drips, plain = rows
+        verdicts = judge.judge(endpoint, [*odd, plain])
+        assert all(map(missing, verdicts[:-1])) and verdicts[-1] == 0.0, verdicts
+        start = time.perf_counter()
+        assert missing(*judge.judge(replace(endpoint, timeout=0.5), [drips]))
+        took = time.perf_counter() - start
+        assert took < 2, f"a body that drips holds the run for {took:.1f} s"
+        with mock.patch.object(judge, "within", unwatched):
+            noticed = [unanswered(endpoint, row) for row in (*odd, drips)]
+    assert sum(noticed) >= 3 and noticed[-1], noticed
+    print(f"ok  replies that are none, and one that drips, are no verdict, in {took:.1f} s")
+
+
+def unanswered(endpoint: Endpoint, row: tuple[str, str]) -> bool:
+    """Does the row end the run, or hold it for two seconds?"""
+    start = time.perf_counter()
+    try:
+        judge.judge(endpoint, [row])
+    except Exception:
+        return True
+    return time.perf_counter() - start > 2
 
 
 def check_key() -> None:
     """The judge's own key is sent, no other, and never shown."""
-    denied = server(lambda body, n: (401, "the key sk-secret is wrong"))
     with (
-        denied as (url, seen),
-        mock.patch.dict(
-            os.environ,
-            JUDGE_API_KEY="sk-secret",
-        ),
+        server(lambda body, n: (401, "the key sk-secret is wrong")) as (url, seen),
+        mock.patch.dict(os.environ, JUDGE_API_KEY="sk-secret"),
     ):
         line = refusal(check_endpoint, Endpoint(url, "m"))
         assert "sk-secret" not in line and "JUDGE_API_KEY" in line, line
@@ -224,10 +287,7 @@ def check_key() -> None:
     ):
         check_endpoint(Endpoint(url, "m"))
         assert "sk-other" not in seen[0]["key"], "another service's key was sent"
-    line = refusal(
-        check_endpoint,
-        Endpoint("http://127.0.0.1:9/v1", "m", retries=0),
-    )
+    line = refusal(check_endpoint, Endpoint("http://127.0.0.1:9/v1", "m", retries=0))
     assert "does not answer" in line and "http://127.0.0.1:9/v1" in line, line
     print("ok  the client sends its own key alone, and never shows it")
 
@@ -246,10 +306,7 @@ def check_refusals() -> None:
         ("routeV --probe-rows 64", "--probe-rows is not read by routeV"),
         ("routeV --penalty 1", "--penalty is not read by routeV"),
     ):
-        said = refusal(
-            parse,
-            ["organism", "--intervention", *line.split()],
-        )
+        said = refusal(parse, ["organism", "--intervention", *line.split()])
         assert words in said, said
     print("ok  a monitor without its arm, an arm without its monitor, a bad URL: one line each")
 
@@ -260,26 +317,23 @@ def check_flags() -> None:
     group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     flags = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, NAN, 0.0, 0.0])
     A = grpo.advantages(rewards, group)
-    batch = replace(
-        random_batch(8),
-        rewards=rewards,
-        group=group,
-        advantages=A,
-    )
-    with mock.patch.object(
-        Judge,
-        "__call__",
-        lambda *_: Scored(flags),
-    ):
-        gated = Gate(Judge(Endpoint("", "")), cut="flag")(
-            tiny_policy(),
-            batch,
-        )
+    batch = replace(random_batch(8), rewards=rewards, group=group, advantages=A)
+    with mock.patch.object(Judge, "__call__", lambda *_: Scored(flags)):
+        gated = Gate(Judge(Endpoint("", "")), cut="flag")(tiny_policy(), batch)
     assert gated.zones.tolist() == [2, 0, 0, 2, 0, 1, 0, 0]
     assert torch.equal(gated.scores.isnan(), flags.isnan())
     fined = deduct(batch, gated, Options(penalty=3.0))  # the third group is equal, and leaves
     wanted = grpo.advantages(
-        torch.tensor([0.5, 3.5, 0.5, 0.5, 3.5, 3.5]),
+        torch.tensor(
+            [
+                0.5,
+                3.5,
+                0.5,
+                0.5,
+                3.5,
+                3.5,
+            ]
+        ),
         group[:6],
     )
     assert torch.allclose(fined.batch.advantages, wanted)
@@ -302,7 +356,16 @@ def check_probe() -> None:
     held = torch.arange(320) % 4 == 0
     how = dict(layer=None, token_budget=2000, l2=1.0)
     for space in ("residual", "bottleneck"):
-        probe, saved = (Probe(data, label, held, space=space, **how) for _ in range(2))
+        probe, saved = (
+            Probe(
+                data,
+                label,
+                held,
+                space=space,
+                **how,
+            )
+            for _ in range(2)
+        )
         figures = probe.refresh(policy)
         p = probe(policy, fresh).scores
         assert figures["probe_auroc"] > 0.95 and figures["probe_accuracy"] > 0.9, figures
@@ -311,14 +374,11 @@ def check_probe() -> None:
         saved.load_state_dict(probe.state_dict())
         assert torch.equal(saved(policy, fresh).scores, p)
     chance = []
-    for seed in range(20):  # mutation: labels without meaning
-        order = torch.randperm(
-            320,
-            generator=torch.Generator().manual_seed(seed),
-        )
+    for seed in range(CHANCES):  # mutation: labels without meaning
+        order = torch.randperm(320, generator=torch.Generator().manual_seed(seed))
         shuffled = Probe(data, label[order], held, space="residual", **how)
         chance.append(shuffled.refresh(policy)["probe_auroc"])
-    mean = sum(chance) / 20
+    mean = sum(chance) / CHANCES
     before = probe.weight.clone()
     assert abs(mean - 0.5) < 0.1, chance
     perturb(policy, 1.0)
@@ -379,7 +439,10 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
         ("line 1: 'reward_hack' must be a bool", {"reward_hack": 1}),
         ("line 1: has no 'prompt'", {"prompt": None}),
     ):
-        texts[words] = [json.dumps(json.loads(lines[0]) | change), *lines[1:]]
+        texts[words] = [
+            json.dumps(json.loads(lines[0]) | change),
+            *lines[1:],
+        ]
     for words, text in texts.items():
         bad.write_text("\n".join(text))
         line = refusal(load_labelled, str(bad), training, 60)
@@ -459,7 +522,14 @@ def check_probe_run(tmp: Path, other: Path) -> Path:
             (row["score"] > 0.5) + (row["score"] >= 0.25),
             set(),
         ).add(row["zone"])
-    assert zones.items() <= {0: {"RETAIN"}, 1: {"ABSORB"}, 2: {"ROUTE"}}.items(), zones
+    assert (
+        zones.items()
+        <= {
+            0: {"RETAIN"},
+            1: {"ABSORB"},
+            2: {"ROUTE"},
+        }.items()
+    ), zones
     assert {0, 2} <= zones.keys(), zones
     assert label_blind(folder, tmp / "blind_probe", line), "a training label reached the probe"
     check_marks(record, "probe")
@@ -488,6 +558,7 @@ if __name__ == "__main__":
         else:
             check_client()
             check_key()
+        check_odd_replies()
         check_refusals()
         check_flags()
         check_probe()

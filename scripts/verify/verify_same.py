@@ -17,6 +17,7 @@ import torch
 from scripts.verify.loop import run, untimed
 from scripts.verify.tiny import read_models_once
 
+from vgrout.config import ModelConfig
 from vgrout.files import dumps, sha256_file, write_atomic
 from vgrout.run.records import load_metrics
 
@@ -31,7 +32,8 @@ def computed() -> Computed:
     found = {}
     with tempfile.TemporaryDirectory() as tmp:
         for i, line in enumerate(LINES):
-            folder = run(f"{tmp}/{i}", line, preset="organism")
+            every_layer = f"{line} --targets {ModelConfig.targets}"
+            folder = run(f"{tmp}/{i}", every_layer, preset="organism")
             adapter = sha256_file(folder / "adapter.safetensors")
             found[line] = {"metrics": untimed(load_metrics(folder)), "adapter": adapter}
     return json.loads(dumps(found))
