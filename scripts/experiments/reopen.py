@@ -9,10 +9,11 @@ from vgrout.arms import deployed_state
 from vgrout.config import Config
 from vgrout.core import EvalResult, Problem, RunRecord, UserError
 from vgrout.experiment import build_policy, load_splits, sampling_of
+from vgrout.files import sha256_file
 from vgrout.grader import Grader
 from vgrout.model.policy import Policy
 from vgrout.run.evaluate import evaluate, seeded
-from vgrout.run.records import load_adapter, load_record, sha256_file
+from vgrout.run.records import load_adapter, load_record
 from vgrout.run.repeat import config_of
 
 

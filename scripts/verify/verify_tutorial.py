@@ -68,7 +68,9 @@ def main() -> None:
             assert len(edits) == section.count(" edit src/"), f"{title}: a block without a place"
             lines = sum(bool(line.strip()) for *_, text in edits for line in text.splitlines())
             files = sorted({file for _, _, file, _ in edits})
-            assert 0 < lines < LINES and len(files) <= FILES.get(title, 2), f"{title}: {lines} lines in {files}"
+            assert 0 < lines < LINES and len(files) <= FILES.get(title, 2), (
+                f"{title}: {lines} lines in {files}"
+            )
             for edit in edits[:-1]:
                 apply(root, *edit)
             assert failure(root, checks), f"{title}: the check passes without the last block"

@@ -164,6 +164,8 @@ def _paths(config: Config) -> Iterator[str]:
     local = model.count("/") != 1 or model.startswith(("/", ".", "data/", "out/"))
     if local and not Path(model).exists():
         yield f"no model folder {model!r}: --model takes a folder, or a hub id as Qwen/Qwen3-4B"
+    if run.accept_changed_data and not run.resume:
+        yield "--accept-changed-data goes with --resume: leave it out"
     if run.resume and not run.out_dir:
         yield "--resume needs the --out-dir of the run to continue"
     if run.out_dir:

@@ -79,7 +79,7 @@ def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(row.get(name), kind):
             raise UserError(
                 f"{where}: {name!r} must be a {kind.__name__}; "
-                f"a row is a rollout with its label (docs/data.md)"
+                f"a row is a rollout with its label (docs/reference/data.md)"
             )
     return row
 
