@@ -510,6 +510,7 @@ def check_marks(record: RunRecord, monitor: str) -> None:
 
 def check_probe_run(tmp: Path, other: Path) -> Path:
     line = f"probe --probe-data {other} --act-space residual --probe-rows 120 --refresh-every 2"
+    line += " --max-completion-length 128"  # longer labelled rows would be left out
     folder = run(tmp / "probed", line)
     figures, record = load_metrics(folder), load_record(folder)
     refreshed = ["probe_auroc" in row for row in figures]

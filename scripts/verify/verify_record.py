@@ -100,7 +100,7 @@ def check_mutations(run: Path) -> None:
     (run / "adapter.safetensors").write_bytes(pack(tensors, metadata))
     assert not repeats(), "another adapter goes unnoticed"
     file.write_text(json.dumps(record | {"data_hashes": dict.fromkeys(record["data_hashes"], "0")}))
-    refused("check out commit", verify, run)
+    refused("check out", verify, run)
     print("ok  a finished run's counts repeat; a changed count, adapter or data file is noticed")
 
 

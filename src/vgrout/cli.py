@@ -20,6 +20,7 @@ from vgrout import arms
 from vgrout.arms import ARMS
 from vgrout.config import PRESETS, Config, Range
 from vgrout.core import Mode, UserError, Zone, run_main
+from vgrout.env.modes import NOVELTY_FREE, TRAINING_MARKERS
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
 PROGRAM = "python -m vgrout.train"
@@ -127,6 +128,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{given} are not all among --modes {' '.join(data.modes)}"
     if not data.pair_modes and (arms.reads_pairs(config) or phase.seed_quarantine):
         yield "--pair-modes takes at least one mode, those that the pairs cover"
+    if set(data.modes) <= NOVELTY_FREE:
+        other = " or ".join(TRAINING_MARKERS)
+        yield f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add {other}"
     if grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
         taken = f"--teacher-per-group {data.teacher_per_group}"
         yield f"{taken} leaves no student among {grpo.num_generations} generations"

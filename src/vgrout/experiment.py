@@ -22,7 +22,6 @@ from vgrout.config import Config
 from vgrout.core import Group, Problem, RunRecord, UserError
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
-from vgrout.env.modes import NOVELTY_FREE, TRAINING_MARKERS
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
 from vgrout.files import sha256_file
 from vgrout.gate.gate import Gated
@@ -265,11 +264,6 @@ def load_splits(config: Config) -> dict[str, list[Problem]]:
     if empty := [name for name, part in splits.items() if len(part) < len(data.modes)]:
         raise UserError(
             f"{data.data}: split {empty[0]} has fewer problems than modes: use more problems"
-        )
-    if set(data.modes) <= NOVELTY_FREE:
-        raise UserError(
-            f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add "
-            + " or ".join(TRAINING_MARKERS)
         )
     return {name: problems.partition(part, data.modes) for name, part in splits.items()}
 
