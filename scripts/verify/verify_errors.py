@@ -37,7 +37,7 @@ ACCEPTED = {  # command → options that it SHOULD give, and the arm's name in r
     f"smoke {Q}": ({"quarantine_first": 2, "steps": 6}, "routeQ"),
     "smoke --routeV-random-v-seed 1": ({"routeV_random_v_seed": 1}, "placebo"),
     "smoke --control haar": ({"control": "haar"}, "placebo"),
-    "smoke --action filter": ({"action": "filter"}, "routeV[action=filter]"),
+    "smoke --action filter": ({"action": "filter"}, "filterV"),
     f"organism {V}": ({"quarantine_first": 0}, "routeV"),
 }
 
