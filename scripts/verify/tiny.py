@@ -41,7 +41,10 @@ def tiny_policy(
     return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD)
 
 
-def trained(policy: Policy, blocks: tuple[str, ...] = BLOCKS) -> list[torch.nn.Parameter]:
+def trained(
+    policy: Policy,
+    blocks: tuple[str, ...] = BLOCKS,
+) -> list[torch.nn.Parameter]:
     return [p for block in blocks for p in policy.adapter.parameters(block)]
 
 
@@ -62,11 +65,18 @@ def draw(policy: Policy, prompts: list[list[int]], rows: list[int], **options) -
     return sampling.sample(policy, prompts, rows, **usual | seeded | options)
 
 
-def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
+def random_batch(
+    rows: int = 6,
+    seed: int = 0,
+    group_size: int = 3,
+) -> Batch:
     """Groups that share a prompt, completions of unlike lengths, advantages none of which is 0."""
     g = torch.Generator().manual_seed(seed)
 
-    def draw(low: int, high: int) -> list[int]:
+    def draw(
+        low: int,
+        high: int,
+    ) -> list[int]:
         length = int(torch.randint(low, high, (), generator=g))
         return torch.randint(2, VOCAB, (length,), generator=g).tolist()
 

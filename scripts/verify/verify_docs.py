@@ -94,7 +94,7 @@ def stale_figures(name: str, text: str) -> list[str]:
         shown = dict(zip(head, cells))
         row = re.match(r"`(\w+)`", cells[1]) if "seeds" in shown else None
         for what in {*FIGURES} & {*shown} if row else ():
-            figure = committed()[row[1]][what]
+            figure = committed(Path(name).stem)[row[1]][what]
             digits = len(shown[what].partition(".")[2])
             if float(shown[what]) != round(figure, digits):
                 wrong.append(f"{row[1]}, {what} {shown[what]}: the records say {figure:.4g}")
@@ -102,14 +102,20 @@ def stale_figures(name: str, text: str) -> list[str]:
 
 
 @cache
-def committed() -> dict[str, dict[str, float]]:
-    """Row of a wave → its figures: the last deployed cell with novel markers, mean over seeds."""
-    runs, _ = records.load(records.files("decision") + records.files("0"))
-    runs["absorb"] = runs["none2r"]  # trained once, evaluated twice
+def committed(page: str) -> dict[str, dict[str, float]]:
+    """Row → its figures: the last deployed cell with novel markers, mean over seeds.
+
+    Of the wave that the page is named after, else of the decision.
+    """
+    wave = sorted(records.RECORDS.glob(f"*_{page}.jsonl"))
+    runs, _ = records.load(wave or records.files("decision"))
+    runs["absorb"] = runs.get("none2r", {})  # trained once, evaluated twice
     found = defaultdict(lambda: dict.fromkeys(FIGURES, nan))
     for row, seeds in runs.items():
         state = "ablated" if row == "absorb" else "deployed"
         cells = [last(record, state) for record in seeds.values()]
+        if not cells:
+            continue
         rates = {what: mean(getattr(c, what) / c.n for c in cells) for what in ("hack", "solve")}
         found[row] = {"seeds": len(cells)} | rates
     return found

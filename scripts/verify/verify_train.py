@@ -254,32 +254,21 @@ def check_phases(tmp: str) -> None:
     assert same_tensors(adapters[2], adapters[3]), "a step that trains nothing moved parameters"
     assert not same_tensors(adapters[3], load_adapter(folder)[0]), "momentum goes unnoticed"
     deltas = [row.get("param_delta") or 0 for row in load_metrics(folder)]
-    assert (
-        deltas[2] == 0
-        and min(
-            deltas[0],
-            deltas[1],
-            deltas[3],
-        )
-        > 0
-    ), deltas
+    trained = deltas[:2] + deltas[3:]
+    assert deltas[2] == 0 and min(trained) > 0, deltas
+    check_entered(entered)
+
+
+def check_entered(entered: dict[str, Tensor]) -> None:
+    """What entered is the learned quarantine or its negative."""
     learned = entered.pop("learned")
-    cosine = {
-        k: float(
-            torch.cosine_similarity(
-                v,
-                learned,
-                dim=0,
-            )
-        )
-        for k, v in entered.items()
-    }
+    cosine = {}
+    for name, value in entered.items():
+        cosine[name] = float(torch.cosine_similarity(value, learned, dim=0))
     assert cosine["reset"] > 0.999 and cosine["inverted"] < -0.999, cosine
     words = ", ".join(f"{name} {value:+.2f}" for name, value in cosine.items())
-    print(
-        f"ok  the first phase trains the quarantine; its cosine with what enters: {words};", end=""
-    )
-    print(" where an action leaves nothing, nothing moves")
+    print(f"ok  the first phase trains the quarantine; cosine with what enters: {words};")
+    print("ok  where an action leaves nothing, nothing moves")
 
 
 def stored(optimizer: BlockOptimizer) -> dict[str, Tensor]:
