@@ -30,7 +30,7 @@ from vgrout.arms import ARMS, FLAGS
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "out" / f"smoke_{os.getpid()}"
 ENVIRONMENT = {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-AT_ONCE, TAIL_LINES, LIMIT, LONG_LIMIT = 2, 40, 300, 7200  # seconds; a job that hangs has failed
+AT_ONCE, TAIL_LINES, LIMIT, LONG_LIMIT = 2, 40, 600, 7200  # seconds; a job that hangs has failed
 FRESH = ("verify_errors.py", "verify_budget.py", "verify_sandbox.py")
 LONGEST = (  # the jobs that take longest start first
     "verify_faults verify_train verify_audit verify_models verify_organism verify_errors "
