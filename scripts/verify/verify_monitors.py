@@ -468,7 +468,8 @@ def check_run(tmp: Path) -> Path:
         return real(policy, optimizer, rows, *rest)
 
     chat = plain_chat if find_spec("openai") is None else judge.chat
-    with server(reply) as (url, requests), mock.patch.object(judge, "chat", chat):
+    installed = mock.patch.object(judge, "find_spec", return_value=object())
+    with server(reply) as (url, requests), mock.patch.object(judge, "chat", chat), installed:
         line = f"judge --action deduct --judge-url {url} --judge-model planted"
         with mock.patch.object(train, "update", update):
             folder = run(tmp / "judged", line, quiet=False)
