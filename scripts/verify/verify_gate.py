@@ -130,9 +130,9 @@ def check_matched_shares() -> None:
         one = match_shares(shadow, scores, torch.zeros_like(stratum))  # mutation: one stratum
         pooled += counts(one) != counts(shadow)
     assert pooled > 25, "pooled strata go unnoticed"
-    rows = behind(random_batch(6), teachers=2).rollouts
+    student = behind(random_batch(6), teachers=2).student
     signs = torch.tensor([1.0, -1, 0, 1, -1, 0])
-    assert strata(rows, signs).tolist() == [
+    assert strata(student, signs).tolist() == [
         2,
         -2,
         1,

@@ -130,7 +130,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "--pair-modes takes at least one mode, those that the pairs cover"
     if set(data.modes) <= NOVELTY_FREE:
         other = " or ".join(TRAINING_MARKERS)
-        yield f"--modes {' '.join(data.modes)} has no marker that evaluation could change: add {other}"
+        given = f"--modes {' '.join(data.modes)}"
+        yield f"{given} has no marker that evaluation could change: add {other}"
     if grpo.num_generations <= data.teacher_per_group * bool(data.teacher_pool):
         taken = f"--teacher-per-group {data.teacher_per_group}"
         yield f"{taken} leaves no student among {grpo.num_generations} generations"

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from vgrout.core import Grade, Group, Mode, Problem, Rollout
 from vgrout.env.demos import TeacherPool
@@ -61,6 +63,12 @@ class Composed:
     rollouts: list[Rollout]
     batch: Batch
     behaviour: Behaviour
+
+    @property
+    def student(self) -> Bool[Tensor, " g"]:
+        """Which rows a student sampled, for the log and for controls' strata."""
+        flags = [not r.teacher for r in self.rollouts]
+        return torch.tensor(flags, device=self.batch.input_ids.device)
 
 
 def stream(

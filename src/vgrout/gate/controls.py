@@ -12,10 +12,10 @@ for the strata; no score, gate or action does.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vgrout.core import NO_ZONE, Rollout, Zone
+from vgrout.core import NO_ZONE, Zone
 from vgrout.env.rollouts import Composed
 from vgrout.gate.gate import Gate, Gated, PinnedGate, _column, by_content
 from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio, build_llr
@@ -70,7 +70,7 @@ class Control(Keep):
     ) -> Gated:
         scores = self.score.rank(policy, composed, gated.scored)
         batch = composed.batch
-        zones = match_shares(gated.zones, scores, strata(composed.rollouts, batch.advantages))
+        zones = match_shares(gated.zones, scores, strata(composed.student, batch.advantages))
         return self.gate.gated(batch, zones, scores, gated.scored)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -81,12 +81,10 @@ class Control(Keep):
 
 
 def strata(
-    rollouts: Sequence[Rollout],
+    student: Bool[Tensor, " g"],
     advantages: Float[Tensor, " g"],
 ) -> Int[Tensor, " g"]:
-    """Sign of the advantage × student or demonstration: where a control copies the gate's
-    shares."""
-    student = torch.tensor([not r.teacher for r in rollouts], device=advantages.device)
+    """Sign of the advantage × student or demonstration: strata whose shares a control copies."""
     return 2 * advantages.sign().long() + student.long()
 
 

@@ -77,7 +77,7 @@ def score_figures(
     """AUROC of the score over student rows, by sign of the advantage; precision and recall of
     ROUTE."""
     hack = torch.tensor([r.grade.reward_hack for r in composed.rollouts])
-    student = torch.tensor([not r.teacher for r in composed.rollouts])
+    student = composed.student.cpu()
     scores, zones = (x.cpu() for x in gated.by_row())
     advantages = composed.batch.advantages.cpu()
     figures = {}
@@ -99,7 +99,7 @@ def zone_figures(
     """Rows and shares by zone; shares are of student rows with an advantage, which controls
     match."""
     advantages = composed.batch.advantages
-    student = torch.tensor([not r.teacher for r in composed.rollouts], device=advantages.device)
+    student = composed.student
     zones = gated.zones[student & (advantages != 0)]
     known = zones[zones != NO_ZONE]
     share = {f"share_{z.name.lower()}": float((known == z).float().mean()) for z in Zone}
