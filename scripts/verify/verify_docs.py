@@ -85,6 +85,9 @@ def sources() -> str:
     return "\n".join(path.read_text() for path in paths - {Path(__file__).resolve()})
 
 
+PAGE_OF_ROW = re.compile(r"\]\(docs/findings/(\w+)\.md\)")
+
+
 def stale_figures(name: str, text: str) -> list[str]:
     """Seeds, hack and solve of a row that a table names are those of the records."""
     wrong, head = [], []
@@ -94,7 +97,8 @@ def stale_figures(name: str, text: str) -> list[str]:
         shown = dict(zip(head, cells))
         row = re.match(r"`(\w+)`", cells[1]) if "seeds" in shown else None
         for what in {*FIGURES} & {*shown} if row else ():
-            figure = committed(Path(name).stem)[row[1]][what]
+            page = PAGE_OF_ROW.search(line)  # a row may name the wave that it is of
+            figure = committed(page[1] if page else Path(name).stem)[row[1]][what]
             digits = len(shown[what].partition(".")[2])
             if float(shown[what]) != round(figure, digits):
                 wrong.append(f"{row[1]}, {what} {shown[what]}: the records say {figure:.4g}")
