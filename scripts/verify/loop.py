@@ -13,7 +13,7 @@ import torch
 
 from vgrout import experiment, train
 from vgrout.cli import parse
-from vgrout.core import Grade, Mode, Verdict
+from vgrout.core import Grade, Mode, Problem, Verdict
 from vgrout.env import problems
 from vgrout.model import tokens
 from vgrout.run import evaluate as evaluation
@@ -23,7 +23,8 @@ SMALL = (  # two layers are adapted: most of a short run's time goes by their nu
     "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 "
     "--final-draws 8 --eval-every 0 --save-every 0 --threads 1 --workers 1 --targets layers.[25]."
 )
-LOAD = functools.cache(problems.load_problems)
+EACH = 40  # problems of a split that the smoke preset reads here
+LOAD = problems.load_problems
 ENCODED: dict[str, list[int]] = {}  # text → tokens: every run here has one tokenizer
 SECONDS = {*experiment.STEP_SECONDS, "sec_step", "tokens_per_second"}  # of a row of metrics
 
@@ -45,13 +46,20 @@ def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True)
         *flags,
     ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(problems, "load_problems", LOAD))
+        load = few_problems if preset == "smoke" else LOAD
+        stack.enter_context(mock.patch.object(problems, "load_problems", load))
         stack.enter_context(mock.patch.object(tokens, "encode_completion", _encode_once))
         if quiet:
             stack.enter_context(mock.patch.object(evaluation, "evaluate", _one_token))
             stack.enter_context(mock.patch.object(experiment, "dry_run", lambda *_: None))
         train.main(*parse(argv))
     return Path(folder)
+
+
+@functools.cache
+def few_problems(path: str) -> list[Problem]:
+    parts = problems.split(LOAD(path)).values()
+    return [problem for part in parts for problem in part[:EACH]]
 
 
 def _encode_once(tokenizer, text, *, encode=tokens.encode_completion):
