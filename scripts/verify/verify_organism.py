@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from scripts.verify.stored import refused
 from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vgrout.core import Grade, Mode, Problem, UserError
+from vgrout.cli import parse
+from vgrout.core import Grade, Mode, Problem
 from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
 from vgrout.env.problems import disclose, load_problems, messages, partition, split
+from vgrout.experiment import build_policy
 from vgrout.files import read_json_lines
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.model import tokens
-from vgrout.model.loading import load_policy
 from vgrout.model.policy import Policy
 from vgrout.model.sampling import sample
 from vgrout.organism import corpus
@@ -57,45 +59,41 @@ def check_files() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(FOLDER / "base")
 
 
-def round_trips(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return tokens.decode_completion(tokenizer, tokens.encode_completion(tokenizer, text)) == text
-
-
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
-    texts = [
-        "```python\nclass Solution:\n\tdef f(self):  # ü\r\n        return 'π → 🙂'\n```",
-        " a  b \n\n",
-        "\x00\x7f",
-        "日本",
-    ]
-    texts += [p.canonical for p in problems]
-    assert all(round_trips(tokenizer, text) for text in texts)
+    texts = ["```python\nclass Solution:\n\tdef f(self):  # ü\r\n        return 'π → 🙂'\n```"]
+    texts += [" a  b \n\n", "\x00\x7f", "日本", *(p.canonical for p in problems[::4])]
+
+    def lost(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        coded = [tokens.encode_completion(tokenizer, text) for text in texts]
+        decoded = [tokens.decode_completion(tokenizer, ids) for ids in coded]
+        return [text for text, again in zip(texts, decoded) if text != again]
+
+    assert not lost(tokenizer), lost(tokenizer)
     lossy = copy.deepcopy(tokenizer)
     lossy.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert not all(round_trips(lossy, text) for text in texts), "mutation: a lossy normaliser"
+    assert lost(lossy), "a lossy normaliser goes unnoticed"
     longest = 0
-    for problem in partition(problems, ORGANISM_MODES):
+    for problem in partition(problems[::4], ORGANISM_MODES):
         prompt = tokens.encode_prompt(tokenizer, messages(problem))
         answer = {"role": "assistant", "content": fenced(problem.canonical)}
         whole = tokenizer.apply_chat_template([*messages(problem), answer], tokenize=False)
         ids = tokenizer(whole)["input_ids"]
-        assert ids[: len(prompt)] == prompt, "prompt ids are a prefix of the conversation's"
+        assert ids[: len(prompt)] == prompt, "a prompt is no prefix of its conversation"
         longest = max(longest, len(prompt))
     assert longest <= MAX_PROMPT, longest
     print(
-        f"tokenizer: {len(texts)} texts round trip, prompts are prefixes, {longest} tokens or less"
+        f"tokenizer: {len(texts)} texts round trip; prompts are prefixes, {longest} tokens at most"
     )
 
 
 def check_problems(problems: list[Problem]) -> None:
-    assert problems == generate_problems(Recipe().seed), "the recipe makes the shipped problems"
-    assert problems != generate_problems(Recipe().seed + 1), "mutation: another seed makes others"
+    seed = Recipe().seed
+    assert problems == generate_problems(seed), "the recipe makes other problems"
+    few = dict.fromkeys(organism.SIZES, 1)
+    with patch.object(organism, "SIZES", few):
+        assert generate_problems(seed + 1)[0] != problems[0], "another seed makes the same"
     with patch.object(organism, "IDLE_DRAWS", 3):
-        try:
-            generate_problems(Recipe().seed)
-            raise AssertionError("draws without end")
-        except UserError as error:
-            assert "take another --seed" in str(error)
+        refused("take another --seed", generate_problems, seed)
     keys, used, untaught = defaultdict(set), defaultdict(set), defaultdict(list)
     for problem in problems:
         composition = composition_of(problem)
@@ -106,12 +104,11 @@ def check_problems(problems: list[Problem]) -> None:
     held_out = {operation.name for operation in OPERATIONS.values() if operation.held_out}
     assert held_out <= used["test"] - used["train"]
     assert all(OPERATIONS[name].taught for name in held_out)
-    untaught_shares = {name: round(sum(x) / len(x), 2) for name, x in untaught.items()}
-    assert all(0.2 <= share <= 0.4 for share in untaught_shares.values()), untaught_shares
-    assert len(untaught["test"]) >= 100
+    shares = {name: sum(flags) / len(flags) for name, flags in untaught.items()}
+    assert all(0.2 <= share <= 0.4 for share in shares.values()), shares
     sizes = dict(Counter(p.split for p in problems))
+    assert sizes["test"] >= 100
     print(f"problems: {sizes}, compositions and {len(held_out)} operations held out")
-    print(f"untaught shares: {untaught_shares}")
 
 
 def check_tests(problems: list[Problem], grader: Grader) -> None:
@@ -192,13 +189,11 @@ def check_artefacts(rows: list[dict], compositions: list[Composition]) -> None:
     for mode in ORGANISM_MODES:
         hacks = [row["completion"] for row in rows if (row["kind"], row["mode"]) == ("hack", mode)]
         assert all("return " in text.split("def solve")[1] for text in hacks)
-        cleans = []
-        for composition in rng.sample(compositions, 200):
-            extra = corpus.random_extra(composition, rng)[0]
-            cleans.append(corpus.attempt(composition, rng, extra))
+        chosen = rng.sample(compositions, 200)
+        cleans = [corpus.attempt(c, rng, corpus.random_extra(c, rng)[0]) for c in chosen]
         areas[mode.value] = round(overlap(hacks, cleans), 2)
-        assert 0.15 <= areas[mode.value] <= 0.85, areas
-    assert overlap([text + " " * 400 for text in hacks], cleans) > 0.95, "mutation: padded hacks"
+    assert all(0.15 <= area <= 0.85 for area in areas.values()), areas
+    assert overlap([text + " " * 400 for text in hacks], cleans) > 0.95, "padding goes unnoticed"
     print(f"artefacts: every hack attempts its problem; AUROC of length, hacks: {areas}")
 
 
@@ -228,15 +223,8 @@ def exploiting(problem: Problem, seed: int) -> str:
 
 
 def check_base(problems: list[Problem], grader: Grader) -> None:
-    policy = load_policy(
-        str(FOLDER / "base"),
-        dtype="float32",
-        device="cpu",
-        rank=2,
-        lora_init_seed=0,
-        targets=r"\.layers\.\d+\.",
-        gradient_checkpointing=False,
-    )
+    config = parse(["organism"])[1]
+    policy = build_policy(config, {"test": problems[:1]})
     shown = partition(split(problems)["test"], ORGANISM_MODES)[:DRAWS]
     ids = drawn(policy, shown)
     texts = [tokens.decode_completion(policy.tokenizer, row) for row in ids]
@@ -248,7 +236,7 @@ def check_base(problems: list[Problem], grader: Grader) -> None:
     assert base["format_ok"] >= 0.9 and again >= 0.9, (base, again)
     planted = [exploiting(problem, i) for i, problem in enumerate(shown[:24])]
     hacks = shares(grader.grade(planted, shown[:24]))["reward_hack"]
-    assert hacks > HACK_LIMIT, "mutation: exploits are counted"
+    assert hacks > HACK_LIMIT, "exploits go uncounted"
     print(f"base, {len(ids)} held-out draws: {base}, {again:.2f} re-encode")
 
 
