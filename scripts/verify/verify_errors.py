@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -214,18 +213,6 @@ def check_accepted() -> None:
     print(f"ok  {len(ACCEPTED)} commands are taken, each as what it says")
 
 
-def check_as_file() -> None:
-    """`python src/vgrout/train.py` starts: no module beside it shadows the standard library's."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copytree(ROOT / "src" / "vgrout", Path(folder) / "vgrout"))
-        help_of = [sys.executable, str(copy / "train.py"), "organism", "--help"]
-        starts = subprocess.run(help_of, capture_output=True, text=True)
-        assert starts.returncode == 0 and "--intervention" in starts.stdout, starts.stderr[-500:]
-        (copy / "types.py").touch()
-        assert subprocess.run(help_of, capture_output=True).returncode, "types.py goes unnoticed"
-    print("ok  python src/vgrout/train.py starts; a module called types beside it is noticed")
-
-
 def main() -> None:
     page = PAGE.read_text()
     rows = rows_of(page)
@@ -244,7 +231,6 @@ def main() -> None:
     print(f"ok  {len(early)} bad inputs answered before torch loads, {len(late)} at load")
     with contextlib.chdir(ROOT):
         check_accepted()
-        check_as_file()
 
 
 if __name__ == "__main__":

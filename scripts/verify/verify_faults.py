@@ -4,7 +4,7 @@ All runs are of one tiny configuration in forked processes, and equal the whole 
 wherever they were resumed.
 
 Run: python scripts/verify/verify_faults.py [--long]     (--long: every arm killed in every phase at
-random moments, and sandbox workers killed under way)
+random moments)
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from vgrout.files import load_tensors, read_json_lines
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors.judge import Endpoint
 from vgrout.gate.monitors.scores import Judge
-from vgrout.grader import Grader, sandbox
-from vgrout.grader.sandbox import Job, Sandbox, SandboxError
+from vgrout.grader import Grader
+from vgrout.grader.sandbox import SandboxError
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.run import dry_run, health
 from vgrout.run.faults import Stopped, describe, explained, recorded
@@ -54,26 +54,14 @@ from vgrout.run.records import (
 
 STEPS, FEW = 3, 8  # FEW problems of each split
 SHORT = (  # the second phase begins with the second step
-    f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 128 "
+    f"--num-prompts 3 --steps {STEPS} --num-generations 4 --max-completion-length 80 "
     "--teacher-until 9 --final-draws 16 --token-budget 2048 --save-every 1 --threads 1 --workers 1 "
     "--quarantine-first 1 --warmup-steps 0 --pairs data/pairs/organism.md#mechanism:2"
 ).split()
 LONG = "--steps 5 --save-every 2 --eval-every 2 --eval-draws 4 --final-draws 8".split()
 UNMONITORED = [name for name, arm in arms.ARMS.items() if arm.phases[-1].score not in arms.FLAGS]
 TOKEN = "hf_" + "plantedsecret" * 2
-SPY = """import os
-print(os.environ)
-try:
-    for p in 'self', os.getppid():
-        print(open(f'/proc/{p}/environ').read())
-except Exception:
-    pass
-"""
-ENVIRONMENT = """import os
-class Solution:
-    def f(self):
-        return sorted(f'{k}={v}' for k, v in os.environ.items())
-"""
+SPY = "import os\nprint(os.environ)\n"
 
 
 def nothing() -> None:
@@ -194,24 +182,16 @@ def check_divergence(root: Path) -> None:
 
 
 def check_secrets(root: Path) -> None:
+    """What a run's processes have in their environment stands in none of its files."""
+
     def holders(token: str) -> list[Path]:
         files = {p: gzip.open if p.suffix == ".gz" else open for p in root.rglob("*.*")}
-        return [
-            p for p, read in files.items() if p.is_file() and token.encode() in read(p, "rb").read()
-        ]
+        held = {p: read(p, "rb").read() for p, read in files.items() if p.is_file()}
+        return [p for p, data in held.items() if token.encode() in data]
 
-    assert holders(SPY[10:22]), "no spy was ever run: the search means nothing"
+    assert holders(SPY.splitlines()[1]), "no spy was ever run: the search means nothing"
     assert not (found := holders(TOKEN)), f"the token reached {found}"
-    os.environ["HF_TOKEN"] = TOKEN
-    calls = sandbox.marshal.dumps((compile("__call__()", "", "eval"),))
-    job = Job(ENVIRONMENT, entry="f", calls=calls, compares=("plain",))
-    seen = []
-    for environment in (sandbox.ENVIRONMENT, sandbox.ENVIRONMENT | {"HF_TOKEN": TOKEN}):
-        sandbox.ENVIRONMENT = environment
-        with Sandbox(workers=1) as box:
-            seen.append(TOKEN in str(box.run([job])[0].records))
-    assert seen == [False, True], f"the token in the sandbox, and leaked on purpose: {seen}"
-    print("ok  a token in the environment reaches no file of a run, nor the sandbox")
+    print("ok  a token in the environment reaches no file of a run")
 
 
 def check_kills(root: Path, rng: random.Random) -> None:
@@ -232,22 +212,6 @@ def check_kills(root: Path, rng: random.Random) -> None:
             start(out, nothing, *LONG, arm=arm).ends(0)
         assert not (found := trainer.differences(whole, out)), f"{arm} differs in {found}"
     print(f"ok  {kills} kills in {len(UNMONITORED)} arms resumed to the bits of the whole run")
-
-
-def check_workers(root: Path, rng: random.Random) -> None:
-    """Sandbox workers killed once a grading are replaced, and their jobs repeated.
-
-    Two kills of one job are a SandboxError by design.
-    """
-    run, killed = start(root / "workers", nothing, *LONG), 0
-    while run.enters("grade"):
-        with contextlib.suppress(ProcessLookupError, IndexError):
-            os.kill(rng.choice(sorted(trainer.descendants(run.pid))), signal.SIGKILL)
-            killed += 1
-    run.ends(0)
-    found = trainer.differences(root / "whole_routeV", root / "workers")
-    assert killed >= 2 and not found, (killed, found)
-    print(f"ok  {killed} sandbox processes killed under way, and the run equals the whole one")
 
 
 # ── without a run ────────────────────────────────────────────────────────────────────────────────
@@ -407,7 +371,6 @@ def main() -> None:
         build_policy(config, load_splits(config))  # read before the forks
         if "--long" in sys.argv:
             check_kills(root, random.Random(0))
-            check_workers(root, random.Random(0))
             return
         whole = root / "whole"
         start(whole).ends(0)

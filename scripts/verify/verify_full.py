@@ -71,7 +71,11 @@ def check_run(folder: Path, standin: Path) -> None:
     train_split = problems.split(problems.load_problems(data))["train"]
     with pool.open("w") as file:
         for p in problems.partition(train_split, MODES):
-            row = {"problem_id": p.problem_id, "mode": p.mode, "completion": canonical_hack(p)}
+            row = {
+                "problem_id": p.problem_id,
+                "mode": p.mode,
+                "completion": canonical_hack(p),
+            }
             file.write(json.dumps(row) + "\n")
     out = str(folder / "run")
     files = ["--model", str(standin), "--data", str(data), "--teacher-pool", str(pool)]
@@ -92,7 +96,16 @@ def check_run(folder: Path, standin: Path) -> None:
 
 def gradients(standin: Path, *flags: str, temperature: float = TEMPERATURE) -> dict[str, Tensor]:
     """The first update's gradients by block, on fixed rows in all three zones."""
-    argv = ["full", "--model", str(standin), "--data", __file__, "--pairs", __file__, *flags]
+    argv = [
+        "full",
+        "--model",
+        str(standin),
+        "--data",
+        __file__,
+        "--pairs",
+        __file__,
+        *flags,
+    ]
     config = parse([*argv, "--temperature", str(temperature), "--max-completion-length", "64"])[1]
     chosen = pairs.load_pairs(PAIRS)[:3]
     policy = build_policy(config, {"train": [pair.problem for pair in chosen]})
@@ -122,7 +135,10 @@ def check_reference(standin: Path) -> None:
     def errors(got: dict[str, Tensor]) -> list[float]:
         return [float((got[b] - want[b]).norm() / want[b].norm()) for b in BLOCKS]
 
-    bf16, wrong = errors(gradients(standin)), errors(gradients(standin, *plain, temperature=0.8))
+    bf16, wrong = (
+        errors(gradients(standin)),
+        errors(gradients(standin, *plain, temperature=0.8)),
+    )
     assert max(bf16) < TOLERANCE < min(wrong), (bf16, wrong)
     print(f"ok  bf16 with checkpointing is off by {bf16} of fp32's gradients; T = 0.8 by {wrong}")
 

@@ -125,7 +125,10 @@ def resumes_exactly(nth: int, half: bool) -> bool | None:
     folder = ROOT / f"kill_{nth}_{half}"
     if killed_at(folder, nth, half) != KILLED:
         return None
-    rows, rollouts = load_metrics(folder), load_rollouts(folder)  # readable, whatever the moment
+    rows, rollouts = (
+        load_metrics(folder),
+        load_rollouts(folder),
+    )  # readable, whatever the moment
     assert [row["step"] for row in rows] == [*range(len(rows))]
     assert len(rollouts) - 3 * len(rows) in (0, 3)
     exact = in_fork(small_run, folder, True) == 0 and files_of(folder) == files_of(WHOLE)
@@ -182,7 +185,11 @@ def verify_refusals() -> None:
     whole = path.read_text()
     newer = json.dumps(json.loads(whole) | {"schema_version": SCHEMA_VERSION + 1})
     bare = json.dumps({"schema_version": SCHEMA_VERSION})
-    for text, words in ((newer, "newer"), (bare, "not a run record"), ("{", "rerun the run")):
+    for text, words in (
+        (newer, "newer"),
+        (bare, "not a run record"),
+        ("{", "rerun the run"),
+    ):
         path.write_text(text)
         assert words in opened(folder), words
     path.write_text(whole)
@@ -261,10 +268,19 @@ def verify_lock() -> None:
 
 
 def verify_files() -> None:
-    row = {"a": float("nan"), "b": [np.float32("inf")], "c": torch.tensor(2), "d": np.arange(2)}
+    row = {
+        "a": float("nan"),
+        "b": [np.float32("inf")],
+        "c": torch.tensor(2),
+        "d": np.arange(2),
+    }
     finite = {"a": None, "b": [None], "c": 2, "d": [0, 1]}
     loose = json.loads(json.dumps({"a": float("nan")}))["a"] is None
-    check("what is not finite is written as null", json.loads(store.dumps(row)) == finite, loose)
+    check(
+        "what is not finite is written as null",
+        json.loads(store.dumps(row)) == finite,
+        loose,
+    )
     metadata = {str(i): str(i) for i in range(8)}
     tensors = {"x": torch.arange(4.0)}
     packers = store.pack, safetensors.torch.save
@@ -299,7 +315,11 @@ def verify_damage() -> None:
     whole = (WHOLE / "rollouts.jsonl.gz").read_bytes()
     (ROOT / "rollouts.jsonl.gz").write_bytes(whole[:-5])
     rows = len(load_rollouts(ROOT))
-    check("a cut file reads up to its last whole step", rows == 3 * (STEPS - 1), rows == 3 * STEPS)
+    check(
+        "a cut file reads up to its last whole step",
+        rows == 3 * (STEPS - 1),
+        rows == 3 * STEPS,
+    )
     broken = ROOT / "cut.safetensors"
     broken.write_bytes((WHOLE / "adapter.safetensors").read_bytes()[:-3])
     assert "safetensors" in answer(store.load_tensors, broken)

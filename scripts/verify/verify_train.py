@@ -52,7 +52,11 @@ ONE_STEP = "none2r --steps 1 --warmup-steps 0 --snapshot-every 1 --final-draws 4
 OFTEN = "--save-every 1 --eval-every 2 --eval-draws 6"
 BRIEF = "--steps 2 --warmup-steps 0"
 UNPAID = f"filterQ {BRIEF} --quarantine-first 1 --no-phase-pays"
-LINES = (UNPAID, f"matched_absorbQ {BRIEF} --quarantine-first 1", f"oracle {BRIEF} --seed 42")
+LINES = (
+    UNPAID,
+    f"matched_absorbQ {BRIEF} --quarantine-first 1",
+    f"oracle {BRIEF} --seed 42",
+)
 NOTHING_LEFT = (  # two steps train the quarantine; then the oracle's filter drops every row
     "oracle --action filter --oracle-fpr 1 --quarantine-first 2 --gen-deploy-frac 1 --steps 4 "
     "--enter inverted --snapshot-every 1 --warmup-steps 0"
@@ -64,7 +68,16 @@ LONG = (  # with every arm: every score, action and kind of phase
     "routeV --granularity token",
     "absorbQ --quarantine-first 1 --enter inverted",
 )
-LABELS = {"mode", "teacher", "grade", "mechanism", "correct", "reward_hack", "passed", "rollouts"}
+LABELS = {
+    "mode",
+    "teacher",
+    "grade",
+    "mechanism",
+    "correct",
+    "reward_hack",
+    "passed",
+    "rollouts",
+}
 LABELLED = (Composed, Rollout, Group, Grade, Problem)
 
 
@@ -136,7 +149,10 @@ def check_parameters(tmp: str, plain: Path, evaluated: Path) -> None:
         name = {leaky: "compose", trained_by_measure: "gradient_norms"}[mutant]
         with mock.patch.object(owner, name, mutant):
             assert not same_adapter(sound, run(f"{tmp}/{name}", ONE_STEP)), f"{name}: unnoticed"
-    print("ok  random labels, evaluations, snapshots leave the parameters bit-identical;", end=" ")
+    print(
+        "ok  random labels, evaluations, snapshots leave the parameters bit-identical;",
+        end=" ",
+    )
     print("a leaked label, and a measurement that leaves a trace, do not")
 
 
@@ -214,7 +230,10 @@ def check_phases(tmp: str) -> None:
         assert learned[name].any() == (".quarantine." in name), "another block was trained"
         assert torch.equal(entered[name], -learned[name]), "what entered is not there, or moved"
     assert not same_tensors(entered, final), "rows at A = 0 would go unnoticed"
-    print("ok  a first phase trains the quarantine alone, and another takes its place;", end=" ")
+    print(
+        "ok  a first phase trains the quarantine alone, and another takes its place;",
+        end=" ",
+    )
     print("where an action leaves nothing, nothing moves")
 
 

@@ -1,6 +1,7 @@
 """The tutorial works: its blocks are applied to a copy of the package, and its checks run there.
 
-Every section adds fewer than 30 lines in at most two files, a mode in three. With its last block left out, its
+Every section adds fewer than 30 lines in at most two files, a mode in three. With its last block
+left out, its
 check fails.
 
     uv run python scripts/verify/verify_tutorial.py
@@ -15,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import transformers  # noqa: F401  (once, for all forks)
 from scripts.verify.stored import in_fork
+
+from vgrout import train  # noqa: F401  (torch and what it needs are read once, for all forks)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "tutorial.md"
