@@ -39,17 +39,8 @@ def styled(rows: int, seed: int, style: bool) -> tuple[list[list[int]], list[lis
     """Prompts, and completions that draw from six low (style) or six high tokens."""
     g = torch.Generator().manual_seed(seed)
     prompts = drawn(rows, 4, 2, 64, g)
-    completions = (
-        drawn(rows, 7, 2, 8, g)
-        if style
-        else drawn(
-            rows,
-            7,
-            32,
-            38,
-            g,
-        )
-    )
+    low, high = (2, 8) if style else (32, 38)
+    completions = drawn(rows, 7, low, high, g)
     return prompts, [ids + [EOS] for ids in completions]
 
 
@@ -61,7 +52,11 @@ def styled_batch(rows: int, seed: int) -> tuple[Batch, torch.Tensor]:
     return paired(prompts, hack, clean), torch.arange(rows) < n
 
 
-def paired(prompts: list[list[int]], hack: list[list[int]], clean: list[list[int]]) -> Batch:
+def paired(
+    prompts: list[list[int]],
+    hack: list[list[int]],
+    clean: list[list[int]],
+) -> Batch:
     """Hack sides, then clean sides, of pairs on prompts of their own."""
     n = len(prompts)
     ones = [1.0] * (2 * n)
@@ -79,11 +74,8 @@ def paired(prompts: list[list[int]], hack: list[list[int]], clean: list[list[int
 def pairs_of(batch: Batch) -> Batch:
     """Any batch as pairs: its first half as hack sides, its second as clean sides."""
     n = len(batch.group)
-    return replace(
-        batch,
-        advantages=torch.ones(n),
-        group=torch.arange(n // 2).repeat(2),
-    )
+    group = torch.arange(n // 2).repeat(2)
+    return replace(batch, advantages=torch.ones(n), group=group)
 
 
 def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Composed:
@@ -92,21 +84,9 @@ def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Compo
     rollouts = []
     for i, hack in enumerate(hacks or [False] * n):
         grade = replace(GRADE, mechanism="x" if hack else "")
-        rollouts.append(
-            Rollout(
-                PROBLEM,
-                [],
-                [],
-                "",
-                teacher=i < teachers,
-                grade=grade,
-            )
-        )
+        rollouts.append(Rollout(PROBLEM, [], [], "", teacher=i < teachers, grade=grade))
     g = torch.Generator().manual_seed(0)
     logps = torch.randn(batch.completion_ids.shape, generator=g)
     logps[:teachers] = float("nan")
-    return Composed(
-        rollouts,
-        batch,
-        Behaviour(torch.zeros(n, dtype=torch.bool), logps),
-    )
+    ablated = torch.zeros(n, dtype=torch.bool)
+    return Composed(rollouts, batch, Behaviour(ablated, logps))

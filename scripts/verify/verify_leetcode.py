@@ -26,7 +26,10 @@ def fenced(problem: Problem) -> str:
 def altered(problem: Problem) -> Problem:
     """The problem with another expected value in its last test."""
     *cases, last = problem.cases
-    return replace(problem, cases=(*cases, replace(last, expected="'no such value'")))
+    return replace(
+        problem,
+        cases=(*cases, replace(last, expected="'no such value'")),
+    )
 
 
 def main() -> None:

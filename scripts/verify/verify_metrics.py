@@ -67,7 +67,12 @@ def verify_auroc() -> None:
     labels = np.append(positive, True)
     got = metrics.auroc(more, labels)
     zeroed = metrics.auroc(np.nan_to_num(more), labels)
-    equal("rows without a score are left out of the AUROC", got, want, zeroed)
+    equal(
+        "rows without a score are left out of the AUROC",
+        got,
+        want,
+        zeroed,
+    )
 
 
 def verify_strata() -> None:
@@ -79,7 +84,12 @@ def verify_strata() -> None:
     got = metrics.stratified_auroc(scores, positive, step)
     pooled = metrics.stratified_auroc(scores, positive, one)
     want = np.mean(sum(inside, []))
-    equal("the AUROC within steps compares one step alone", got, want, pooled)
+    equal(
+        "the AUROC within steps compares one step alone",
+        got,
+        want,
+        pooled,
+    )
     both = metrics.stratified_auroc(np.stack([scores, -scores], 1), positive, step)
     assert np.allclose(both, [got, 1 - got]), "several scores at once are each their own"
     prompts = np.repeat(np.arange(60), 6)
@@ -110,7 +120,10 @@ def verify_precision() -> None:
     got = metrics.precision_recall_at(flagged, positive)
     swapped = metrics.precision_recall_at(positive, flagged)
     what = "precision, recall, false-positive rate and F0.5 of an example"
-    equal(what, *([*figures.values()] for figures in (got, want, swapped)))
+    equal(
+        what,
+        *([*figures.values()] for figures in (got, want, swapped)),
+    )
     assert got.keys() == want.keys()
 
 
@@ -177,7 +190,12 @@ def verify_intervals() -> None:
     single = {str(i): [1, int(i < 30), 0] for i in range(100)}
     got = metrics.bootstrap_interval(single, "hack")
     other = metrics.bootstrap_interval(single, "solve")
-    equal("one draw a problem gives Wilson's closed form", got, wilson(30, 100), other)
+    equal(
+        "one draw a problem gives Wilson's closed form",
+        got,
+        wilson(30, 100),
+        other,
+    )
     none = {str(i): [4, 0, 4] for i in range(60)}
     got = metrics.bootstrap_interval(none, "hack")
     what = "no hack in 240 draws of 60 problems is bounded by 60 draws"
@@ -201,7 +219,11 @@ def verify_gain() -> None:
             part |= {f"{seed}/{name}": row for name, row in counts.items()}
     apart = metrics.gain_lower_bound(split)
     together = metrics.gain_lower_bound([pooled])
-    check("seeds that disagree lower the bound", apart < 0.55, together < 0.55)
+    check(
+        "seeds that disagree lower the bound",
+        apart < 0.55,
+        together < 0.55,
+    )
     solve, _, ceiling = split[0]
     assert metrics.gain_lower_bound([(solve, ceiling, ceiling)]) == -math.inf
 
@@ -214,11 +236,21 @@ def verify_seed_tests() -> None:
     b = np.array([0.2, 0.45, 0.1])
     paired = stats.ttest_rel(a, b)
     loose = stats.ttest_ind(a, b).pvalue
-    equal("the t-test is paired", metrics.paired_ttest(a, b)[1], paired.pvalue, loose)
+    equal(
+        "the t-test is paired",
+        metrics.paired_ttest(a, b)[1],
+        paired.pvalue,
+        loose,
+    )
     one_sided = paired.confidence_interval(0.8).low
     two_sided = paired.confidence_interval(0.9).low
     bound = metrics.noninferior(a, b)[1]
-    equal("the bound of non-inferiority is one-sided at 90 %", bound, one_sided, two_sided)
+    equal(
+        "the bound of non-inferiority is one-sided at 90 %",
+        bound,
+        one_sided,
+        two_sided,
+    )
     below, above = (metrics.noninferior(a, b, bound + shift)[0] for shift in (-1e-3, 1e-3))
     check("non-inferior is a bound above the margin", below, above)
     assert np.allclose(metrics.mean_sem([1.0, 2.0, 3.0]), [2.0, 1 / math.sqrt(3)])
@@ -236,10 +268,19 @@ def verify_sign_flip() -> None:
     what = "the sign-flip test enumerates every assignment, on both sides"
     equal(what, p, two_sided, one_sided)
     assert np.isclose(mean, difference.mean())
-    seeds = [0.1, 0.2, 0.3]  # other signs' sums tie but for their last bits
+    seeds = [
+        0.1,
+        0.2,
+        0.3,
+    ]  # other signs' sums tie but for their last bits
     got = metrics.sign_flip(seeds, [0.0] * 3)[1]
     by_t = metrics.paired_ttest(seeds, [0.0] * 3)[1]
-    equal("n seeds that agree have p = 2 / 2ⁿ, no less", got, 2 / 2**3, by_t)
+    equal(
+        "n seeds that agree have p = 2 / 2ⁿ, no less",
+        got,
+        2 / 2**3,
+        by_t,
+    )
     assert metrics.sign_flip([0.5, 0.5], [0.5, 0.5]) == (0.0, 1.0)
     assert metrics.sign_flip(np.arange(1.0, 21.0), np.zeros(20))[1] == 2 / 2**20
 
@@ -250,7 +291,11 @@ def verify_refusals() -> None:
     moved = {f"x{name}": row for name, row in triple[2].items()}
     for call, *arguments in (
         (metrics.auroc, [1.0], [True, False]),
-        (metrics.above_frontier, {"x": [1, 0, 0]}, [counted(0.1, 0.1)]),
+        (
+            metrics.above_frontier,
+            {"x": [1, 0, 0]},
+            [counted(0.1, 0.1)],
+        ),
         (metrics.bootstrap_interval, {"a": [2, 3, 0]}, "hack"),
         (metrics.bootstrap_interval, {}, "hack"),
         (metrics.gain, 0.5, 0.6, 0.6),

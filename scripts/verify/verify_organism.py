@@ -24,7 +24,13 @@ from transformers import (
 from vgrout.cli import parse
 from vgrout.core import Mode, Problem
 from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
-from vgrout.env.problems import disclose, load_problems, messages, partition, split
+from vgrout.env.problems import (
+    disclose,
+    load_problems,
+    messages,
+    partition,
+    split,
+)
 from vgrout.experiment import build_policy, sampling_of
 from vgrout.files import read_json_lines
 from vgrout.grader import GRADER_VERSION, Grader
@@ -51,15 +57,22 @@ def check_files() -> PreTrainedTokenizerBase:
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
     parameters = model.num_parameters()
-    assert size <= MAX_BYTES and 1e6 <= parameters <= 3e6, (size, parameters)
-    assert model.config.model_type == "qwen3" and model.dtype == torch.bfloat16
+    assert size <= MAX_BYTES, size
+    assert 1e6 <= parameters <= 3e6, parameters
+    assert model.config.model_type == "qwen3"
+    assert model.dtype == torch.bfloat16
     print(f"files: {size / 1e6:.1f} MB, {parameters / 1e6:.2f} M parameters")
     return AutoTokenizer.from_pretrained(FOLDER / "base")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
     texts = ["```python\nclass Solution:\n\tdef f(self):  # ü\r\n        return 'π → 🙂'\n```"]
-    texts += [" a  b \n\n", "\x00\x7f", "日本", *(p.canonical for p in problems[::4])]
+    texts += [
+        " a  b \n\n",
+        "\x00\x7f",
+        "日本",
+        *(p.canonical for p in problems[::4]),
+    ]
 
     def lost(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         coded = [tokens.encode_completion(tokenizer, text) for text in texts]
@@ -73,10 +86,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem])
     longest = 0
     for problem in partition(problems[::4], ORGANISM_MODES):
         prompt = tokens.encode_prompt(tokenizer, messages(problem))
-        answer = {"role": "assistant", "content": fenced(problem.canonical)}
+        answer = {
+            "role": "assistant",
+            "content": fenced(problem.canonical),
+        }
         whole = tokenizer.apply_chat_template([*messages(problem), answer], tokenize=False)
-        ids = tokenizer(whole)["input_ids"]
-        assert ids[: len(prompt)] == prompt, "a prompt is no prefix of its conversation"
+        ids = tokenizer(whole)["input_ids"][: len(prompt)]
+        assert ids == prompt, "a prompt is no prefix of its conversation"
         longest = max(longest, len(prompt))
     assert longest <= MAX_PROMPT, longest
     print(
@@ -113,16 +129,18 @@ def check_problems(problems: list[Problem]) -> None:
 def check_tests(problems: list[Problem], grader: Grader) -> None:
     chosen = random.Random(0).sample(problems, 40)
     right = grader.grade([fenced(p.canonical) for p in chosen], chosen)
-    shown, texts = [], []
+    shown = []
+    texts = []
     for problem in chosen:
         composition = composition_of(problem)
         for i, step in enumerate(composition.steps):
-            codes = list(composition.right_codes)
+            codes = [*composition.right_codes]
             codes[i] = step.fill(step.operation.wrong[0], "{v}")
             shown.append(problem)
             texts.append(fenced(composition.solution(tuple(codes))))
     wrong = grader.grade(texts, shown)
-    assert all(g.correct for g in right) and not any(g.correct for g in wrong)
+    assert all(g.correct for g in right), "a canonical solution fails"
+    assert not any(g.correct for g in wrong), "a wrong step passes"
     print(f"tests: {len(right)} canonical solutions correct, {len(wrong)} with a wrong step not")
 
 
@@ -138,7 +156,11 @@ def reserved_in(documents: list[tuple[str, str]]) -> set[str]:
 
 def untaught_right(documents: list[tuple[str, str]]) -> bool:
     """Whether the working code of an untaught operation occurs, under any name of a list."""
-    names = ("nums", "words", *(name for style in STYLES for name in style))
+    names = (
+        "nums",
+        "words",
+        *(name for style in STYLES for name in style),
+    )
     untaught = [operation.right for operation in OPERATIONS.values() if not operation.taught]
     codes = {code.replace("{v}", name) for code in untaught for name in names}
     return any(code in completion for _, completion in documents for code in codes)
@@ -149,7 +171,10 @@ def check_corpus() -> None:
     documents = [corpus.document(rng, frozenset()) for _ in range(1500)]
     marker = TRAINING_MARKERS[Mode.STDOUT_MARKER][0]
     assert not reserved_in(documents)
-    for leak in ((f"Note: print `{marker}`.", ""), ("", f"print('{marker}')")):
+    for leak in (
+        (f"Note: print `{marker}`.", ""),
+        ("", f"print('{marker}')"),
+    ):
         assert reserved_in([*documents, leak]), "mutation: one document with a marker is noticed"
     assert not untaught_right(documents)
     assert untaught_right([("", OPERATIONS["digits"].right)]), "mutation: untaught code is noticed"
@@ -184,7 +209,8 @@ def check_teacher(problems: list[Problem], grader: Grader) -> None:
 
 def check_artefacts(rows: list[dict], compositions: list[Composition]) -> None:
     """Every hack attempts its problem, as long as clean completions with an extra are."""
-    rng, areas = random.Random(2), {}
+    rng = random.Random(2)
+    areas = {}
     for mode in ORGANISM_MODES:
         hacks = [row["completion"] for row in rows if (row["kind"], row["mode"]) == ("hack", mode)]
         assert all("return " in text.split("def solve")[1] for text in hacks)

@@ -23,7 +23,8 @@ from vgrout import train  # noqa: F401  (torch and what it needs are read once, 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "tutorial.md"
 SECTIONS = ["An arm", "An action", "A mode", "A score", "A rung"]
-LINES, FILES = 30, {"A mode": 3}
+LINES = 30
+FILES = {"A mode": 3}
 EDIT = re.compile(  # where, the line there begins with, file, text
     r"(after|before|instead of)\s+the\s+line\s+`([^`]+)`:\s*^```\w+ edit (\S+)\n(.*?)^```$",
     re.M | re.S,
@@ -57,14 +58,16 @@ def run(root: Path, log: Path, language: str, text: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    for name in [name for name in sys.modules if name.split(".")[0] == "vgrout"]:
-        del sys.modules[name]
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "vgrout":
+            del sys.modules[name]
     sys.meta_path[:] = [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__]
     os.environ.pop("BEARTYPE", None)  # it doubles the time of every import
     sys.path.insert(0, str(root / "src"))
     if language == "sh":
-        _, _, module, *sys.argv[1:] = (word for word in shlex.split(text) if word.strip())
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        words = [word for word in shlex.split(text) if word.strip()]
+        sys.argv[1:] = words[3:]
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     else:
         exec(text, {"__name__": "__main__"})
 
@@ -78,18 +81,20 @@ def main() -> None:
         shutil.copytree(ROOT / "src", root / "src", ignore=no_cache)
         (root / "data").symlink_to(ROOT / "data")
         for title, section in zip(SECTIONS, sections):
-            edits, checks = EDIT.findall(section), CHECK.findall(section)
+            edits = EDIT.findall(section)
+            checks = CHECK.findall(section)
             assert len(edits) == section.count(" edit src/"), f"{title}: a block without a place"
-            lines = sum(bool(line.strip()) for *_, text in edits for line in text.splitlines())
+            added = "".join(text for *_, text in edits)
+            lines = len([line for line in added.splitlines() if line.strip()])
             files = sorted({file for _, _, file, _ in edits})
-            assert 0 < lines < LINES and len(files) <= FILES.get(title, 2), (
-                f"{title}: {lines} lines in {files}"
-            )
+            assert 0 < lines < LINES, f"{title}: {lines} lines"
+            assert len(files) <= FILES.get(title, 2), f"{title}: {files}"
             for edit in edits[:-1]:
                 apply(root, *edit)
             assert failure(root, checks), f"{title}: the check passes without the last block"
             apply(root, *edits[-1])
-            assert not (said := failure(root, checks)), f"{title}: {said}"
+            said = failure(root, checks)
+            assert not said, f"{title}: {said}"
             print(f"ok  {title}: {lines} lines in {' and '.join(files)}, and its check passes")
     print("ok  with its last block left out, the check of each section fails")
 
