@@ -149,11 +149,7 @@ def check_parameters(tmp: str, plain: Path, evaluated: Path) -> None:
         name = {leaky: "compose", trained_by_measure: "gradient_norms"}[mutant]
         with mock.patch.object(owner, name, mutant):
             assert not same_adapter(sound, run(f"{tmp}/{name}", ONE_STEP)), f"{name}: unnoticed"
-    print(
-        "ok  random labels, evaluations, snapshots leave the parameters bit-identical;",
-        end=" ",
-    )
-    print("a leaked label, and a measurement that leaves a trace, do not")
+    print("ok  random labels and measurements leave the parameters bit-identical; leaks do not")
 
 
 def check_labels(tmp: str, lines: Sequence[str]) -> list[Path]:
@@ -230,11 +226,8 @@ def check_phases(tmp: str) -> None:
         assert learned[name].any() == (".quarantine." in name), "another block was trained"
         assert torch.equal(entered[name], -learned[name]), "what entered is not there, or moved"
     assert not same_tensors(entered, final), "rows at A = 0 would go unnoticed"
-    print(
-        "ok  a first phase trains the quarantine alone, and another takes its place;",
-        end=" ",
-    )
-    print("where an action leaves nothing, nothing moves")
+    print("ok  a first phase trains the quarantine alone; what enters takes its place, and")
+    print("ok  where an action leaves nothing, nothing moves")
 
 
 # ── evaluation ───────────────────────────────────────────────────────────────────────────────────
