@@ -52,11 +52,7 @@ def styled_batch(rows: int, seed: int) -> tuple[Batch, torch.Tensor]:
     return paired(prompts, hack, clean), torch.arange(rows) < n
 
 
-def paired(
-    prompts: list[list[int]],
-    hack: list[list[int]],
-    clean: list[list[int]],
-) -> Batch:
+def paired(prompts: list[list[int]], hack: list[list[int]], clean: list[list[int]]) -> Batch:
     """Hack sides, then clean sides, of pairs on prompts of their own."""
     n = len(prompts)
     ones = [1.0] * (2 * n)
@@ -74,8 +70,11 @@ def paired(
 def pairs_of(batch: Batch) -> Batch:
     """Any batch as pairs: its first half as hack sides, its second as clean sides."""
     n = len(batch.group)
-    group = torch.arange(n // 2).repeat(2)
-    return replace(batch, advantages=torch.ones(n), group=group)
+    return replace(
+        batch,
+        advantages=torch.ones(n),
+        group=torch.arange(n // 2).repeat(2),
+    )
 
 
 def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Composed:
@@ -84,9 +83,21 @@ def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Compo
     rollouts = []
     for i, hack in enumerate(hacks or [False] * n):
         grade = replace(GRADE, mechanism="x" if hack else "")
-        rollouts.append(Rollout(PROBLEM, [], [], "", teacher=i < teachers, grade=grade))
+        rollouts.append(
+            Rollout(
+                PROBLEM,
+                [],
+                [],
+                "",
+                teacher=i < teachers,
+                grade=grade,
+            )
+        )
     g = torch.Generator().manual_seed(0)
     logps = torch.randn(batch.completion_ids.shape, generator=g)
     logps[:teachers] = float("nan")
-    ablated = torch.zeros(n, dtype=torch.bool)
-    return Composed(rollouts, batch, Behaviour(ablated, logps))
+    return Composed(
+        rollouts,
+        batch,
+        Behaviour(torch.zeros(n, dtype=torch.bool), logps),
+    )

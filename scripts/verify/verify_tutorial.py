@@ -74,7 +74,8 @@ def run(root: Path, log: Path, language: str, text: str) -> None:
 
 def main() -> None:
     _, *sections = re.split(r"^## \d+\. ", PAGE.read_text(), flags=re.M)
-    assert [section.partition("\n")[0] for section in sections] == SECTIONS, "sections are missing"
+    titles = [section.partition("\n")[0] for section in sections]
+    assert titles == SECTIONS, titles
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         no_cache = shutil.ignore_patterns("__pycache__")
@@ -85,7 +86,7 @@ def main() -> None:
             checks = CHECK.findall(section)
             assert len(edits) == section.count(" edit src/"), f"{title}: a block without a place"
             added = "".join(text for *_, text in edits)
-            lines = len([line for line in added.splitlines() if line.strip()])
+            lines = sum(bool(line.strip()) for line in added.splitlines())
             files = sorted({file for _, _, file, _ in edits})
             assert 0 < lines < LINES, f"{title}: {lines} lines"
             assert len(files) <= FILES.get(title, 2), f"{title}: {files}"
