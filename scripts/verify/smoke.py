@@ -33,8 +33,8 @@ ENVIRONMENT = {"BEARTYPE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 AT_ONCE, TAIL_LINES, LIMIT, LONG_LIMIT = 2, 40, 600, 7200  # seconds; a job that hangs has failed
 FRESH = ("verify_errors.py", "verify_budget.py", "verify_sandbox.py")
 LONGEST = (  # the jobs that take longest start first
-    "verify_faults verify_train verify_audit verify_models verify_organism verify_errors "
-    "verify_full verify_monitors verify_record verify_scores verify_bench verify_lora2r"
+    "verify_faults verify_errors verify_train verify_audit verify_monitors verify_organism "
+    "verify_record verify_full verify_tutorial verify_scores verify_bench verify_lora2r"
 ).split()
 SERVER = multiprocessing.get_context("forkserver")
 LIVE: set[int] = set()  # process groups of running jobs

@@ -1,12 +1,11 @@
 """The product's path on a small stand-in: bf16, checkpointing, KL, real prompts, all zones.
 
-A random Qwen3 with the organism's tokenizer stands in for Qwen3-4B. The problems are those of the
-benchmark where data/leetcode/ has them, else those of data/pairs/leetcode.md in its schema.
+A random Qwen3 with the organism's tokenizer stands in for Qwen3-4B, the problems of
+data/pairs/leetcode.md in the benchmark's schema for the benchmark.
 
 Run: python scripts/verify/verify_full.py
 """
 
-import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -31,7 +30,6 @@ from vgrout.model.policy import logps
 from vgrout.model.update import update
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 
-REAL = Path("data/leetcode/leetcode_test_medhard.jsonl.gz")
 PAIRS = "data/pairs/leetcode.md#mechanism"
 MODES = tuple(Mode)[:3]  # a split needs a problem for each
 SMALL = (
@@ -45,9 +43,7 @@ ADVANTAGES = (1.5, -0.5, -1.0, 0.5, 1.0, -1.5)
 
 
 def problem_rows() -> list[str]:
-    """The first 64 problems of the benchmark, or the pairs' problems in its schema."""
-    if REAL.exists():
-        return gzip.open(REAL, "rt").readlines()[:64]
+    """The pairs' problems in the benchmark's schema."""
     rows = {}
     for pair in pairs.load_pairs(PAIRS):
         p = pair.problem
@@ -61,7 +57,6 @@ def problem_rows() -> list[str]:
             "canonical_solution": pair.clean.removeprefix("```python\n").removesuffix("```"),
             "gt_answer": [f"assert {call}({c.args}) == {c.expected}" for c in p.cases],
         }
-    print(f"note: {REAL} is absent, {len(rows)} problems of {PAIRS} stand in for it")
     return [json.dumps(row) + "\n" for row in rows.values()]
 
 
