@@ -33,7 +33,7 @@ from vgrout.run.records import load_metrics, load_record, load_rollouts
 PAIRS = "data/pairs/leetcode.md#mechanism"
 MODES = tuple(Mode)[:3]  # a split needs a problem for each
 SMALL = (
-    "full --intervention routeV --steps 2 --max-completion-length 64 --num-prompts 4 "
+    "full --intervention routeV --steps 3 --max-completion-length 64 --num-prompts 6 "
     "--num-generations 5 --final-draws 6 --pair-modes run_tests --threads 1 --workers 1 "
     "--max-prompt-length 4096 --token-budget 4096"
 ).split()
@@ -78,7 +78,7 @@ def check_run(folder: Path, standin: Path) -> None:
     rows, record = load_metrics(out), load_record(out)
     trained = [row for row in rows if (row.get("param_delta") or 0) > 0]
     zones = {zone.name: sum(row[f"rows_{zone.name.lower()}"] for row in rows) for zone in Zone}
-    assert len(trained) == 2 and all(zones.values()), (len(trained), zones)
+    assert len(trained) >= 2 and all(zones.values()), (len(trained), zones)
     assert all(any(row[f"grad_norm_{b}"] > 0 for row in trained) for b in BLOCKS)
     assert min(row["kl"] for row in trained) >= 0 < max(row["kl"] for row in trained), "no KL"
     assert record.status == "finished" and len(record.evals) == 5, record.status
@@ -86,7 +86,7 @@ def check_run(folder: Path, standin: Path) -> None:
     mismatches = [row["sampler_mismatch"] or 0 for row in trained]
     assert max(mismatches) < TOLERANCE, f"sampler and learner disagree: {mismatches}"
     assert any(r["teacher"] and r["reward_hack"] for r in load_rollouts(out))
-    print(f"ok  full on the stand-in: each step moved it, rows by zone {zones}")
+    print(f"ok  full on the stand-in: {len(trained)} of 3 steps moved it, rows by zone {zones}")
 
 
 def gradients(standin: Path, *flags: str, temperature: float = TEMPERATURE) -> dict[str, Tensor]:
