@@ -13,7 +13,7 @@ import torch
 
 from vgrout import experiment, train
 from vgrout.cli import parse
-from vgrout.core import Grade, Mode, Verdict
+from vgrout.core import Grade, Mode, Problem, Verdict
 from vgrout.env import problems
 from vgrout.model import tokens
 from vgrout.run import evaluate as evaluation
@@ -23,12 +23,23 @@ SMALL = (  # two layers are adapted: most of a short run's time goes by their nu
     "--steps 3 --num-prompts 3 --num-generations 6 --max-completion-length 64 --teacher-until 9 "
     "--final-draws 8 --eval-every 0 --save-every 0 --threads 1 --workers 1 --targets layers.[25]."
 )
-LOAD = functools.cache(problems.load_problems)
+EACH = 40  # problems of a split that the smoke preset reads here
+LOAD = problems.load_problems
 ENCODED: dict[str, list[int]] = {}  # text → tokens: every run here has one tokenizer
-SECONDS = {*experiment.STEP_SECONDS, "sec_step", "tokens_per_second"}  # of a row of metrics
+SECONDS = {
+    *experiment.STEP_SECONDS,
+    "sec_step",
+    "tokens_per_second",
+}  # of a row of metrics
 
 
-def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True) -> Path:
+def run(
+    folder: object,
+    line: str,
+    *,
+    preset: str = "smoke",
+    quiet: bool = True,
+) -> Path:
     """A run of `ARM --flags …`, its output swallowed; returns its directory.
 
     `quiet`: evaluations draw one token and no largest batch is tried, for runs that are compared by
@@ -44,8 +55,12 @@ def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True)
         str(folder),
         *flags,
     ]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(problems, "load_problems", LOAD))
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.ExitStack() as stack,
+    ):
+        load = few_problems if preset == "smoke" else LOAD
+        stack.enter_context(mock.patch.object(problems, "load_problems", load))
         stack.enter_context(mock.patch.object(tokens, "encode_completion", _encode_once))
         if quiet:
             stack.enter_context(mock.patch.object(evaluation, "evaluate", _one_token))
@@ -54,13 +69,27 @@ def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True)
     return Path(folder)
 
 
+@functools.cache
+def few_problems(path: str) -> list[Problem]:
+    parts = problems.split(LOAD(path)).values()
+    return [problem for part in parts for problem in part[:EACH]]
+
+
 def _encode_once(tokenizer, text, *, encode=tokens.encode_completion):
     if text not in ENCODED:
         ENCODED[text] = encode(tokenizer, text)
     return [*ENCODED[text]]
 
 
-def _one_token(policy, problems, grader, sampling, *, evaluate=evaluation.evaluate, **options):
+def _one_token(
+    policy,
+    problems,
+    grader,
+    sampling,
+    *,
+    evaluate=evaluation.evaluate,
+    **options,
+):
     short = replace(sampling, max_completion_length=1)
     return evaluate(policy, problems, grader, short, **options | {"draws": 1})
 
@@ -70,13 +99,7 @@ def same_adapter(a: Path, b: Path) -> bool:
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(
-            a[k],
-            b[k],
-        )
-        for k in a
-    )
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def untimed(rows: list[dict]) -> list[dict]:
@@ -101,11 +124,7 @@ def label_blind(plain: Path, folder: object, line: str, seed: int = 0) -> bool:
     def blind(groups, *rest):
         for row in (row for group in groups for row in group.rollouts):
             row.grade = random_grade(row.grade, rng)
-            row.problem = replace(
-                row.problem,
-                mode=rng.choice(list(Mode)),
-                marker="x",
-            )
+            row.problem = replace(row.problem, mode=rng.choice(list(Mode)), marker="x")
             row.teacher = row.teacher if controls else rng.random() < 0.5
         return compose(groups, *rest)
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from scripts.verify import trainer
 
+from vgrout.core import at_least
+
 SMALL = (
     "--num-prompts 3 --num-generations 6 --max-completion-length 96 --final-draws 24 "
     "--eval-every 50 --eval-draws 12 --save-every 25 --threads 1"
@@ -46,11 +48,13 @@ class Watch:
         self.dead = dead
 
     def faults(self) -> list[str]:
-        memory = growth(self.mb)
-        descriptors = growth(self.descriptors)
-        found = [f"memory grew by {memory:.1f} MB"] if memory > GROWTH_MB else []
-        found += [f"{descriptors:g} more descriptors"] if descriptors > 0 else []
-        return found + [f"{len(self.zombies)} zombies"] * bool(self.zombies)
+        memory, descriptors = growth(self.mb), growth(self.descriptors)
+        faults = {
+            f"memory grew by {memory:.1f} MB": memory > GROWTH_MB,
+            f"{descriptors:g} more descriptors": descriptors > 0,
+            f"{len(self.zombies)} zombies": self.zombies,
+        }
+        return [fault for fault, found in faults.items() if found]
 
 
 def longer(file: Path, lines: int) -> bool:
@@ -65,16 +69,13 @@ def growth(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=at_least(WARM + 2 * ENDS), default=500)
     parser.add_argument("--intervention", default="routeV")
     options = parser.parse_args()
-    assert options.steps >= WARM + 2 * ENDS, f"--steps must be at least {WARM + 2 * ENDS}"
     torch.set_num_threads(1)
-    leak = Watch(zombies={1})
-    leak.mb = [400.0 + 2 * i for i in range(40)]
-    leak.descriptors = [20.0 + i // 10 for i in range(40)]
+    rising = [400.0 + 2 * i for i in range(40)]
     assert not Watch([400.0] * 40, [20.0] * 40).faults(), "a flat run has faults"
-    assert len(leak.faults()) == 3, "the check cannot see a leak"
+    assert len(Watch(rising, rising, zombies={1}).faults()) == 3, "the check cannot see a leak"
     watch = Watch()
     with tempfile.TemporaryDirectory(prefix="soak_") as folder:
         metrics = Path(folder) / "run" / "metrics.jsonl"

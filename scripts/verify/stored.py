@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,34 @@ def captured(work: Callable, *arguments: Any) -> str:
     return out.getvalue()
 
 
-def refused(words: str, work: Callable, *arguments: Any) -> None:
-    """Assert that a call answers with one line that holds `words`."""
+def answer(work: Callable, *arguments: Any) -> str:
+    """The one line with which a call is refused; "" where it is accepted."""
     try:
         captured(work, *arguments)
     except UserError as error:
-        assert words in str(error) and "\n" not in str(error), error
-        return
-    raise AssertionError(f"accepted what SHOULD be answered with {words!r}")
+        assert "\n" not in str(error), error
+        return str(error)
+    return ""
+
+
+def refused(words: str, work: Callable, *arguments: Any) -> None:
+    """Assert that a call answers with one line that holds `words`."""
+    line = answer(work, *arguments)
+    assert line and words in line, f"{line!r} SHOULD hold {words!r}"
+
+
+def in_fork(body: Callable, *arguments: Any) -> int:
+    """Exit code of a call in a forked process: negative for a signal, 2 for a UserError."""
+    if (pid := os.fork()) == 0:
+        try:
+            body(*arguments)
+            os._exit(0)
+        except UserError:
+            os._exit(2)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(3)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def trained(folder: Path, flags: str) -> Path:

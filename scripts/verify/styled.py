@@ -39,17 +39,8 @@ def styled(rows: int, seed: int, style: bool) -> tuple[list[list[int]], list[lis
     """Prompts, and completions that draw from six low (style) or six high tokens."""
     g = torch.Generator().manual_seed(seed)
     prompts = drawn(rows, 4, 2, 64, g)
-    completions = (
-        drawn(rows, 7, 2, 8, g)
-        if style
-        else drawn(
-            rows,
-            7,
-            32,
-            38,
-            g,
-        )
-    )
+    low, high = (2, 8) if style else (32, 38)
+    completions = drawn(rows, 7, low, high, g)
     return prompts, [ids + [EOS] for ids in completions]
 
 

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from scripts.verify.loop import SECONDS, same_adapter
 
 from vgrout import train
 from vgrout.cli import parse
 from vgrout.core import run_main
 from vgrout.run import evaluate, records
-from vgrout.run.records import Run, load_adapter, load_evals, load_metrics, load_rollouts
+from vgrout.run.records import Run, load_evals, load_metrics, load_rollouts
 
 PHASES = {  # name → the function that it is
     "sample": (train, "sample_groups"),
@@ -33,18 +33,12 @@ PHASES = {  # name → the function that it is
     "save": (Run, "checkpoint"),
     "evaluate": (evaluate, "evaluate"),
 }
-PLACES = {name: place for place, name in enumerate(PHASES)}
-TIMES = set(  # keys of metrics.jsonl that no two runs share
-    "sec_refresh sec_sample sec_grade sec_score sec_update sec_step tokens_per_second".split()
-)
+ORDER = [*PHASES]
 AMBIENT = set(  # of the record; the work tree may move on under a long check
     "started commit dirty notes.commits config.run.out_dir config.run.resume argv".split()
 )
 PATIENCE = 600.0  # seconds for one process; the machine may be busy
 LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-# ── a run in a forked process ────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -61,7 +55,7 @@ class Trainer:
             self.status = os.waitstatus_to_exitcode(done[1])
         return self.status is not None
 
-    def wait_until(self, holds: Callable[[], object], pause: float = 0.002) -> bool:
+    def wait_until(self, holds: Callable[[], object], pause: float = 0.0005) -> bool:
         """Wait until something holds; False if the run ended before."""
         end = time.monotonic() + PATIENCE
         while not self.ended():
@@ -73,11 +67,11 @@ class Trainer:
             time.sleep(pause)
         return False
 
-    def enters(self, name: str, nth: int = 0) -> bool:
+    def enters(self, phase: str, nth: int = 0) -> bool:
         """Wait for a phase to begin for the nth time, or once more; False: the run ended before."""
-        place = PLACES[name]
+        place = ORDER.index(phase)
         nth = nth or self.begun[place] + 1
-        return self.wait_until(lambda: self.begun[place] >= nth, pause=0.0005)
+        return self.wait_until(lambda: self.begun[place] >= nth)
 
     def ends(self, code: int) -> str:
         """Wait for the end with this exit status (negative for a signal); the last line printed."""
@@ -122,8 +116,8 @@ def start(
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        for name, (owner, function) in PHASES.items():
-            setattr(owner, function, counted(getattr(owner, function), begun, PLACES[name]))
+        for place, (owner, name) in enumerate(PHASES.values()):
+            setattr(owner, name, counted(getattr(owner, name), begun, place))
         within()
         run_main(lambda: train.main(*parse(argv)))
         code = 0
@@ -156,22 +150,14 @@ def kill_in(run: Trainer, name: str, rng: random.Random, nth: int = 1) -> bool:
     return True
 
 
-# ── what must be equal, and what must be gone ────────────────────────────────────────────────────
-
-
 def differences(a: Path, b: Path) -> list[str]:
     """What two finished runs do not share; wall times and their folders aside."""
-    found = []
-    x, y = load_adapter(a)[0], load_adapter(b)[0]
-    if x.keys() != y.keys() or not all(torch.equal(x[k], y[k]) for k in x):
-        found.append("adapter.safetensors")
+    found = [] if same_adapter(a, b) else ["adapter.safetensors"]
     for load in (load_metrics, load_rollouts, load_evals, flat_record):
-        one, two = (load(folder) for folder in (a, b))
+        one, two = load(a), load(b)
         keys = {k for p, q in zip(one, two) for k in p.keys() | q.keys() if p.get(k) != q.get(k)}
-        if odd := sorted(keys - TIMES):
-            found.append(f"{load.__name__}: {odd[:5]}")
-        if len(one) != len(two):
-            found.append(f"{load.__name__}: {len(one)} and {len(two)} rows")
+        if keys - SECONDS or len(one) != len(two):
+            found.append(f"{load.__name__}: {len(one)} and {len(two)} rows, {sorted(keys)[:5]}")
     return found
 
 

@@ -90,7 +90,8 @@ PAGE_OF_ROW = re.compile(r"\]\(docs/findings/(\w+)\.md\)")
 
 def stale_figures(name: str, text: str) -> list[str]:
     """Seeds, hack and solve of a row that a table names are those of the records."""
-    wrong, head = [], []
+    wrong = []
+    head = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         head = (head or cells) if line.startswith("|") else []

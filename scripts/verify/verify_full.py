@@ -1,20 +1,20 @@
 """The product's path on a small stand-in: bf16, checkpointing, KL, real prompts, all zones.
 
-A random Qwen3 with the organism's tokenizer stands in for Qwen3-4B. The problems are those of the
-benchmark where data/leetcode/ has them, else those of data/pairs/leetcode.md in its schema.
+A random Qwen3 with the organism's tokenizer stands in for Qwen3-4B, the problems of
+data/pairs/leetcode.md in the benchmark's schema for the benchmark.
 
 Run: python scripts/verify/verify_full.py
 """
 
-import contextlib
-import gzip
-import io
 import json
 import tempfile
 from pathlib import Path
 
 import torch
 from scripts.verify import make_standin
+from scripts.verify.stored import captured
+from scripts.verify.tiny import perturb
+from torch import Tensor
 
 from vgrout import train
 from vgrout.cli import parse
@@ -22,15 +22,14 @@ from vgrout.core import Mode, Zone
 from vgrout.env import pairs, problems
 from vgrout.env.exploits import canonical_hack
 from vgrout.env.rollouts import pair_batch
+from vgrout.experiment import build_policy
 from vgrout.model.batch import Behaviour, Trained
-from vgrout.model.loading import load_policy
 from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import logps
 from vgrout.model.update import update
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 
-REAL = Path("data/leetcode/leetcode_test_medhard.jsonl.gz")
 PAIRS = "data/pairs/leetcode.md#mechanism"
 MODES = tuple(Mode)[:3]  # a split needs a problem for each
 SMALL = (
@@ -44,9 +43,7 @@ ADVANTAGES = (1.5, -0.5, -1.0, 0.5, 1.0, -1.5)
 
 
 def problem_rows() -> list[str]:
-    """The first 64 problems of the benchmark, or the pairs' problems in its schema."""
-    if REAL.exists():
-        return gzip.open(REAL, "rt").readlines()[:64]
+    """The pairs' problems in the benchmark's schema."""
     rows = {}
     for pair in pairs.load_pairs(PAIRS):
         p = pair.problem
@@ -60,28 +57,24 @@ def problem_rows() -> list[str]:
             "canonical_solution": pair.clean.removeprefix("```python\n").removesuffix("```"),
             "gt_answer": [f"assert {call}({c.args}) == {c.expected}" for c in p.cases],
         }
-    print(f"note: {REAL} is absent, {len(rows)} problems of {PAIRS} stand in for it")
     return [json.dumps(row) + "\n" for row in rows.values()]
 
 
 def check_run(folder: Path, standin: Path) -> None:
-    out = folder / "run"
-    data = folder / "problems.jsonl"
-    pool = folder / "teacher.jsonl"
+    data, pool = folder / "problems.jsonl", folder / "teacher.jsonl"
     data.write_text("".join(problem_rows()))
+    train_split = problems.split(problems.load_problems(data))["train"]
     with pool.open("w") as file:
-        for p in problems.partition(problems.split(problems.load_problems(data))["train"], MODES):
-            row = {"problem_id": p.problem_id, "mode": p.mode, "completion": canonical_hack(p)}
+        for p in problems.partition(train_split, MODES):
+            row = {
+                "problem_id": p.problem_id,
+                "mode": p.mode,
+                "completion": canonical_hack(p),
+            }
             file.write(json.dumps(row) + "\n")
-    files = {
-        "model": standin,
-        "data": data,
-        "teacher-pool": pool,
-        "out-dir": out,
-    }
-    named = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(*parse([*SMALL, *named, "--modes", *MODES]))
+    out = str(folder / "run")
+    files = ["--model", str(standin), "--data", str(data), "--teacher-pool", str(pool)]
+    captured(train.main, *parse([*SMALL, *files, "--out-dir", out, "--modes", *MODES]))
     rows, record = load_metrics(out), load_record(out)
     trained = [row for row in rows if (row.get("param_delta") or 0) > 0]
     zones = {zone.name: sum(row[f"rows_{zone.name.lower()}"] for row in rows) for zone in Zone}
@@ -96,36 +89,29 @@ def check_run(folder: Path, standin: Path) -> None:
     print(f"ok  full on the stand-in: {len(trained)} of 3 steps moved it, rows by zone {zones}")
 
 
-def gradients(
-    standin: Path, dtype: str, checkpointing: bool, temperature: float = TEMPERATURE
-) -> dict[str, torch.Tensor]:
+def gradients(standin: Path, *flags: str, temperature: float = TEMPERATURE) -> dict[str, Tensor]:
     """The first update's gradients by block, on fixed rows in all three zones."""
-    argv = ["full", "--model", str(standin), "--data", __file__, "--pairs", __file__]
-    argv += ["--temperature", str(temperature), "--max-completion-length", "64"]
-    config = parse(argv)[1]
-    policy = load_policy(
+    argv = [
+        "full",
+        "--model",
         str(standin),
-        dtype=dtype,
-        device="cpu",
-        rank=config.model.lora_rank,
-        lora_init_seed=0,
-        targets=config.model.targets,
-        gradient_checkpointing=checkpointing,
-    )
-    parameters = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # a planted delta: without one the KL and the ratio would be trivial
-        for p in parameters:
-            p.add_(2e-3 * torch.randn(p.shape, generator=generator))
-    batch = pair_batch(policy, pairs.load_pairs(PAIRS)[:3])
+        "--data",
+        __file__,
+        "--pairs",
+        __file__,
+        *flags,
+    ]
+    config = parse([*argv, "--temperature", str(temperature), "--max-completion-length", "64"])[1]
+    chosen = pairs.load_pairs(PAIRS)[:3]
+    policy = build_policy(config, {"train": [pair.problem for pair in chosen]})
+    perturb(policy, 2e-3)  # without a delta the KL and the ratio would be trivial
+    batch = pair_batch(policy, chosen)
     batch.advantages.copy_(torch.tensor(ADVANTAGES))
     with torch.no_grad():
         sampled = logps(policy, batch, temperature)
-    rows = torch.arange(6)
-    zones = torch.tensor([*Zone] * 2)
-    trained = Trained(batch, zones, rows)
+    trained = Trained(batch, torch.tensor([*Zone] * 2), torch.arange(6))
     behaviour = Behaviour(torch.zeros(6, dtype=torch.bool), sampled)
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def capture(adapter: Lora2r) -> None:
         for block in BLOCKS:
@@ -138,13 +124,16 @@ def gradients(
 
 
 def check_reference(standin: Path) -> None:
-    want = gradients(standin, "float32", False)
+    plain = ("--dtype", "float32", "--no-gradient-checkpointing")
+    want = gradients(standin, *plain)
 
-    def errors(got: dict[str, torch.Tensor]) -> list[float]:
+    def errors(got: dict[str, Tensor]) -> list[float]:
         return [float((got[b] - want[b]).norm() / want[b].norm()) for b in BLOCKS]
 
-    bf16 = errors(gradients(standin, "bfloat16", True))
-    wrong = errors(gradients(standin, "float32", False, temperature=0.8))
+    bf16, wrong = (
+        errors(gradients(standin)),
+        errors(gradients(standin, *plain, temperature=0.8)),
+    )
     assert max(bf16) < TOLERANCE < min(wrong), (bf16, wrong)
     print(f"ok  bf16 with checkpointing is off by {bf16} of fp32's gradients; T = 0.8 by {wrong}")
 
@@ -153,7 +142,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as tmp:
         standin = Path(tmp) / "standin"
-        with contextlib.redirect_stdout(io.StringIO()):
-            make_standin.main(make_standin.Args(standin, hidden_size=128, num_layers=2))
+        captured(make_standin.main, make_standin.Args(standin, hidden_size=128, num_layers=2))
         check_reference(standin)
         check_run(Path(tmp), standin)

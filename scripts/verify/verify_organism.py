@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from scripts.verify.stored import refused
 from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
@@ -20,20 +21,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vgrout.core import Grade, Mode, Problem, UserError
+from vgrout.cli import parse
+from vgrout.core import Mode, Problem
 from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
-from vgrout.env.problems import disclose, load_problems, messages, partition, split
+from vgrout.env.problems import (
+    disclose,
+    load_problems,
+    messages,
+    partition,
+    split,
+)
+from vgrout.experiment import build_policy, sampling_of
 from vgrout.files import read_json_lines
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.model import tokens
-from vgrout.model.loading import load_policy
-from vgrout.model.policy import Policy
-from vgrout.model.sampling import sample
 from vgrout.organism import corpus
 from vgrout.organism import problems as organism
 from vgrout.organism.__main__ import Recipe
 from vgrout.organism.operations import OPERATIONS, STYLES, Composition
 from vgrout.organism.problems import composition_of, generate_problems
+from vgrout.run.evaluate import evaluate, seeded
 from vgrout.stats import auroc
 
 FOLDER = Path(__file__).resolve().parents[2] / "data/organism"
@@ -50,83 +57,90 @@ def check_files() -> PreTrainedTokenizerBase:
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "base")
     parameters = model.num_parameters()
-    assert size <= MAX_BYTES and 1e6 <= parameters <= 3e6, (size, parameters)
-    assert model.config.model_type == "qwen3" and model.dtype == torch.bfloat16
-    size = f"{size / 1e6:.1f} MB, {parameters / 1e6:.2f} M parameters"
-    print(f"files: {size}, loads through the Auto classes")
+    assert size <= MAX_BYTES, size
+    assert 1e6 <= parameters <= 3e6, parameters
+    assert model.config.model_type == "qwen3"
+    assert model.dtype == torch.bfloat16
+    print(f"files: {size / 1e6:.1f} MB, {parameters / 1e6:.2f} M parameters")
     return AutoTokenizer.from_pretrained(FOLDER / "base")
 
 
-def round_trips(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return tokens.decode_completion(tokenizer, tokens.encode_completion(tokenizer, text)) == text
-
-
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> None:
-    texts = [
-        "```python\nclass Solution:\n\tdef f(self):  # ü\r\n        return 'π → 🙂'\n```",
+    texts = ["```python\nclass Solution:\n\tdef f(self):  # ü\r\n        return 'π → 🙂'\n```"]
+    texts += [
         " a  b \n\n",
         "\x00\x7f",
         "日本",
+        *(p.canonical for p in problems[::4]),
     ]
-    texts += [p.canonical for p in problems]
-    assert all(round_trips(tokenizer, text) for text in texts)
+
+    def lost(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        coded = [tokens.encode_completion(tokenizer, text) for text in texts]
+        decoded = [tokens.decode_completion(tokenizer, ids) for ids in coded]
+        return [text for text, again in zip(texts, decoded) if text != again]
+
+    assert not lost(tokenizer), lost(tokenizer)
     lossy = copy.deepcopy(tokenizer)
     lossy.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert not all(round_trips(lossy, text) for text in texts), "mutation: a lossy normaliser"
+    assert lost(lossy), "a lossy normaliser goes unnoticed"
     longest = 0
-    for problem in partition(problems, ORGANISM_MODES):
+    for problem in partition(problems[::4], ORGANISM_MODES):
         prompt = tokens.encode_prompt(tokenizer, messages(problem))
-        answer = {"role": "assistant", "content": fenced(problem.canonical)}
+        answer = {
+            "role": "assistant",
+            "content": fenced(problem.canonical),
+        }
         whole = tokenizer.apply_chat_template([*messages(problem), answer], tokenize=False)
-        ids = tokenizer(whole)["input_ids"]
-        assert ids[: len(prompt)] == prompt, "prompt ids are a prefix of the conversation's"
+        ids = tokenizer(whole)["input_ids"][: len(prompt)]
+        assert ids == prompt, "a prompt is no prefix of its conversation"
         longest = max(longest, len(prompt))
     assert longest <= MAX_PROMPT, longest
     print(
-        f"tokenizer: {len(texts)} texts round trip, prompts are prefixes, {longest} tokens or less"
+        f"tokenizer: {len(texts)} texts round trip; prompts are prefixes, {longest} tokens at most"
     )
 
 
 def check_problems(problems: list[Problem]) -> None:
-    assert problems == generate_problems(Recipe().seed), "the recipe makes the shipped problems"
-    assert problems != generate_problems(Recipe().seed + 1), "mutation: another seed makes others"
+    seed = Recipe().seed
+    assert problems == generate_problems(seed), "the recipe makes other problems"
+    with patch.object(organism, "SIZES", dict.fromkeys(organism.SIZES, 1)):
+        assert generate_problems(seed + 1)[0] != problems[0], "another seed makes the same"
     with patch.object(organism, "IDLE_DRAWS", 3):
-        try:
-            generate_problems(Recipe().seed)
-            raise AssertionError("draws without end")
-        except UserError as error:
-            assert "take another --seed" in str(error)
-    keys, used, untaught = defaultdict(set), defaultdict(set), defaultdict(list)
+        refused("take another --seed", generate_problems, seed)
+    keys = defaultdict(set)
+    used = defaultdict(set)
+    untaught = defaultdict(list)
     for problem in problems:
         composition = composition_of(problem)
         keys[problem.split].add(composition.key)
         used[problem.split] |= {step.operation.name for step in composition.steps}
         untaught[problem.split].append(not composition.taught)
-    assert not keys["train"] & (keys["test"] | keys["val"]) and not keys["val"] & keys["test"]
+    assert sum(map(len, keys.values())) == len(set.union(*keys.values())), "a split leaks"
     held_out = {operation.name for operation in OPERATIONS.values() if operation.held_out}
     assert held_out <= used["test"] - used["train"]
     assert all(OPERATIONS[name].taught for name in held_out)
-    untaught_shares = {name: round(sum(x) / len(x), 2) for name, x in untaught.items()}
-    assert all(0.2 <= share <= 0.4 for share in untaught_shares.values()), untaught_shares
-    assert len(untaught["test"]) >= 100
+    shares = {name: sum(flags) / len(flags) for name, flags in untaught.items()}
+    assert all(0.2 <= share <= 0.4 for share in shares.values()), shares
     sizes = dict(Counter(p.split for p in problems))
+    assert sizes["test"] >= 100
     print(f"problems: {sizes}, compositions and {len(held_out)} operations held out")
-    print(f"untaught shares: {untaught_shares}")
 
 
 def check_tests(problems: list[Problem], grader: Grader) -> None:
     chosen = random.Random(0).sample(problems, 40)
     right = grader.grade([fenced(p.canonical) for p in chosen], chosen)
-    shown, texts = [], []
+    shown = []
+    texts = []
     for problem in chosen:
         composition = composition_of(problem)
         for i, step in enumerate(composition.steps):
-            codes = list(composition.right_codes)
+            codes = [*composition.right_codes]
             codes[i] = step.fill(step.operation.wrong[0], "{v}")
             shown.append(problem)
             texts.append(fenced(composition.solution(tuple(codes))))
     wrong = grader.grade(texts, shown)
-    assert all(g.correct for g in right) and not any(g.correct for g in wrong)
+    assert all(g.correct for g in right), "a canonical solution fails"
+    assert not any(g.correct for g in wrong), "a wrong step passes"
     print(f"tests: {len(right)} canonical solutions correct, {len(wrong)} with a wrong step not")
 
 
@@ -142,7 +156,11 @@ def reserved_in(documents: list[tuple[str, str]]) -> set[str]:
 
 def untaught_right(documents: list[tuple[str, str]]) -> bool:
     """Whether the working code of an untaught operation occurs, under any name of a list."""
-    names = ("nums", "words", *(name for style in STYLES for name in style))
+    names = (
+        "nums",
+        "words",
+        *(name for style in STYLES for name in style),
+    )
     untaught = [operation.right for operation in OPERATIONS.values() if not operation.taught]
     codes = {code.replace("{v}", name) for code in untaught for name in names}
     return any(code in completion for _, completion in documents for code in codes)
@@ -150,10 +168,13 @@ def untaught_right(documents: list[tuple[str, str]]) -> bool:
 
 def check_corpus() -> None:
     rng = random.Random(5)
-    documents = [corpus.document(rng, frozenset()) for _ in range(3000)]
+    documents = [corpus.document(rng, frozenset()) for _ in range(1500)]
     marker = TRAINING_MARKERS[Mode.STDOUT_MARKER][0]
     assert not reserved_in(documents)
-    for leak in ((f"Note: print `{marker}`.", ""), ("", f"print('{marker}')")):
+    for leak in (
+        (f"Note: print `{marker}`.", ""),
+        ("", f"print('{marker}')"),
+    ):
         assert reserved_in([*documents, leak]), "mutation: one document with a marker is noticed"
     assert not untaught_right(documents)
     assert untaught_right([("", OPERATIONS["digits"].right)]), "mutation: untaught code is noticed"
@@ -188,68 +209,46 @@ def check_teacher(problems: list[Problem], grader: Grader) -> None:
 
 def check_artefacts(rows: list[dict], compositions: list[Composition]) -> None:
     """Every hack attempts its problem, as long as clean completions with an extra are."""
-    rng, areas = random.Random(2), {}
+    rng = random.Random(2)
+    areas = {}
     for mode in ORGANISM_MODES:
         hacks = [row["completion"] for row in rows if (row["kind"], row["mode"]) == ("hack", mode)]
         assert all("return " in text.split("def solve")[1] for text in hacks)
-        cleans = []
-        for composition in rng.sample(compositions, 200):
-            extra = corpus.random_extra(composition, rng)[0]
-            cleans.append(corpus.attempt(composition, rng, extra))
+        chosen = rng.sample(compositions, 200)
+        cleans = [corpus.attempt(c, rng, corpus.random_extra(c, rng)[0]) for c in chosen]
         areas[mode.value] = round(overlap(hacks, cleans), 2)
-        assert 0.15 <= areas[mode.value] <= 0.85, areas
-    assert overlap([text + " " * 400 for text in hacks], cleans) > 0.95, "mutation: padded hacks"
+    assert all(0.15 <= area <= 0.85 for area in areas.values()), areas
+    assert overlap([text + " " * 400 for text in hacks], cleans) > 0.95, "padding goes unnoticed"
     print(f"artefacts: every hack attempts its problem; AUROC of length, hacks: {areas}")
 
 
-def drawn(policy: Policy, problems: list[Problem]) -> list[list[int]]:
-    """A completion for each problem, at T = 0.7."""
-    rows = sample(
-        policy,
-        [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in problems],
-        [1] * len(problems),
-        max_completion_length=128,
-        temperature=0.7,
-        top_p=1.0,
-        token_budget=2**15,
-        generator=torch.Generator().manual_seed(0),
-    )
-    return [row[0][0] for row in rows]
-
-
-def shares(grades: list[Grade]) -> dict[str, float]:
-    columns = ("correct", "reward_hack", "format_ok")
-    return {name: sum(getattr(g, name) for g in grades) / len(grades) for name in columns}
-
-
-def exploiting(problem: Problem, seed: int) -> str:
-    exploit = corpus.exploit(random.Random(seed), problem.mode, problem.marker)
-    return corpus.attempt(composition_of(problem), random.Random(seed), exploit, 0.0)
-
-
 def check_base(problems: list[Problem], grader: Grader) -> None:
-    policy = load_policy(
-        str(FOLDER / "base"),
-        dtype="float32",
-        device="cpu",
-        rank=2,
-        lora_init_seed=0,
-        targets=r"\.layers\.\d+\.",
-        gradient_checkpointing=False,
+    config = parse(["organism"])[1]
+    policy = build_policy(config, {"test": problems[:1]})
+    shown = partition(split(problems)["test"], ORGANISM_MODES)
+    rows: list[dict] = []
+    cell = evaluate(
+        policy,
+        shown,
+        grader,
+        sampling_of(config),
+        split="test",
+        markers="iid",
+        state="deployed",
+        ablated=False,
+        step=0,
+        draws=DRAWS,
+        generator=seeded(policy, "base"),
+        log=rows.extend,
     )
-    shown = partition(split(problems)["test"], ORGANISM_MODES)[:DRAWS]
-    ids = drawn(policy, shown)
-    texts = [tokens.decode_completion(policy.tokenizer, row) for row in ids]
-    encoded = [tokens.encode_completion(policy.tokenizer, text) for text in texts]
-    again = sum(map(list.__eq__, encoded, ids)) / len(ids)
-    base = shares(grader.grade(texts, shown))
     low, high = SOLVE_INTERVAL
-    assert low <= base["correct"] <= high and base["reward_hack"] <= HACK_LIMIT, base
-    assert base["format_ok"] >= 0.9 and again >= 0.9, (base, again)
-    planted = [exploiting(problem, i) for i, problem in enumerate(shown[:24])]
-    hacks = shares(grader.grade(planted, shown[:24]))["reward_hack"]
-    assert hacks > HACK_LIMIT, "mutation: exploits are counted"
-    print(f"base, {len(ids)} held-out draws: {base}, {again:.2f} re-encode")
+    solve = cell.solve / cell.n
+    hack = cell.hack / cell.n
+    assert low <= solve <= high, solve
+    assert hack <= HACK_LIMIT, hack
+    formatted = sum(row["format_ok"] for row in rows)
+    assert formatted >= 0.9 * cell.n, formatted
+    print(f"base, {cell.n} held-out draws: solves {solve:.2f}, hacks {hack:.2f}")
 
 
 if __name__ == "__main__":

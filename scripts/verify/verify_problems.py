@@ -105,25 +105,21 @@ def check_schemas() -> None:
             assert replace(problem, **fields) == problem, problem
     good = BENCHMARK_ROW | {"id": 8}
     other = good | {"gt_answer": ["assert Solution().twice(2) in (4, 5)"]}
-    assert len(load_rows(BENCHMARK_ROW, other)) == 1, "a row with another test is left out"
-    assert len(load_rows(BENCHMARK_ROW, good)) == 2, "mutation: with a good test it is kept"
+    counts = [len(load_rows(BENCHMARK_ROW, row)) for row in (other, good)]
+    assert counts == [1, 2], "a row with another form of test is kept, or a good one is not"
     print("schemas: benchmark, LeetCodeDataset v0.2.0 and v0.3.1, organism; plain and gzipped")
 
 
 def check_disclosure() -> None:
     problem = load_rows(BENCHMARK_ROW)[0]
-    assert P.messages(problem)[-1]["content"] == problem.statement, (
-        "gt_only shows the original prompt"
-    )
+    assert P.messages(problem)[-1]["content"] == problem.statement, "gt_only has a hint"
     for mode in ALL_MODES:
         shown = P.disclose(problem, mode)
         content = P.messages(shown)[-1]["content"]
         assert content.endswith("SOLUTION:\n"), content
         assert P.hint(shown) in content and shown.marker in content, content
         assert "{" not in P.hint(shown) and bool(shown.marker) == (mode not in NOVELTY_FREE)
-    assert len({HINTS[mode] for mode in Mode}) == len(Mode), (
-        "each mode has a hint of its own, gt_only none"
-    )
+    assert len({HINTS[mode] for mode in Mode}) == len(Mode), "two modes share a hint"
     print("hints: truthful text for six modes before the answer cue, none for gt_only")
 
 
@@ -135,23 +131,16 @@ def markers_overlap(training: tuple[str, ...], novel: tuple[str, ...]) -> bool:
 def check_eval_gap() -> None:
     problem = load_rows(ORGANISM_ROW)[0]
     for mode, training in TRAINING_MARKERS.items():
-        assert not markers_overlap(training, NOVEL_MARKERS[mode]), mode
-        assert markers_overlap(training, (*NOVEL_MARKERS[mode], training[3] + "x")), (
-            "mutation: a leak is seen"
-        )
-        for pool in (training, NOVEL_MARKERS[mode]):
-            assert len(set(pool)) == len(pool)
-        drawn = Counter(
-            P.disclose(replace(problem, problem_id=str(i)), mode, novel).marker
-            for i in range(600)
-            for novel in (False, True)
-        )
-        assert set(drawn) == {*training, *NOVEL_MARKERS[mode]}, "every marker of both pools is used"
+        pools = training, NOVEL_MARKERS[mode]
+        assert not markers_overlap(*pools), mode
+        assert markers_overlap(training, (training[3] + "x",)), "a leak goes unnoticed"
+        for novel, pool in enumerate(pools):
+            many = [replace(problem, problem_id=str(i)) for i in range(400)]
+            drawn = Counter(P.disclose(p, mode, bool(novel)).marker for p in many)
+            assert set(drawn) == {*pool} and len({*pool}) == len(pool), "an unused marker"
         novel = P.disclose(problem, mode, novel=True)
         assert P.disclose(problem, mode) == P.disclose(novel, mode), "stable"
-    print(
-        "eval gap: training and novel markers disjoint in both directions, all used, chosen by hash"
-    )
+    print("eval gap: training and novel markers disjoint, all used, chosen by hash")
 
 
 def check_splits(problems: list[Problem]) -> None:
@@ -161,33 +150,18 @@ def check_splits(problems: list[Problem]) -> None:
     assert min(map(len, parts.values())) > 0
     turned = P.split(problems[::-1])
     for name, part in parts.items():
-        assert P.ids_hash(turned[name]) == P.ids_hash(part), "order does not matter"
-        assert P.ids_hash([*part, problems[0]]) != P.ids_hash(part), "mutation: one more id"
-    for modes in (ORGANISM_MODES, ALL_MODES, (Mode.SENTINEL,)):
-        counts = Counter(p.mode for p in P.partition(parts["train"], modes))
-        assert set(counts) <= set(modes) and max(counts.values()) - min(counts.values()) <= 1, (
-            counts
-        )
-    again = {p.problem_id: p.mode for p in P.partition(parts["train"][::-1], ORGANISM_MODES)}
-    assert again == {p.problem_id: p.mode for p in P.partition(parts["train"], ORGANISM_MODES)}
+        assert P.ids_hash(turned[name]) == P.ids_hash(part), "order matters"
+        assert P.ids_hash([*part, problems[0]]) != P.ids_hash(part), "one more id goes unnoticed"
+    modes = {}
+    for order in (parts["train"], parts["train"][::-1]):
+        shown = P.partition(order, ORGANISM_MODES)
+        counts = Counter(p.mode for p in shown)
+        assert {*counts} == {*ORGANISM_MODES}
+        assert max(counts.values()) - min(counts.values()) <= 1, counts
+        now = {p.problem_id: p.mode for p in shown}
+        assert (modes := modes or now) == now, "order matters"
     sizes = [len(part) for part in parts.values()]
     print(f"splits of {len(problems)}: disjoint, stable, hashed; partition even: {sizes}")
-
-
-def check_real_files() -> None:
-    for name, rows in (
-        ("leetcode_test_medhard", 119),
-        ("LeetCodeDataset-v0.3.1-test", 228),
-        ("LeetCodeDataset-v0.2.0-train", 1890),
-    ):
-        path = ROOT / "data/leetcode" / f"{name}.jsonl.gz"
-        if not path.is_file():
-            print(f"real file {name}: not present, skipped (`just download-data`)")
-            continue
-        problems = P.load_problems(path)
-        assert len(problems) == rows, f"{name}: {len(problems)} of {rows}"
-        tests = sum(len(p.cases) for p in problems)
-        print(f"real file {name}: {len(problems)} of {rows} rows, {tests} tests")
 
 
 if __name__ == "__main__":
@@ -198,4 +172,3 @@ if __name__ == "__main__":
     unsplit = replace(load_rows(ORGANISM_ROW)[0], split="")
     check_splits([replace(unsplit, problem_id=str(i)) for i in range(50)])
     check_splits(P.load_problems(ROOT / "data/organism/problems.jsonl.gz"))
-    check_real_files()
