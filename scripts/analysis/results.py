@@ -30,7 +30,11 @@ from vgrout.run.runlog import rate_with_interval
 from vgrout.stats import Counts, gain, gain_lower_bound, mean_sem, rate
 
 CEILING_ARM, FROZEN = "no_loophole", 0.5
-NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
+NOT_VARIANTS = (
+    "run.",
+    "grpo.steps",
+    "model.device",
+)  # where and how often, or shown in a column
 HEAD = ("arm", "seed", "preset", "steps", "n")
 HEADERS = [*HEAD, *BOTH, "base solve", "gain [lower 90 %]", "remarks", "run"]
 Triple = tuple[Counts, Counts, Counts]  # of solve, base and ceiling on the same problems
@@ -194,8 +198,18 @@ def mean_line(runs: list[RunRecord], rows: list[dict], every: Records) -> list:
     rates = []
     for key in (*BOTH, "base_solve"):
         rates.append(records.spread([row[key] for row in rows], 2))
-    head = [f"{first['arm']} MEAN", f"{len(rows)} seeds", first["preset"], first["steps"], draws]
-    tail = [gain_text(value, bound), remarks(runs[0], bound), "mean ± SEM over seeds"]
+    head = [
+        f"{first['arm']} MEAN",
+        f"{len(rows)} seeds",
+        first["preset"],
+        first["steps"],
+        draws,
+    ]
+    tail = [
+        gain_text(value, bound),
+        remarks(runs[0], bound),
+        "mean ± SEM over seeds",
+    ]
     return [*head, *rates, *tail]
 
 
