@@ -21,13 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from scripts.analysis.detect import mean, rank_correlation
-from scripts.analysis.rescoring import (
-    FAMILY,
-    Found,
-    members,
-    rebuild,
-    score_step,
-)
+from scripts.analysis.rescoring import FAMILY, Found, members, rebuild, score_step
 from scripts.experiments.reopen import reopen
 from scripts.view import plot
 from scripts.view.output import OUT, add_runs, parser, show
@@ -36,19 +30,13 @@ from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.env.rollouts import Composed
 from vgrout.files import load_tensors
 from vgrout.run.records import load_rollouts, load_snapshots
-from vgrout.stats import (
-    auroc_interval,
-    precision_recall_at,
-    stratified_auroc,
-)
+from vgrout.stats import auroc_interval, precision_recall_at, stratified_auroc
 
-SIGNS = {
-    "all": (-1, 1),
-    "pos": (1,),
-    "neg": (-1,),
-}  # of the advantage
+SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
+DRAWN = {"all": "all student rows", "pos": "student rows with A > 0"}
 NULL = ("null_p05", "null_median", "null_p95")
+CUT = ("share_route", "precision", "recall")
 Columns = dict[str, np.ndarray]
 # One row for each rollout with an advantage, demonstrations included:
 #     step, group, known, student, hack, advantage, length  facts [n]
@@ -58,12 +46,10 @@ Columns = dict[str, np.ndarray]
 def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> Columns:
     """Steps and groups are named by their run and place; `known` are the modes that pairs cover."""
     batch, rollouts = composed.batch, composed.rollouts
+    at = f"{run}/{step}"
     return {
-        "step": np.full(len(rollouts), f"{run}/{step}", dtype=object),
-        "group": np.array(
-            [f"{run}/{step}/{g}" for g in batch.group.tolist()],
-            dtype=object,
-        ),
+        "step": np.full(len(rollouts), at, dtype=object),
+        "group": np.array([f"{at}/{group}" for group in batch.group.tolist()], dtype=object),
         "known": np.array([r.problem.mode in known for r in rollouts]),
         "student": np.array([not r.teacher for r in rollouts]),
         "hack": np.array([r.grade.reward_hack for r in rollouts]),
@@ -75,11 +61,7 @@ def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> 
 def with_score(facts: Columns, found: Found) -> Columns:
     undealt = found.scores.new_full(found.scores.shape, float("nan"))
     zones = undealt if found.zones is None else found.zones.float()
-    scored = {
-        "score": found.scores,
-        "zone": zones,
-        "null": found.null,
-    }
+    scored = {"score": found.scores, "zone": zones, "null": found.null}
     return facts | {name: x.cpu().numpy() for name, x in scored.items()}
 
 
@@ -89,25 +71,19 @@ def joined(parts: list[Columns]) -> Columns:
 
 def audit_run(path: Path, names: list[str], draws: int) -> dict[str, list[Columns]]:
     """Score → its columns of every snapshot step of one run."""
-    run, snapshots, stored = (
-        reopen(path, finished=False),
-        load_snapshots(path),
-        load_rollouts(path),
-    )
+    run, stored = reopen(path, ended=False), load_rollouts(path)
     parts: dict[str, list[Columns]] = {name: [] for name in names}
-    for step in sorted(snapshots.keys() & {r["step"] for r in stored}):
-        run.load(load_tensors(snapshots[step])[0])
-        composed = rebuild(run, [r for r in stored if r["step"] == step])
+    for step, file in load_snapshots(path).items():
+        rows = [row for row in stored if row["step"] == step]
+        run.load(load_tensors(file)[0])
+        composed = rebuild(run, rows) if rows else None
         if composed is None:
             continue
         facts = facts_of(str(path), step, composed, run.config.data.pair_modes)
         for name, (gate, control) in members(run, names).items():
             found = score_step(run.policy, gate, control, composed, draws, step)
             parts[name].append(with_score(facts, found))
-        print(
-            f"  {path.name} step {step}: {len(composed.rollouts)} rows",
-            flush=True,
-        )
+        print(f"  {path.name} step {step}: {len(composed.rollouts)} rows", flush=True)
     if not any(parts.values()):
         nothing = "no snapshot step has a group with variance in reward"
         raise UserError(f"{path}: {nothing}; nothing can be scored")
@@ -122,14 +98,14 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
     a = {key: column[mask] for key, column in a.items()}
     hack, step, scores = a["hack"], a["step"], a["score"]
     low, high = auroc_interval(scores, hack, step, a["group"])
-    random = np.full(1, np.nan)
+    random = [float("nan")]
     if a["null"].shape[1]:
         random = stratified_auroc(a["null"], hack, step)
     band = np.quantile(random, [0.05, 0.5, 0.95]).tolist()
-    routed = a["zone"] == Zone.ROUTE
-    cut = precision_recall_at(routed, hack) | {"share_route": mean(routed)}
-    if np.isnan(a["zone"]).any():  # a control deals another gate's zones
-        cut = dict.fromkeys(cut, float("nan"))
+    cut = dict.fromkeys(CUT, float("nan"))
+    if not np.isnan(a["zone"]).any():  # a control deals another gate's zones
+        routed = a["zone"] == Zone.ROUTE
+        cut = precision_recall_at(routed, hack) | {"share_route": mean(routed)}
     return {
         "n": int(mask.sum()),
         "hacks": int(hack.sum()),
@@ -137,7 +113,7 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
         "low": low,
         "high": high,
         **dict(zip(NULL, band)),
-        **{key: cut[key] for key in ("share_route", "precision", "recall")},
+        **{key: cut[key] for key in CUT},
         "length_spearman": rank_correlation(scores, a["length"]),
     }
 
@@ -145,11 +121,7 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
 def figures(name: str, a: Columns) -> list[dict]:
     """A score's rows of the table."""
     known = a["known"]
-    by_mode = {
-        "all": known | ~known,
-        "known": known,
-        "heldout": ~known,
-    }
+    by_mode = {"all": known | ~known, "known": known, "heldout": ~known}
     rows = []
     for mode, sign in itertools.product(by_mode, SIGNS):
         signed = np.isin(np.sign(a["advantage"]), SIGNS[sign])
@@ -162,48 +134,19 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
     """AUROC by score with intervals; grey: 5–95 % of random controls on the same rows."""
     size = (11, 1.2 + 0.3 * len(names))
     figure, axes = plot.plt.subplots(1, 2, figsize=size, sharey=True)
-    titles = {
-        "all": "all student rows",
-        "pos": "student rows with A > 0",
-    }
-    for axis, (sign, title) in zip(axes, titles.items()):
+    places = np.arange(len(names))
+    for axis, (sign, title) in zip(axes, DRAWN.items()):
         for (mode, colour), shift in zip(MODES.items(), (-0.17, 0.17)):
+            y = places + shift
             mine = [r for r in rows if (r["modes"], r["rows"]) == (mode, sign)]
-            column = {
-                key: np.array([r[key] for r in mine]) for key in ("auroc", "low", "high", *NULL)
-            }
-            y, left = (
-                np.arange(len(mine)) + shift,
-                column["null_p05"],
-            )
-            width = column["null_p95"] - left
-            axis.barh(
-                y,
-                width,
-                left=left,
-                height=0.3,
-                color="0.85",
-                zorder=0,
-            )
-            axis.hlines(
-                y,
-                column["low"],
-                column["high"],
-                color=colour,
-                linewidth=1.2,
-            )
-            label = f"{mode} modes"
-            axis.plot(
-                column["auroc"],
-                y,
-                "o",
-                color=colour,
-                markersize=4,
-                label=label,
-            )
+            keys = ("auroc", "low", "high", "null_p05", "null_p95")
+            auroc, low, high, left, right = (np.array([r[key] for r in mine]) for key in keys)
+            axis.barh(y, right - left, left=left, height=0.3, color="0.85", zorder=0)
+            axis.hlines(y, low, high, color=colour, linewidth=1.2)
+            axis.plot(auroc, y, "o", color=colour, markersize=4, label=f"{mode} modes")
         axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].set_yticks(places, names, fontsize=8)
     axes[0].invert_yaxis()
     plot.save(figure, path)
 
@@ -211,14 +154,8 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
 def main(argv: list[str]) -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "audit")
-    names = list(FAMILY)
-    command.add_argument(
-        "--scores",
-        nargs="+",
-        choices=names,
-        default=names,
-        metavar="SCORE",
-    )
+    names = [*FAMILY]
+    command.add_argument("--scores", nargs="+", choices=names, default=names, metavar="SCORE")
     null = "random controls of each score"
     command.add_argument("--draws", type=at_least(0), default=20, help=null)
     options = command.parse_args(argv)

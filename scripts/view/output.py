@@ -23,14 +23,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def add_runs(command: argparse.ArgumentParser, out: Path, every: bool = False) -> None:
     """Add `runs` and `--out`; with `every`, no run named stands for all of out/runs."""
-    default = " (default: all of out/runs)" if every else ""
-    many = "*" if every else "+"
-    command.add_argument(
-        "runs",
-        nargs=many,
-        type=Path,
-        help=f"run directories{default}",
-    )
+    named = "run directories" + " (default: all of out/runs)" * every
+    command.add_argument("runs", nargs="*" if every else "+", type=Path, help=named)
     where = f"default: {out.relative_to(ROOT)}"
     command.add_argument("--out", type=Path, default=out, help=where)
 
@@ -61,17 +55,12 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def show(rows: list[dict], path: Path) -> None:
-    """Print rows of like keys and write them as CSV, the counts by problem left out."""
-    plain = [{k: v for k, v in row.items() if k != "by_problem"} for row in rows]
+    """Print rows and write them as CSV, the counts by problem left out."""
+    keys = dict.fromkeys(key for row in rows for key in row if key != "by_problem")
+    plain = [{key: row.get(key) for key in keys} for row in rows]
     write_csv(plain, path)
-    keys = list(dict.fromkeys(key for row in plain for key in row))
-    print(
-        table(
-            [[text(row.get(key)) for key in keys] for row in plain],
-            keys,
-        ),
-        flush=True,
-    )
+    cells = [[*map(text, row.values())] for row in plain]
+    print(table(cells, [*keys]), flush=True)
 
 
 def visible(raw: str) -> str:
