@@ -38,7 +38,10 @@ SCALES = {"nargs": "+", "type": float}
 OPTIONS: dict[str, dict[str, Any]] = {
     "--against": {"nargs": "+", "type": Path, "help": "none2r runs with snapshots"},
     "--draws": COUNT | {"help": "draws of each evaluation (default: the run's --final-draws)"},
-    "--no-base": {"action": "store_true", "help": "leave out the attack on the base model"},
+    "--no-base": {
+        "action": "store_true",
+        "help": "leave out the attack on the base model",
+    },
     "--prompts": COUNT | {"help": f"training prompts, {ROWS_A_PROMPT} samples each"},
     "--scales": SCALES | {"help": "0 and 1 are always among them"},
     "--steps": COUNT | {"help": "optimiser steps"},

@@ -21,7 +21,13 @@ from pathlib import Path
 
 import numpy as np
 from scripts.analysis.detect import mean, rank_correlation
-from scripts.analysis.rescoring import FAMILY, Found, members, rebuild, score_step
+from scripts.analysis.rescoring import (
+    FAMILY,
+    Found,
+    members,
+    rebuild,
+    score_step,
+)
 from scripts.experiments.reopen import reopen
 from scripts.view import plot
 from scripts.view.output import OUT, add_runs, parser, show
@@ -30,9 +36,17 @@ from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.env.rollouts import Composed
 from vgrout.files import load_tensors
 from vgrout.run.records import load_rollouts, load_snapshots
-from vgrout.stats import auroc_interval, precision_recall_at, stratified_auroc
+from vgrout.stats import (
+    auroc_interval,
+    precision_recall_at,
+    stratified_auroc,
+)
 
-SIGNS = {"all": (-1, 1), "pos": (1,), "neg": (-1,)}  # of the advantage
+SIGNS = {
+    "all": (-1, 1),
+    "pos": (1,),
+    "neg": (-1,),
+}  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
 DRAWN = {"all": "all student rows", "pos": "student rows with A > 0"}
 NULL = ("null_p05", "null_median", "null_p95")
@@ -49,7 +63,10 @@ def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> 
     at = f"{run}/{step}"
     return {
         "step": np.full(len(rollouts), at, dtype=object),
-        "group": np.array([f"{at}/{group}" for group in batch.group.tolist()], dtype=object),
+        "group": np.array(
+            [f"{at}/{group}" for group in batch.group.tolist()],
+            dtype=object,
+        ),
         "known": np.array([r.problem.mode in known for r in rollouts]),
         "student": np.array([not r.teacher for r in rollouts]),
         "hack": np.array([r.grade.reward_hack for r in rollouts]),
@@ -61,7 +78,11 @@ def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> 
 def with_score(facts: Columns, found: Found) -> Columns:
     undealt = found.scores.new_full(found.scores.shape, float("nan"))
     zones = undealt if found.zones is None else found.zones.float()
-    scored = {"score": found.scores, "zone": zones, "null": found.null}
+    scored = {
+        "score": found.scores,
+        "zone": zones,
+        "null": found.null,
+    }
     return facts | {name: x.cpu().numpy() for name, x in scored.items()}
 
 
@@ -83,7 +104,10 @@ def audit_run(path: Path, names: list[str], draws: int) -> dict[str, list[Column
         for name, (gate, control) in members(run, names).items():
             found = score_step(run.policy, gate, control, composed, draws, step)
             parts[name].append(with_score(facts, found))
-        print(f"  {path.name} step {step}: {len(composed.rollouts)} rows", flush=True)
+        print(
+            f"  {path.name} step {step}: {len(composed.rollouts)} rows",
+            flush=True,
+        )
     if not any(parts.values()):
         nothing = "no snapshot step has a group with variance in reward"
         raise UserError(f"{path}: {nothing}; nothing can be scored")
@@ -121,7 +145,11 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
 def figures(name: str, a: Columns) -> list[dict]:
     """A score's rows of the table."""
     known = a["known"]
-    by_mode = {"all": known | ~known, "known": known, "heldout": ~known}
+    by_mode = {
+        "all": known | ~known,
+        "known": known,
+        "heldout": ~known,
+    }
     rows = []
     for mode, sign in itertools.product(by_mode, SIGNS):
         signed = np.isin(np.sign(a["advantage"]), SIGNS[sign])
@@ -141,9 +169,23 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
             mine = [r for r in rows if (r["modes"], r["rows"]) == (mode, sign)]
             keys = ("auroc", "low", "high", "null_p05", "null_p95")
             auroc, low, high, left, right = (np.array([r[key] for r in mine]) for key in keys)
-            axis.barh(y, right - left, left=left, height=0.3, color="0.85", zorder=0)
+            axis.barh(
+                y,
+                right - left,
+                left=left,
+                height=0.3,
+                color="0.85",
+                zorder=0,
+            )
             axis.hlines(y, low, high, color=colour, linewidth=1.2)
-            axis.plot(auroc, y, "o", color=colour, markersize=4, label=f"{mode} modes")
+            axis.plot(
+                auroc,
+                y,
+                "o",
+                color=colour,
+                markersize=4,
+                label=f"{mode} modes",
+            )
         axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
     axes[0].set_yticks(places, names, fontsize=8)
@@ -155,7 +197,13 @@ def main(argv: list[str]) -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "audit")
     names = [*FAMILY]
-    command.add_argument("--scores", nargs="+", choices=names, default=names, metavar="SCORE")
+    command.add_argument(
+        "--scores",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="SCORE",
+    )
     null = "random controls of each score"
     command.add_argument("--draws", type=at_least(0), default=20, help=null)
     options = command.parse_args(argv)

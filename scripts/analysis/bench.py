@@ -113,7 +113,10 @@ def trl_run(steps: int) -> Row:
 def against_trl(options: Namespace) -> Round:
     """The same steps without demonstrations by both; `update` is all but sampling and grading."""
     steps = options.steps
-    sides = {OURS: one_run("none2r", steps, "--teacher-pool", ""), THEIRS: trl_run(steps)}
+    sides = {
+        OURS: one_run("none2r", steps, "--teacher-pool", ""),
+        THEIRS: trl_run(steps),
+    }
     for row in sides.values():
         row["update"] = row["step"] - row["sample"] - row["grade"]
     return sides
@@ -137,7 +140,10 @@ def graders(options: Namespace) -> Round:
         program = "\n".join([p.setup_code, p.canonical, *asserts])
         subprocess.run([sys.executable, "-c", program], check=True)
     fresh = time.perf_counter() - start
-    return {WORKERS: {"step": pooled / GRADED}, FRESH: {"step": fresh / GRADED}}
+    return {
+        WORKERS: {"step": pooled / GRADED},
+        FRESH: {"step": fresh / GRADED},
+    }
 
 
 def machine() -> dict:
@@ -176,7 +182,14 @@ def side_by_side(rounds: list[Round]) -> str:
         own = {key: [sides[side][key] for sides in rounds] for key in ["step", *keys]}
         digits = {key: 0 if key.startswith("tokens") else 2 for key in keys}
         row = [f"{median(own[key]):.{digits[key]}f}" for key in keys]
-        rows.append([side, *row, spread(own["step"], 3), spread(ratios(rounds, side))])
+        rows.append(
+            [
+                side,
+                *row,
+                spread(own["step"], 3),
+                spread(ratios(rounds, side)),
+            ]
+        )
     return table(rows, ["", *keys, "step, s", "× the first"], "github")
 
 

@@ -33,7 +33,12 @@ from vgrout.model.tokens import collate, encode_prompt, select
 from vgrout.run.audit import scaled
 from vgrout.run.evaluate import seeded
 from vgrout.run.records import load_rollouts, load_snapshots
-from vgrout.stats import above_frontier, bootstrap_interval, frontier_solve, leakage
+from vgrout.stats import (
+    above_frontier,
+    bootstrap_interval,
+    frontier_solve,
+    leakage,
+)
 
 ROWS_A_PROMPT = 4  # samples of the base
 RANDOM_PUSHES = (1, 2, 3)  # seeds of Gaussian quarantines
@@ -101,25 +106,26 @@ def hacks_before(path: str | Path, step: float = float("inf")) -> int:
     return sum(row["reward_hack"] for row in load_rollouts(path) if row["step"] < step)
 
 
-def left_over(path: Path, record: RunRecord, points: list[Row]) -> dict[str, float]:
-    """`residual` (deployed − base) / (as trained − base), and `leakage` in exposure.
-
-    Leakage is against the run without intervention that made the points.
-    """
-    base = next(p["hack"] for p in points if (p["kind"], p["at"]) == ("scale", 0.0))
-    end = next(p for p in points if (p["kind"], p["at"]) == ("scale", 1.0))
-    hack = share(cell(record), "hack")
-    room = share(cell(record, state="as_trained"), "hack") - base
-    exposed = [(0, base)]
+def left_over(path: Path, record: RunRecord, points: list[Row]) -> float:
+    """Leakage in exposure, against the run without intervention that made the points."""
+    exposed = []
     for point in points:
         if point["kind"] == "step":
-            seen = hacks_before(point["run"], point["at"])
-            exposed.append((seen, point["hack"]))
-    exposed.append((hacks_before(end["run"]), end["hack"]))
-    return {
-        "residual": (hack - base) / room if room > 0 else float("nan"),
-        "leakage": leakage(hack, exposed, hacks_before(path)),
-    }
+            exposed.append(
+                (
+                    hacks_before(point["run"], point["at"]),
+                    point["hack"],
+                )
+            )
+        elif point["at"] == 0:
+            exposed.insert(0, (0, point["hack"]))
+        elif point["at"] == 1:
+            end = (hacks_before(point["run"]), point["hack"])
+    return leakage(
+        share(cell(record), "hack"),
+        [*exposed, end],
+        hacks_before(path),
+    )
 
 
 def placed(path: Path, record: RunRecord, points: list[Row]) -> Row:
@@ -132,9 +138,10 @@ def placed(path: Path, record: RunRecord, points: list[Row]) -> Row:
         raise UserError(f"{differ}: set --draws {result.n}") from None
     twins = [p["run"] for p in points if p["seed"] == record.seed]
     against = (twins or [points[0]["run"]])[0]
-    above = dict(zip(("above", "above_low", "above_high"), distance))
-    left = left_over(path, record, [p for p in points if p["run"] == against])
-    return named(path, record) | rates(result) | above | left
+    row = named(path, record) | rates(result)
+    row |= dict(zip(("above", "above_low", "above_high"), distance))
+    row["leakage"] = left_over(path, record, [p for p in points if p["run"] == against])
+    return row
 
 
 def frontier(options: Namespace) -> None:
@@ -155,30 +162,32 @@ def frontier(options: Namespace) -> None:
 
 def draw_frontier(points: list[Row], rows: list[Row], path: Path) -> None:
     figure, axis = plot.panel("hack rate, novel markers", "solve rate")
-    hacks, solves = ([p[which] for p in points] for which in BOTH)
+    offered = [(point["hack"], point["solve"]) for point in points]
     most = max(row["hack"] for row in points + rows)
     grid = np.linspace(0, most + 0.02, 200)
-    envelope = frontier_solve(grid, list(zip(hacks, solves)))
-    axis.plot(grid, envelope, color="0.5", linewidth=1, label="their envelope")
-    axis.plot(hacks, solves, "o", color="0.65", markersize=4, label="plain GRPO, less of it")
+    axis.plot(
+        grid,
+        frontier_solve(grid, offered),
+        color="0.5",
+        label="their envelope",
+    )
+    axis.plot(
+        *zip(*offered),
+        "o",
+        color="0.65",
+        markersize=4,
+        label="plain GRPO, less of it",
+    )
     for place, row in enumerate(rows):
-        axis.errorbar(
+        name = f"{row['arm']} s{row['seed']}"
+        axis.plot(
             row["hack"],
             row["solve"],
-            xerr=arms_of(row, "hack"),
-            yerr=arms_of(row, "solve"),
-            fmt="D",
-            markersize=5,
+            "D",
             color=plot.colour_of(place),
-            label=f"{row['arm']} s{row['seed']}",
+            label=name,
         )
     plot.save(figure, path)
-
-
-def arms_of(row: Row, which: str) -> list[list[float]]:
-    """The lengths of an error bar, below and above."""
-    low, high = row[f"{which}_low"], row[f"{which}_high"]
-    return [[row[which] - low], [high - row[which]]]
 
 
 # ── forget, heal ─────────────────────────────────────────────────────────────────────────────────
@@ -191,7 +200,10 @@ def forget(options: Namespace) -> None:
     for run, measure in each(options):
         adapter = run.policy.adapter
         for own, beside in [*states, (0.0, 1.0)]:
-            with scaled(adapter, own, ("deployed",)), scaled(adapter, beside, ("quarantine",)):
+            with (
+                scaled(adapter, own, ("deployed",)),
+                scaled(adapter, beside, ("quarantine",)),
+            ):
                 rows.append(measure("forget", deployed=own, quarantine=beside))
     show(rows, options.out / "forget.csv")
 
@@ -200,7 +212,11 @@ def heal(options: Namespace) -> None:
     """The deployed policy before and after likelihood steps on the pairs' clean sides."""
     rows = []
     for run, measure in each(options):
-        policy, data, grpo = run.policy, run.config.data, run.config.grpo
+        policy, data, grpo = (
+            run.policy,
+            run.config.data,
+            run.config.grpo,
+        )
         pairs = load_pairs(data.pairs, data.pair_modes)
         sides = torch.arange(2 * len(pairs), device=policy.device)
         clean = select(pair_batch(policy, pairs), sides[len(pairs) :])
@@ -223,11 +239,25 @@ def base_samples(run: Stored, prompts: int) -> Batch:
     how = asdict(replace(sampling_of(run.config), top_p=1.0))
     generator = seeded(policy, "push", seed)
     with scaled(policy.adapter, 0.0):
-        drawn = sample(policy, ids, [ROWS_A_PROMPT] * prompts, generator=generator, **how)
+        drawn = sample(
+            policy,
+            ids,
+            [ROWS_A_PROMPT] * prompts,
+            generator=generator,
+            **how,
+        )
     group = [i for i, rows in enumerate(drawn) for _ in rows]
     completions = [completion for rows in drawn for completion, _ in rows]
     zeros, repeated = [0.0] * len(group), [ids[i] for i in group]
-    return collate(repeated, completions, zeros, group, zeros, policy.pad_id, policy.device)
+    return collate(
+        repeated,
+        completions,
+        zeros,
+        group,
+        zeros,
+        policy.pad_id,
+        policy.device,
+    )
 
 
 def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]:
@@ -247,7 +277,10 @@ def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]
     total, tokens = (empty.index_add(0, group, x) for x in by_row)
     mean = total.sum() / tokens.sum()
     spread = (total - mean * tokens).std() / len(tokens) ** 0.5  # of a ratio of sums
-    return {"push": float(mean), "push_error": float(spread / tokens.mean())}
+    return {
+        "push": float(mean),
+        "push_error": float(spread / tokens.mean()),
+    }
 
 
 def push(options: Namespace) -> None:
@@ -260,7 +293,10 @@ def push(options: Namespace) -> None:
     rows = []
     for path, files in snapshots.items():
         with opened(path, options.draws) as (run, measure):
-            batch, adapter = base_samples(run, options.prompts), run.policy.adapter
+            batch, adapter = (
+                base_samples(run, options.prompts),
+                run.policy.adapter,
+            )
             for step, file in files.items():
                 run.load(load_tensors(file)[0])
                 learned = [p.detach().clone() for p in adapter.parameters("quarantine")]
@@ -269,7 +305,10 @@ def push(options: Namespace) -> None:
                     alone = measure(f"push {step}", **place)
                 rows.append(alone | push_of(run, batch, learned))
                 for seed in RANDOM_PUSHES if any(d.any() for d in learned) else ():
-                    place = {"step": step, "quarantine": f"random {seed}"}
+                    place = {
+                        "step": step,
+                        "quarantine": f"random {seed}",
+                    }
                     pushed = push_of(run, batch, random_deltas(learned, seed))
                     rows.append(named(path, run.record) | place | pushed)
     show(rows, options.out / "push.csv")

@@ -19,7 +19,14 @@ from pathlib import Path
 
 from scripts.experiments import records
 from scripts.experiments.records import BOTH, cell, share
-from scripts.view.output import OUT, add_runs, parser, run_folders, table, write_csv
+from scripts.view.output import (
+    OUT,
+    add_runs,
+    parser,
+    run_folders,
+    table,
+    write_csv,
+)
 
 from vgrout.arms import defaults
 from vgrout.core import RunRecord, UserError, run_main
@@ -36,7 +43,14 @@ NOT_VARIANTS = (
     "model.device",
 )  # where and how often, or shown in a column
 HEAD = ("arm", "seed", "preset", "steps", "n")
-HEADERS = [*HEAD, *BOTH, "base solve", "gain [lower 90 %]", "remarks", "run"]
+HEADERS = [
+    *HEAD,
+    *BOTH,
+    "base solve",
+    "gain [lower 90 %]",
+    "remarks",
+    "run",
+]
 Triple = tuple[Counts, Counts, Counts]  # of solve, base and ceiling on the same problems
 Records = Sequence[RunRecord]
 
@@ -65,7 +79,10 @@ def find_ceiling(record: RunRecord, runs: Records) -> Counts | None:
 def triple(record: RunRecord, runs: Records) -> Triple | None:
     """(solve, base, ceiling) counts, or None where there is no usable ceiling."""
     ceiling = find_ceiling(record, runs)
-    base, solve = cell(record, base=True).by_problem, cell(record).by_problem
+    base, solve = (
+        cell(record, base=True).by_problem,
+        cell(record).by_problem,
+    )
     if ceiling is None or base.keys() != solve.keys():
         return None
     usable = rate(ceiling, "solve") > rate(base, "solve")
@@ -145,9 +162,10 @@ def with_absorb(runs: dict[str, RunRecord]) -> dict[str, RunRecord]:
 def grouped(runs: dict[str, RunRecord]) -> list[dict[str, RunRecord]]:
     """The runs that share a mean, each group by seed."""
     groups = defaultdict(dict)
-    for folder, record in sorted(runs.items(), key=lambda run: run[1].seed):
+    for folder in sorted(runs, key=lambda name: runs[name].seed):
+        record = runs[folder]
         data = record.data_hashes[record.config["data"]["data"]]
-        key = (record.arm, record.preset, record.steps_done, variant(record), data)
+        key = (record.arm, *task(record)[1:], data)
         groups[key][folder] = record
     return [groups[key] for key in sorted(groups)]
 
@@ -165,17 +183,21 @@ def facts(folder: str, record: RunRecord, every: Records) -> dict:
     """A run's row of the CSV."""
     last = cell(record)
     value, bound = gain_of([record], every) or (None, None)
-    head = (record.arm, record.seed, record.preset, record.steps_done, last.n)
+    head = (
+        record.arm,
+        record.seed,
+        record.preset,
+        record.steps_done,
+        last.n,
+    )
     return dict(zip(HEAD, head)) | {
         "hack": share(last, "hack"),
         "solve": share(last, "solve"),
         "base_solve": share(cell(record, base=True), "solve"),
         "gain": value,
         "gain_lower": bound,
-        "oracle": bool(record.notes.get("oracle")),
-        "monitor": record.notes.get("monitor", ""),
+        "remarks": remarks(record, bound),
         "commit": record.commit,
-        "dirty": record.dirty,
         "run": folder,
     }
 
@@ -185,32 +207,33 @@ def gain_text(value: float | None, bound: float | None) -> str:
 
 
 def run_line(row: dict, record: RunRecord) -> list:
+    head = [row[key] for key in HEAD]
     rates = [rate_with_interval(cell(record), which) for which in BOTH]
+    rates.append(f"{row['base_solve']:.2f}")
     gained = gain_text(row["gain"], row["gain_lower"])
-    tail = [gained, remarks(record, row["gain_lower"]), Path(row["run"]).name]
-    return [*(row[key] for key in HEAD), *rates, f"{row['base_solve']:.2f}", *tail]
+    return [*head, *rates, gained, row["remarks"], Path(row["run"]).name]
 
 
 def mean_line(runs: list[RunRecord], rows: list[dict], every: Records) -> list:
     """The line of an arm over its seeds."""
-    first, draws = rows[0], sum(row["n"] for row in rows)
+    first = rows[0]
+    draws = sum(row["n"] for row in rows)
     value, bound = gain_of(runs, every) or (None, None)
     rates = []
     for key in (*BOTH, "base_solve"):
-        rates.append(records.spread([row[key] for row in rows], 2))
-    head = [
+        values = [row[key] for row in rows]
+        rates.append(records.spread(values, 2))
+    return [
         f"{first['arm']} MEAN",
         f"{len(rows)} seeds",
         first["preset"],
         first["steps"],
         draws,
-    ]
-    tail = [
+        *rates,
         gain_text(value, bound),
         remarks(runs[0], bound),
         "mean ± SEM over seeds",
     ]
-    return [*head, *rates, *tail]
 
 
 def main() -> None:

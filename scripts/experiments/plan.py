@@ -43,7 +43,10 @@ def measured(wave: str, folder: Path) -> dict[str, Rates]:
         own = dict.fromkeys(lost, LOST)
         for seed, record in runs.get(row.name, {}).items():
             hack = records.share(records.cell(record), "hack")
-            own[seed] = {"hack": hack, "solve": validated_solve(record, steps)}
+            own[seed] = {
+                "hack": hack,
+                "solve": validated_solve(record, steps),
+            }
         rates[row.name] = own
     return rates
 

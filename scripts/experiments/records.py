@@ -9,6 +9,7 @@ Run: python -m scripts.experiments.records            (the decision's table: mea
 """
 
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import cache
@@ -24,9 +25,7 @@ RECORDS = ROOT / "data" / "records"
 DIVERGED = "failed: diverged"
 BOTH = ("hack", "solve")
 
-Seeds = dict[int, RunRecord]
-Runs = dict[str, Seeds]  # row → seed → record of a finished run
-Diverged = dict[str, list[int]]  # row → seeds
+Runs = dict[str, dict[int, RunRecord]]  # row → seed → record
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
@@ -38,23 +37,25 @@ def read(path: Path) -> Iterator[tuple[str, RunRecord]]:
     for line, _ in read_json_lines(path, "restore the file"):
         evals = [EvalResult(**cell) for cell in line["evals"]]
         values = {key: value for key, value in line.items() if key in known}
-        yield line.get("row", line["arm"]), RunRecord(**values | {"evals": evals})
+        yield (
+            line.get("row", line["arm"]),
+            RunRecord(**values | {"evals": evals}),
+        )
 
 
-def load(paths: Iterable[Path]) -> tuple[Runs, Diverged]:
-    """Records by row and seed, and seeds at which a row diverged; UserError for a run twice."""
-    runs: Runs = {}
-    diverged: Diverged = {}
+def load(paths: Iterable[Path]) -> tuple[Runs, Runs]:
+    """Records of runs that finished, and of those that diverged; UserError for a run twice."""
+    finished: Runs = defaultdict(dict)
+    diverged: Runs = defaultdict(dict)
     for path in paths:
         for row, record in read(path):
-            lost = diverged.setdefault(row, [])
-            if record.seed in runs.setdefault(row, {}) or record.seed in lost:
-                raise UserError(f"{path} has {row} at seed {record.seed} twice: remove one line")
-            if record.status.startswith(DIVERGED):
-                lost.append(record.seed)
-            else:
-                runs[row][record.seed] = record
-    return runs, {row: seeds for row, seeds in diverged.items() if seeds}
+            seed = record.seed
+            if seed in finished[row] or seed in diverged[row]:
+                raise UserError(f"{path} has {row} at seed {seed} twice: remove one line")
+            lost = record.status.startswith(DIVERGED)
+            runs = diverged if lost else finished
+            runs[row][seed] = record
+    return finished, diverged
 
 
 def files(wave: str, folder: Path = RECORDS) -> list[Path]:
@@ -65,9 +66,10 @@ def files(wave: str, folder: Path = RECORDS) -> list[Path]:
 @cache
 def ceilings() -> list[RunRecord]:
     """Every committed run without loopholes of the decision and of development seeds."""
-    paths = files("decision") + files("development")
-    every = [record for path in paths for _, record in read(path)]
-    return [r for r in every if r.arm == "no_loophole" and r.status == "finished"]
+    finished, _ = load(files("decision"))
+    every = [record for seeds in finished.values() for record in seeds.values()]
+    every += [record for _, record in read(RECORDS / "development.jsonl")]
+    return [record for record in every if record.arm == "no_loophole"]
 
 
 def append(path: Path, row: str, record: RunRecord) -> None:
@@ -122,7 +124,7 @@ def decided(runs: Runs) -> dict[str, list[EvalResult]]:
     return found
 
 
-def summary(runs: Runs, diverged: Diverged) -> str:
+def summary(runs: Runs, diverged: Runs) -> str:
     """A line for each row of the decision."""
     rows = []
     for name, results in decided(runs).items():

@@ -27,12 +27,20 @@ from scripts.view.output import parser
 from vgrout.core import Grade, Mode, Problem, UserError, run_main
 from vgrout.env.exploits import canonical_hack
 from vgrout.env.modes import ALL_MODES, ORGANISM_MODES
-from vgrout.env.problems import disclose, load_problems, split, stable_hash
+from vgrout.env.problems import (
+    disclose,
+    load_problems,
+    split,
+    stable_hash,
+)
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.organism.corpus import Extra, attempt, exploit, random_extra
 from vgrout.organism.problems import composition_of
 
-WANTED = {"hack": 2, "solve": 1}  # demonstrations of a kind for each problem and mode
+WANTED = {
+    "hack": 2,
+    "solve": 1,
+}  # demonstrations of a kind for each problem and mode
 CANDIDATES = 3  # attempts at each hack
 SEED, WORKERS = 0, 2
 Candidate = tuple[str, Problem, str]  # kind, problem, completion

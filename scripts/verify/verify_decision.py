@@ -57,7 +57,12 @@ def made(arm: str, seed: int, hack: int, solve: int) -> RunRecord:
     last = novel_cell(220, hack, solve, 1000)
     half = replace(last, split="val", step=110)
     config = {"run": {"out_dir": ""}}
-    changes = {"arm": arm, "seed": seed, "config": config, "status": "finished"}
+    changes = {
+        "arm": arm,
+        "seed": seed,
+        "config": config,
+        "status": "finished",
+    }
     return planted_record(**changes, evals=[half, last])
 
 
@@ -124,7 +129,11 @@ def check_waves() -> None:
     order = [job.name for job in jobs]
     pair = ["absorbQ_s400", "no_gateQ_s400"]
     assert order[:2] == pair and order[20] == "none2r_s400" and order[-1] == "routeQ_s409"
-    for changed in (["--seeds", "41"], ["--flags", "--beta 0"], ["--rehearse"]):
+    for changed in (
+        ["--seeds", "41"],
+        ["--flags", "--beta 0"],
+        ["--rehearse"],
+    ):
         assert not any(job.own for job in chosen(WAVE, *changed)), changed
     print("ok  plan 1 parses, its stages and seeds come in turn")
 
@@ -211,7 +220,11 @@ def check_recorder(tmp: Path) -> None:
     log = subprocess.run([*git, "log", "--format=%s"], capture_output=True, text=True).stdout
     assert "Record of wave: c, seed 101" in log and log.count("\n") == 2, log
     later = run.Recorder("wave", folder, commit=False)
-    assert [later.has(job) for job in (*jobs, foreign)] == [True, True, False]
+    assert [later.has(job) for job in (*jobs, foreign)] == [
+        True,
+        True,
+        False,
+    ]
     later.known.clear()  # the mutation: it does not know what is there
     later(jobs[0])
     refused("twice", records.load, [file])
@@ -230,7 +243,11 @@ def check_resume(tmp: Path) -> None:
 
     threading.Thread(target=stop, daemon=True).start()
     pool()
-    said = ["f_s101: interrupted", "g_s101: interrupted", "h_s101: not started"]
+    said = [
+        "f_s101: interrupted",
+        "g_s101: interrupted",
+        "h_s101: not started",
+    ]
     assert pool.unfinished() == said, pool.unfinished()
     short = []
     for job, path in zip(jobs, saved):
@@ -251,7 +268,13 @@ def check_resume(tmp: Path) -> None:
 
 def main() -> None:
     check_waves()
-    checks = (check_data, check_plan, check_pool, check_recorder, check_resume)
+    checks = (
+        check_data,
+        check_plan,
+        check_pool,
+        check_recorder,
+        check_resume,
+    )
     for check in checks:
         with tempfile.TemporaryDirectory() as folder:
             check(Path(folder))

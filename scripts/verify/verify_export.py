@@ -91,7 +91,15 @@ def check_mutation(policy: Policy, folder: Path, ids: Tensor) -> None:
 
 def check_card(folder: Path, run: Path, other: Path) -> None:
     card, commit = (folder / "README.md").read_text(), provenance()["commit"]
-    for words in (BASE, "routeV", "41", "1 = 0.25", "2 = 0.50", "PeftModel", commit):
+    for words in (
+        BASE,
+        "routeV",
+        "41",
+        "1 = 0.25",
+        "2 = 0.50",
+        "PeftModel",
+        commit,
+    ):
         assert words in card, f"the model card lacks {words!r}"
     names = [export(path, None, None).name for path in (run, other)]
     assert names == ["peft_deployed", "peft_both"], "SHOULD be what the run's arm deploys"
@@ -104,7 +112,10 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = load_policy(BASE, **POLICY)
     perturb(policy, 0.02)
-    words, generator = policy.model.config.vocab_size, torch.Generator().manual_seed(0)
+    words, generator = (
+        policy.model.config.vocab_size,
+        torch.Generator().manual_seed(0),
+    )
     ids = torch.randint(3, words, (2, 24), generator=generator)
     with tempfile.TemporaryDirectory() as tmp:
         run = planted(Path(tmp) / "run", policy, "ablated")

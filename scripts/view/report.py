@@ -123,7 +123,15 @@ def evaluation(record: RunRecord) -> str:
                 f"{own['hack'] / own['n']:.2f} / {own['solve'] / own['n']:.2f}" if own else "–"
             )
         rows.append([name, c.markers, c.step, c.n, *rates, *split])
-    headers = ["policy", "markers", "step", "draws", "hack [95 %]", "solve [95 %]", *modes]
+    headers = [
+        "policy",
+        "markers",
+        "step",
+        "draws",
+        "hack [95 %]",
+        "solve [95 %]",
+        *modes,
+    ]
     wide = f'<div class="wide">{table(rows, headers, "html")}</div>'
     return wide + note("Columns of a mode: hack / solve.")
 
