@@ -141,7 +141,7 @@ ceiling SEED="41":
     OMP_NUM_THREADS=1 {{ organism }} no_loophole --seed {{ SEED }} --out-dir {{ runs }}/ceiling_s{{ SEED }}
     python -m scripts.experiments.compact {{ runs }}/ceiling_s{{ SEED }} data/records/development.jsonl
 
-# Speed and memory against TRL, and arm by arm; writes out/bench.json.
+# Speed and memory against TRL, arm by arm, and of the grader; writes out/bench.json.
 bench *ARGS:
     python -m scripts.analysis.bench "$@"
 
