@@ -36,8 +36,8 @@ def main(out: str, steps: int) -> None:
     log: Log = {"sample": [], "grade": [], "step": [], "tokens": []}
     with Grader(WORKERS, cpu_seconds=config.run.cpu_seconds) as grader:
         train(config, problems, grader, log)
-    steps_of = zip(*log.values(), strict=True)
-    Path(out).write_text(json.dumps([dict(zip(log, values)) for values in steps_of]))
+    rows = [dict(zip(log, values)) for values in zip(*log.values())]
+    Path(out).write_text(json.dumps(rows))
 
 
 def settings(config: Any, folder: str, steps: int) -> dict[str, Any]:

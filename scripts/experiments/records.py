@@ -67,8 +67,9 @@ def files(wave: str, folder: Path = RECORDS) -> list[Path]:
 def ceilings() -> list[RunRecord]:
     """Every committed run without loopholes of the decision and of development seeds."""
     finished, _ = load(files("decision"))
-    every = [record for seeds in finished.values() for record in seeds.values()]
-    every += [record for _, record in read(RECORDS / "development.jsonl")]
+    every = [record for _, record in read(RECORDS / "development.jsonl")]
+    for seeds in finished.values():
+        every += seeds.values()
     return [record for record in every if record.arm == "no_loophole"]
 
 
@@ -118,9 +119,10 @@ def decided(runs: Runs) -> dict[str, list[EvalResult]]:
         "absorb": [cell(r, state="ablated") for r in plain],
     }
     for line, _ in read_json_lines(RECORDS / "rows.jsonl"):
-        own = runs.get(line["name"], {})
+        name = line["name"]
+        own = runs.get(name)
         if own:
-            found[line["name"]] = [cell(r) for r in own.values()]
+            found[name] = [cell(r) for r in own.values()]
     return found
 
 
@@ -130,7 +132,8 @@ def summary(runs: Runs, diverged: Runs) -> str:
     for name, results in decided(runs).items():
         row = [name, len(results)]
         for which in BOTH:
-            row.append(spread([share(c, which) for c in results]))
+            rates = [share(c, which) for c in results]
+            row.append(spread(rates))
         lost = diverged.get(name, [])
         rows.append([*row, len(lost)])
     note = "deployed policy, novel markers; `just decision ROW` says how a row is repeated"

@@ -1,7 +1,6 @@
 """What all readers of runs share: which runs, numbers as text, tables on screen and as CSV."""
 
 import argparse
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,11 @@ def run_folders(named: list[Path]) -> list[Path]:
 
 def text(value: Any, digits: int = 3) -> str:
     """A cell of a table: what does not exist (None, NaN) is a dash."""
+    if value is None or value != value:
+        return "–"
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.{digits}f}"
-    return "–" if value is None else str(value)
+        return f"{value:.{digits}f}"
+    return str(value)
 
 
 def table(rows: list[list], headers: list[str], style: str = "simple") -> str:
