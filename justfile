@@ -115,7 +115,7 @@ other-environment *ARGS:
 
 # ── experiments ──
 
-# The archived decision: what it holds; with a row's name, how its records are repeated (commit and argv).
+# The archived decision's table; with a row's name, how its records are repeated (commit and argv).
 decision *ROWS:
     python -m scripts.experiments.records "$@"
 
@@ -126,10 +126,6 @@ wave *ARGS:
 # A plan's table and tests from its records: `just plan 01_label_free`.
 plan *ARGS:
     python -m scripts.experiments.plan "$@"
-
-# Tables and figures of the decision from its records.
-artifacts:
-    python -m scripts.experiments.artifacts
 
 # Queue the runs for one large GPU on pueue, labelled why: and resolve: (--dry-run prints them; then `pueue follow`).
 queue-decision *ARGS:
@@ -143,9 +139,9 @@ pool *ARGS:
 ceiling SEED="41":
     rm -rf {{ runs }}/ceiling_s{{ SEED }}
     OMP_NUM_THREADS=1 {{ organism }} no_loophole --seed {{ SEED }} --out-dir {{ runs }}/ceiling_s{{ SEED }}
-    python -m scripts.analysis.results {{ runs }}/ceiling_s{{ SEED }} --compact data/records/development.jsonl
+    python -m scripts.experiments.compact {{ runs }}/ceiling_s{{ SEED }} data/records/development.jsonl
 
-# Speed and memory against TRL, and arm by arm; writes out/bench.json.
+# Speed and memory against TRL, arm by arm, and of the grader; writes out/bench.json.
 bench *ARGS:
     python -m scripts.analysis.bench "$@"
 

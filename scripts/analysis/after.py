@@ -15,9 +15,9 @@
     heal RUN …                          likelihood steps on the pairs' clean sides into the deployed
                                         block: reported off and on
 
-All rates are of held-out test problems with novel markers. Tables go to the terminal and, with
-figures, into --out (out/after). A method must lie above the frontier: a point on it is what
-training less, or mixing the adapter with nothing, would give for free.
+All rates are of held-out test problems with novel markers. Tables go to the terminal and, with the
+frontier's figure, into --out (out/after). A method must lie above the frontier: a point on it is
+what training less, or mixing the adapter with nothing, would give for free.
 
 Run: python -m scripts.analysis.after frontier out/runs/routeV_s41 --against out/runs/none2r_s41
 """
@@ -34,20 +34,16 @@ from scripts.view.output import OUT, add_runs, parser
 from vgrout.core import at_least, run_main
 
 COUNT = {"type": at_least(1)}
+SCALES = {"nargs": "+", "type": float}
 OPTIONS: dict[str, dict[str, Any]] = {
     "--against": {"nargs": "+", "type": Path, "help": "none2r runs with snapshots"},
     "--draws": COUNT | {"help": "draws of each evaluation (default: the run's --final-draws)"},
-    "--learning-rate": {"type": float, "help": "of the likelihood steps"},
     "--no-base": {
         "action": "store_true",
         "help": "leave out the attack on the base model",
     },
     "--prompts": COUNT | {"help": f"training prompts, {ROWS_A_PROMPT} samples each"},
-    "--scales": {
-        "nargs": "+",
-        "type": float,
-        "help": "0 and 1 are always among them",
-    },
+    "--scales": SCALES | {"help": "0 and 1 are always among them"},
     "--steps": COUNT | {"help": "optimiser steps"},
 }
 TENTHS = [i / 10 for i in range(11)]
@@ -57,7 +53,7 @@ COMMANDS = {  # work, default of each option (None: required)
     "push": (push, {"--draws": 0, "--prompts": 48}),
     "relearn": (relearn, {"--no-base": False, "--steps": 40}),
     "detect": (detect, {}),
-    "heal": (heal, {"--draws": 0, "--steps": 8, "--learning-rate": 1e-3}),
+    "heal": (heal, {"--draws": 0, "--steps": 8}),
 }
 
 

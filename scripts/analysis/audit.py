@@ -48,7 +48,9 @@ SIGNS = {
     "neg": (-1,),
 }  # of the advantage
 MODES = {"known": "#1f6fb2", "heldout": "#c0392b"}
+DRAWN = {"all": "all student rows", "pos": "student rows with A > 0"}
 NULL = ("null_p05", "null_median", "null_p95")
+CUT = ("share_route", "precision", "recall")
 Columns = dict[str, np.ndarray]
 # One row for each rollout with an advantage, demonstrations included:
 #     step, group, known, student, hack, advantage, length  facts [n]
@@ -58,10 +60,11 @@ Columns = dict[str, np.ndarray]
 def facts_of(run: str, step: int, composed: Composed, known: Iterable[Mode]) -> Columns:
     """Steps and groups are named by their run and place; `known` are the modes that pairs cover."""
     batch, rollouts = composed.batch, composed.rollouts
+    at = f"{run}/{step}"
     return {
-        "step": np.full(len(rollouts), f"{run}/{step}", dtype=object),
+        "step": np.full(len(rollouts), at, dtype=object),
         "group": np.array(
-            [f"{run}/{step}/{g}" for g in batch.group.tolist()],
+            [f"{at}/{group}" for group in batch.group.tolist()],
             dtype=object,
         ),
         "known": np.array([r.problem.mode in known for r in rollouts]),
@@ -89,15 +92,12 @@ def joined(parts: list[Columns]) -> Columns:
 
 def audit_run(path: Path, names: list[str], draws: int) -> dict[str, list[Columns]]:
     """Score → its columns of every snapshot step of one run."""
-    run, snapshots, stored = (
-        reopen(path, finished=False),
-        load_snapshots(path),
-        load_rollouts(path),
-    )
+    run, stored = reopen(path, ended=False), load_rollouts(path)
     parts: dict[str, list[Columns]] = {name: [] for name in names}
-    for step in sorted(snapshots.keys() & {r["step"] for r in stored}):
-        run.load(load_tensors(snapshots[step])[0])
-        composed = rebuild(run, [r for r in stored if r["step"] == step])
+    for step, file in load_snapshots(path).items():
+        rows = [row for row in stored if row["step"] == step]
+        run.load(load_tensors(file)[0])
+        composed = rebuild(run, rows) if rows else None
         if composed is None:
             continue
         facts = facts_of(str(path), step, composed, run.config.data.pair_modes)
@@ -122,14 +122,14 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
     a = {key: column[mask] for key, column in a.items()}
     hack, step, scores = a["hack"], a["step"], a["score"]
     low, high = auroc_interval(scores, hack, step, a["group"])
-    random = np.full(1, np.nan)
+    random = [float("nan")]
     if a["null"].shape[1]:
         random = stratified_auroc(a["null"], hack, step)
     band = np.quantile(random, [0.05, 0.5, 0.95]).tolist()
-    routed = a["zone"] == Zone.ROUTE
-    cut = precision_recall_at(routed, hack) | {"share_route": mean(routed)}
-    if np.isnan(a["zone"]).any():  # a control deals another gate's zones
-        cut = dict.fromkeys(cut, float("nan"))
+    cut = dict.fromkeys(CUT, float("nan"))
+    if not np.isnan(a["zone"]).any():  # a control deals another gate's zones
+        routed = a["zone"] == Zone.ROUTE
+        cut = precision_recall_at(routed, hack) | {"share_route": mean(routed)}
     return {
         "n": int(mask.sum()),
         "hacks": int(hack.sum()),
@@ -137,7 +137,7 @@ def ranking(a: Columns, mask: np.ndarray) -> dict[str, float]:
         "low": low,
         "high": high,
         **dict(zip(NULL, band)),
-        **{key: cut[key] for key in ("share_route", "precision", "recall")},
+        **{key: cut[key] for key in CUT},
         "length_spearman": rank_correlation(scores, a["length"]),
     }
 
@@ -162,48 +162,33 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
     """AUROC by score with intervals; grey: 5–95 % of random controls on the same rows."""
     size = (11, 1.2 + 0.3 * len(names))
     figure, axes = plot.plt.subplots(1, 2, figsize=size, sharey=True)
-    titles = {
-        "all": "all student rows",
-        "pos": "student rows with A > 0",
-    }
-    for axis, (sign, title) in zip(axes, titles.items()):
+    places = np.arange(len(names))
+    for axis, (sign, title) in zip(axes, DRAWN.items()):
         for (mode, colour), shift in zip(MODES.items(), (-0.17, 0.17)):
+            y = places + shift
             mine = [r for r in rows if (r["modes"], r["rows"]) == (mode, sign)]
-            column = {
-                key: np.array([r[key] for r in mine]) for key in ("auroc", "low", "high", *NULL)
-            }
-            y, left = (
-                np.arange(len(mine)) + shift,
-                column["null_p05"],
-            )
-            width = column["null_p95"] - left
+            keys = ("auroc", "low", "high", "null_p05", "null_p95")
+            auroc, low, high, left, right = (np.array([r[key] for r in mine]) for key in keys)
             axis.barh(
                 y,
-                width,
+                right - left,
                 left=left,
                 height=0.3,
                 color="0.85",
                 zorder=0,
             )
-            axis.hlines(
-                y,
-                column["low"],
-                column["high"],
-                color=colour,
-                linewidth=1.2,
-            )
-            label = f"{mode} modes"
+            axis.hlines(y, low, high, color=colour, linewidth=1.2)
             axis.plot(
-                column["auroc"],
+                auroc,
                 y,
                 "o",
                 color=colour,
                 markersize=4,
-                label=label,
+                label=f"{mode} modes",
             )
         axis.axvline(0.5, color="0.4", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="AUROC within steps", xlim=(0, 1))
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].set_yticks(places, names, fontsize=8)
     axes[0].invert_yaxis()
     plot.save(figure, path)
 
@@ -211,7 +196,7 @@ def draw(rows: list[dict], names: list[str], path: Path) -> None:
 def main(argv: list[str]) -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "audit")
-    names = list(FAMILY)
+    names = [*FAMILY]
     command.add_argument(
         "--scores",
         nargs="+",

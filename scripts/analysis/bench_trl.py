@@ -6,7 +6,7 @@ fp32, threads, and the same grader as the reward function. Logging to trackers, 
 gradient checkpointing and bf16 are off; all rows are one micro-batch, and smaller ones are not
 faster here.
 
-    python -m scripts.analysis.bench_trl OUT.json STEPS THREADS     (a child of bench.py)
+    python -m scripts.analysis.bench_trl OUT.json STEPS     (a child of bench.py)
 """
 
 import json
@@ -28,17 +28,16 @@ SEED, WORKERS = 41, 2
 Log = dict[str, list[float]]  # seconds and sampled tokens, step by step
 
 
-def main(out: str, steps: int, threads: int) -> None:
+def main(out: str, steps: int) -> None:
     config = parse(["organism", "--intervention", "none2r", "--seed", str(SEED)])[1]
     train_split, prompts = load_splits(config)["train"], config.grpo.num_prompts
     shown = [p for step in range(steps) for p in stream(train_split, step, prompts, SEED)]
     problems = [prompt.problem for prompt in shown]
     log: Log = {"sample": [], "grade": [], "step": [], "tokens": []}
     with Grader(WORKERS, cpu_seconds=config.run.cpu_seconds) as grader:
-        try:
-            train(config, problems, grader, log, threads)
-        finally:
-            Path(out).write_text(json.dumps(log))
+        train(config, problems, grader, log)
+    rows = [dict(zip(log, values)) for values in zip(*log.values())]
+    Path(out).write_text(json.dumps(rows))
 
 
 def settings(config: Any, folder: str, steps: int) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def settings(config: Any, folder: str, steps: int) -> dict[str, Any]:
     }
 
 
-def train(config: Any, problems: list[Problem], grader: Grader, log: Log, threads: int) -> None:
+def train(config: Any, problems: list[Problem], grader: Grader, log: Log) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     from datasets import Dataset
@@ -79,7 +78,7 @@ def train(config: Any, problems: list[Problem], grader: Grader, log: Log, thread
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
     def reward(completions: list, completion_ids: list, index: list[int], **_: Any) -> list[float]:
         clock = time.perf_counter()
@@ -122,4 +121,4 @@ def train(config: Any, problems: list[Problem], grader: Grader, log: Log, thread
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scripts.analysis.results import cell as final_cell
-from scripts.experiments.reopen import Stored, reopen
+from scripts.experiments.records import BOTH, cell, share
+from scripts.experiments.reopen import Stored, finished, reopen
 from scripts.view import plot
 from scripts.view.output import show
 from torch import Tensor
 
 from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.env import pairs
+from vgrout.env.pairs import load_pairs
 from vgrout.env.problems import messages
 from vgrout.env.rollouts import pair_batch, stream
 from vgrout.experiment import sampling_of
@@ -32,11 +32,7 @@ from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
 from vgrout.run.audit import scaled
 from vgrout.run.evaluate import seeded
-from vgrout.run.records import (
-    load_record,
-    load_rollouts,
-    load_snapshots,
-)
+from vgrout.run.records import load_rollouts, load_snapshots
 from vgrout.stats import (
     above_frontier,
     bootstrap_interval,
@@ -46,68 +42,63 @@ from vgrout.stats import (
 
 ROWS_A_PROMPT = 4  # samples of the base
 RANDOM_PUSHES = (1, 2, 3)  # seeds of Gaussian quarantines
-Measure = Callable[..., dict]  # name → rates of the present policy
+HEALING = 1e-3  # learning rate of the likelihood steps
+Row = dict[str, object]
+Measure = Callable[..., Row]  # name → the run's names and the rates of its present policy
 
 
-def rates(cell: EvalResult) -> dict:
+def rates(result: EvalResult) -> Row:
     """n, hack and solve with 95 % intervals over problems, and the counts by problem."""
-    out: dict = {"n": cell.n, "by_problem": cell.by_problem}
-    for which in ("hack", "solve"):
-        low, high = bootstrap_interval(cell.by_problem, which)
-        value = getattr(cell, which) / cell.n
-        out |= {
-            which: value,
-            f"{which}_low": low,
-            f"{which}_high": high,
-        }
-    return out
+    row: Row = {"n": result.n, "by_problem": result.by_problem}
+    for which in BOTH:
+        low, high = bootstrap_interval(result.by_problem, which)
+        row[which] = share(result, which)
+        row |= {f"{which}_low": low, f"{which}_high": high}
+    return row
 
 
-def finished(paths: list[Path]) -> dict[Path, RunRecord]:
-    """Records of finished runs; UserError for one that is not."""
-    records = {path: load_record(path) for path in paths}
-    for path, record in records.items():
-        if record.status != "finished":
-            remedy = "finish it with --resume first"
-            raise UserError(f"{path} has no final evaluation ({record.status}): {remedy}")
-    return records
+def named(path: Path, record: RunRecord) -> Row:
+    return {"run": str(path), "arm": record.arm, "seed": record.seed}
 
 
 @contextmanager
 def opened(path: Path, draws: int) -> Iterator[tuple[Stored, Measure]]:
     """A run at its initialisation, and what measures its present policy; 0 draws: its own."""
-    run = reopen(path, finished=False)
+    run = reopen(path, ended=False)
     count = draws or run.config.run.final_draws
     with Grader(run.config.run.workers) as grader:
 
-        def measure(name: str, ablated: bool = False) -> dict:
-            return rates(run.cell(grader, name, ablated, count))
+        def measure(name: str, ablated: bool = False, **columns: object) -> Row:
+            result = run.cell(grader, name, ablated, count)
+            return named(path, run.record) | columns | rates(result)
 
         yield run, measure
 
 
-def named(run: Stored) -> dict:
-    return {
-        "run": str(run.path),
-        "arm": run.record.arm,
-        "seed": run.record.seed,
-    }
+def each(options: Namespace) -> Iterator[tuple[Stored, Measure]]:
+    """The finished runs in turn, as trained."""
+    for path in options.runs:
+        finished(path)
+    for path in options.runs:
+        with opened(path, options.draws) as (run, measure):
+            run.load()
+            yield run, measure
 
 
 # ── frontier: the shrinkage null ─────────────────────────────────────────────────────────────────
 
 
-def null_points(path: Path, options: Namespace) -> Iterator[dict]:
+def null_points(path: Path, options: Namespace) -> Iterator[Row]:
     """A run as trained: its final adapter scaled, and every snapshot but the base's."""
     with opened(path, options.draws) as (run, measure):
         run.load()
         for at in sorted({0.0, 1.0, *options.scales}):
             with scaled(run.policy.adapter, at):
-                yield (named(run) | {"kind": "scale", "at": at} | measure(f"scale {at}"))
+                yield measure(f"scale {at}", kind="scale", at=at)
         for step, file in load_snapshots(path).items():
             if step > 0:
                 run.load(load_tensors(file)[0])
-                yield (named(run) | {"kind": "step", "at": float(step)} | measure(f"step {step}"))
+                yield measure(f"step {step}", kind="step", at=float(step))
 
 
 def hacks_before(path: str | Path, step: float = float("inf")) -> int:
@@ -115,50 +106,52 @@ def hacks_before(path: str | Path, step: float = float("inf")) -> int:
     return sum(row["reward_hack"] for row in load_rollouts(path) if row["step"] < step)
 
 
-def left_over(path: Path, record: RunRecord, points: list[dict]) -> dict[str, float]:
-    """`residual` (deployed − base) / (as trained − base), and `leakage` in exposure.
+def left_over(path: Path, record: RunRecord, points: list[Row]) -> float:
+    """Leakage in exposure, against the run without intervention that made the points."""
+    exposed = []
+    for point in points:
+        if point["kind"] == "step":
+            exposed.append(
+                (
+                    hacks_before(point["run"], point["at"]),
+                    point["hack"],
+                )
+            )
+        elif point["at"] == 0:
+            exposed.insert(0, (0, point["hack"]))
+        elif point["at"] == 1:
+            end = (hacks_before(point["run"]), point["hack"])
+    return leakage(
+        share(cell(record), "hack"),
+        [*exposed, end],
+        hacks_before(path),
+    )
 
-    Leakage is against the run without intervention that made the points.
-    """
-    scales = {p["at"]: p for p in points if p["kind"] == "scale"}
-    base, end = scales[0.0], scales[1.0]
-    deployed, trained = (final_cell(record, state=s) for s in ("deployed", "as_trained"))
-    hack = deployed.hack / deployed.n
-    room = trained.hack / trained.n - base["hack"]
-    exposed = [(0, base["hack"])]
-    for p in points:
-        if p["kind"] == "step":
-            exposed.append((hacks_before(p["run"], p["at"]), p["hack"]))
-    exposed.append((hacks_before(end["run"]), end["hack"]))
-    return {
-        "residual": (hack - base["hack"]) / room if room > 0 else float("nan"),
-        "leakage": leakage(hack, exposed, hacks_before(path)),
-    }
 
-
-def placed(path: Path, record: RunRecord, points: list[dict]) -> dict:
+def placed(path: Path, record: RunRecord, points: list[Row]) -> Row:
     """A deployed policy beside the points; its leakage is against the run of its own seed."""
-    cell = final_cell(record)
+    result = cell(record)
     try:
-        distance = above_frontier(cell.by_problem, [p["by_problem"] for p in points])
+        distance = above_frontier(result.by_problem, [p["by_problem"] for p in points])
     except ValueError as error:
         differ = f"{path} and --against are counted on different problems ({error})"
-        raise UserError(f"{differ}: set --draws {cell.n}") from None
-    twins = [p["run"] for p in points if p["seed"] == record.seed] or [points[0]["run"]]
-    own = [p for p in points if p["run"] == twins[0]]
-    above = dict(zip(("above", "above_low", "above_high"), distance))
-    head = {"run": str(path), "arm": record.arm, "seed": record.seed}
-    return head | rates(cell) | above | left_over(path, record, own)
+        raise UserError(f"{differ}: set --draws {result.n}") from None
+    twins = [p["run"] for p in points if p["seed"] == record.seed]
+    against = (twins or [points[0]["run"]])[0]
+    row = named(path, record) | rates(result)
+    row |= dict(zip(("above", "above_low", "above_high"), distance))
+    row["leakage"] = left_over(path, record, [p for p in points if p["run"] == against])
+    return row
 
 
 def frontier(options: Namespace) -> None:
     """How far each deployed policy lies above what plain GRPO offers for less training."""
-    records = finished(options.runs)
-    for path, record in finished(options.against).items():
+    records = {path: finished(path) for path in options.runs}
+    for path in options.against:
+        arm = finished(path).arm
         load_snapshots(path)
-        if record.arm != "none2r":
-            why = "the shrinkage null is plain GRPO's"
-            raise UserError(f"{path} is {record.arm}, not none2r: {why}")
+        if arm != "none2r":
+            raise UserError(f"{path} is {arm}, not none2r: the shrinkage null is plain GRPO's")
     points = [point for path in options.against for point in null_points(path, options)]
     show(points, options.out / "frontier_points.csv")
     rows = [placed(path, record, points) for path, record in records.items()]
@@ -167,34 +160,33 @@ def frontier(options: Namespace) -> None:
     draw_frontier(points, rows, options.out / "frontier.png")
 
 
-def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
+def draw_frontier(points: list[Row], rows: list[Row], path: Path) -> None:
     figure, axis = plot.panel("hack rate, novel markers", "solve rate")
-    hacks, solves = ([p[which] for p in points] for which in ("hack", "solve"))
-    grid = np.linspace(0, max(r["hack"] for r in points + rows) + 0.02, 200)
-    envelope = frontier_solve(grid, list(zip(hacks, solves)))
-    axis.plot(grid, envelope, color="0.5", linewidth=1, label="their envelope")
+    offered = [(point["hack"], point["solve"]) for point in points]
+    most = max(row["hack"] for row in points + rows)
+    grid = np.linspace(0, most + 0.02, 200)
     axis.plot(
-        hacks,
-        solves,
+        grid,
+        frontier_solve(grid, offered),
+        color="0.5",
+        label="their envelope",
+    )
+    axis.plot(
+        *zip(*offered),
         "o",
         color="0.65",
         markersize=4,
         label="plain GRPO, less of it",
     )
     for place, row in enumerate(rows):
-        error = {}
-        for side, which in (("xerr", "hack"), ("yerr", "solve")):
-            error[side] = [
-                [row[which] - row[f"{which}_low"]],
-                [row[f"{which}_high"] - row[which]],
-            ]
-        look = {
-            "fmt": "D",
-            "markersize": 5,
-            "color": plot.colour_of(place),
-        }
         name = f"{row['arm']} s{row['seed']}"
-        axis.errorbar(row["hack"], row["solve"], **error, **look, label=name)
+        axis.plot(
+            row["hack"],
+            row["solve"],
+            "D",
+            color=plot.colour_of(place),
+            label=name,
+        )
     plot.save(figure, path)
 
 
@@ -203,70 +195,36 @@ def draw_frontier(points: list[dict], rows: list[dict], path: Path) -> None:
 
 def forget(options: Namespace) -> None:
     """The quarantine's delta scaled beside the deployed block, and alone."""
-    finished(options.runs)
     states = [(1.0, scale) for scale in sorted({0.0, 1.0, *options.scales})]
     rows = []
-    for path in options.runs:
-        with opened(path, options.draws) as (run, measure):
-            run.load()
-            for deployed, quarantine in [*states, (0.0, 1.0)]:
-                own = scaled(run.policy.adapter, deployed, ("deployed",))
-                with (
-                    own,
-                    scaled(run.policy.adapter, quarantine, ("quarantine",)),
-                ):
-                    found = measure("forget")
-                rows.append(named(run) | {"deployed": deployed, "quarantine": quarantine} | found)
+    for run, measure in each(options):
+        adapter = run.policy.adapter
+        for own, beside in [*states, (0.0, 1.0)]:
+            with (
+                scaled(adapter, own, ("deployed",)),
+                scaled(adapter, beside, ("quarantine",)),
+            ):
+                rows.append(measure("forget", deployed=own, quarantine=beside))
     show(rows, options.out / "forget.csv")
-    draw_forget(rows, options.out / "forget.png")
-
-
-def draw_forget(rows: list[dict], path: Path) -> None:
-    of_delta = "scale of the quarantine's delta (0: deployed)"
-    figure, axis = plot.panel(of_delta, "rate, novel markers")
-    for place, run in enumerate(dict.fromkeys(r["run"] for r in rows)):
-        mine = [r for r in rows if r["run"] == run and r["deployed"]]
-        scales = [r["quarantine"] for r in mine]
-        for which, style in (("hack", "o-"), ("solve", "o--")):
-            values, label = (
-                [r[which] for r in mine],
-                f"{Path(run).name}: {which}",
-            )
-            axis.plot(
-                scales,
-                values,
-                style,
-                color=plot.colour_of(place),
-                label=label,
-            )
-    plot.save(figure, path)
 
 
 def heal(options: Namespace) -> None:
     """The deployed policy before and after likelihood steps on the pairs' clean sides."""
-    finished(options.runs)
     rows = []
-    for path in options.runs:
-        with opened(path, options.draws) as (run, measure):
-            run.load()
-            policy, data, grpo = (
-                run.policy,
-                run.config.data,
-                run.config.grpo,
-            )
-            found = pairs.load_pairs(data.pairs, data.pair_modes)
-            sides = torch.arange(2 * len(found), device=policy.device)
-            clean = select(pair_batch(policy, found), sides[len(found) :])
-            how = (
-                options.learning_rate,
-                grpo.temperature,
-                grpo.token_budget,
-            )
-            for name, steps in (("off", 0), ("on", options.steps)):
-                with scaled(policy.adapter, 1.0 - run.ablates, ("quarantine",)):
-                    likelihood_steps(policy, clean, "deployed", steps, *how)
-                state = {"heal": name, "heal_steps": steps}
-                rows.append(named(run) | state | measure("heal", run.ablates))
+    for run, measure in each(options):
+        policy, data, grpo = (
+            run.policy,
+            run.config.data,
+            run.config.grpo,
+        )
+        pairs = load_pairs(data.pairs, data.pair_modes)
+        sides = torch.arange(2 * len(pairs), device=policy.device)
+        clean = select(pair_batch(policy, pairs), sides[len(pairs) :])
+        how = HEALING, grpo.temperature, grpo.token_budget
+        for name, steps in (("off", 0), ("on", options.steps)):
+            with scaled(policy.adapter, 1.0 - run.ablates, ("quarantine",)):
+                likelihood_steps(policy, clean, "deployed", steps, *how)
+            rows.append(measure("heal", run.ablates, heal=name, heal_steps=steps))
     show(rows, options.out / "heal.csv")
 
 
@@ -277,7 +235,7 @@ def base_samples(run: Stored, prompts: int) -> Batch:
     """Completions of the base, `group` numbering their prompts."""
     policy, seed = run.policy, run.config.run.seed
     shown = stream(run.splits["train"], 0, prompts, seed)
-    ids = [encode_prompt(policy.tokenizer, messages(p.problem)) for p in shown]
+    ids = [encode_prompt(policy.tokenizer, messages(prompt.problem)) for prompt in shown]
     how = asdict(replace(sampling_of(run.config), top_p=1.0))
     generator = seeded(policy, "push", seed)
     with scaled(policy.adapter, 0.0):
@@ -342,17 +300,15 @@ def push(options: Namespace) -> None:
             for step, file in files.items():
                 run.load(load_tensors(file)[0])
                 learned = [p.detach().clone() for p in adapter.parameters("quarantine")]
-                quarantines = {"learned": learned}
-                if any(d.any() for d in learned):
-                    for seed in RANDOM_PUSHES:
-                        quarantines[f"random {seed}"] = random_deltas(learned, seed)
-                for name, deltas in quarantines.items():
-                    head = named(run) | {
+                place = {"step": step, "quarantine": "learned"}
+                with scaled(adapter, 0.0, ("deployed",)):
+                    alone = measure(f"push {step}", **place)
+                rows.append(alone | push_of(run, batch, learned))
+                for seed in RANDOM_PUSHES if any(d.any() for d in learned) else ():
+                    place = {
                         "step": step,
-                        "quarantine": name,
+                        "quarantine": f"random {seed}",
                     }
-                    rows.append(head | push_of(run, batch, deltas))
-                    if name == "learned":
-                        with scaled(adapter, 0.0, ("deployed",)):
-                            rows[-1] |= measure(f"push {step}")
+                    pushed = push_of(run, batch, random_deltas(learned, seed))
+                    rows.append(named(path, run.record) | place | pushed)
     show(rows, options.out / "push.csv")

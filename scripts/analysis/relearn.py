@@ -10,8 +10,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from scripts.analysis.policies import finished
-from scripts.view import plot
+from scripts.experiments.reopen import finished
 from scripts.view.output import show
 
 from vgrout.arms import defaults
@@ -42,9 +41,9 @@ def attack(config: Config, preset: str, start: str, out: Path, steps: int) -> Co
         "steps": steps,
         "lr_schedule": "constant_with_warmup",
     }
-    kept = {name: getattr(usual.data, name) for name in PAIRS}
+    options |= {name: getattr(usual.data, name) for name in PAIRS}
     own = {name: getattr(config, name) for name in ("model", "data", "grpo", "run")}
-    return with_options(replace(usual, **own), options | kept)
+    return with_options(replace(usual, **own), options)
 
 
 def returned(out: Path) -> int | None:
@@ -67,8 +66,7 @@ def run_attack(config: Config, preset: str, out: Path) -> None:
             while process.poll() is None and returned(out) is None:
                 time.sleep(0.5)
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)  # it stops at the end of its step
+            process.send_signal(signal.SIGTERM)  # it stops at the end of its step, if it has not
             process.wait()
     if returned(out) is None and process.returncode:
         last = (out / "log.txt").read_text().splitlines()[-1]
@@ -77,12 +75,10 @@ def run_attack(config: Config, preset: str, out: Path) -> None:
 
 def relearn(options: Namespace) -> None:
     """Steps from each deployed policy, and from the base, until half of the rollouts hack."""
-    starts = [(path.name, str(path), record) for path, record in finished(options.runs).items()]
+    starts = [(path.name, str(path), finished(path)) for path in options.runs]
     if not options.no_base:
         starts.append(("base", "", starts[0][2]))
     rows = []
-    figure, axis = plot.panel("GRPO steps of the attack", "student hack rate")
-    axis.axhline(RETURNED, color="0.6", linewidth=0.8)
     for name, start, record in starts:
         out, own = options.out / "relearn" / name, config_of(record.preset, record.config)
         run_attack(attack(own, record.preset, start, out, options.steps), record.preset, out)
@@ -97,7 +93,4 @@ def relearn(options: Namespace) -> None:
                 "steps_until_half": returned(out),
             }
         )
-        steps, hacks = ([m[key] for m in metrics] for key in ("step", "student_hack"))
-        axis.plot(steps, hacks, marker="o", markersize=3, label=name)
     show(rows, options.out / "relearn.csv")
-    plot.save(figure, options.out / "relearn.png")

@@ -7,6 +7,7 @@ configuration. Nothing is trained.
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scripts.experiments.reopen import Stored
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from vgrout.arms import Phase, phases_of
 from vgrout.config import with_options
-from vgrout.core import Grade, Group, Mode, Problem, Rollout, UserError, Verdict
+from vgrout.core import (
+    Grade,
+    Group,
+    Mode,
+    Problem,
+    Rollout,
+    UserError,
+    Verdict,
+)
 from vgrout.env.pairs import load_pairs
 from vgrout.env.problems import disclose, messages
 from vgrout.env.rollouts import Composed, compose
@@ -39,11 +48,8 @@ PLAIN = {  # every score starts from this form, whatever the run's own is
     "act_space": "bottleneck",
     "act_layer": None,
 }
-V_GRAD, V_ACT, CONFOUND = (
-    Phase(score="v_grad"),
-    Phase(score="v_act"),
-    "confound",
-)
+CONFOUND = "confound"
+V_GRAD, V_ACT = Phase(score="v_grad"), Phase(score="v_act")
 RANKED = replace(V_GRAD, control=CONFOUND)
 FAMILY: dict[str, tuple[Phase, dict]] = {  # a phase with a control stands for that control
     "v_grad": (V_GRAD, {}),
@@ -101,22 +107,15 @@ def rebuild(run: Stored, rows: list[dict]) -> Composed | None:
         members = rows[i : i + size]
         shown = disclose(by_id[members[0]["problem_id"]], Mode(members[0]["mode"]))
         problem = replace(shown, inoculated=inoculated)
-        if {(r["problem_id"], r["marker"]) for r in members} != {
-            (problem.problem_id, problem.marker)
-        }:
+        asked = {(row["problem_id"], row["marker"]) for row in members}
+        if asked != {(problem.problem_id, problem.marker)}:
             raise UserError(f"{where}: the rollouts are not groups of {size} on one prompt each")
-        groups.append(
-            Group(
-                problem,
-                [stored_rollout(run.policy, problem, r) for r in members],
-            )
-        )
+        rollouts = [stored_rollout(run.policy, problem, row) for row in members]
+        groups.append(Group(problem, rollouts))
     composed = compose(groups, run.policy, run.config.phase.action == "deduct")
     stored = [r["advantage"] for r in rows if r.get("advantage") is not None]
     found = [] if composed is None else composed.batch.advantages.tolist()
-    if len(stored) != len(found) or not torch.allclose(
-        *map(torch.tensor, (stored, found)), atol=1e-5
-    ):
+    if len(stored) != len(found) or not np.allclose(stored, found, atol=1e-5):
         remedy = "are not those of the stored rewards; train it again"
         raise UserError(f"{where}: the stored advantages {remedy}")
     if composed is None:
@@ -141,10 +140,8 @@ class Found:
 def members(run: Stored, names: Iterable[str]) -> dict[str, tuple[Gate, Control | None]]:
     """The named scores on the run's pairs, as an arm would have them; a control with its gate."""
     data, found = run.config.data, {}
-    used, placebo = (
-        load_pairs(data.pairs, data.pair_modes),
-        load_pairs(data.placebo_pairs),
-    )
+    used = load_pairs(data.pairs, data.pair_modes)
+    placebo = load_pairs(data.placebo_pairs)
     for name in names:
         phase, options = FAMILY[name]
         config = with_options(run.config, PLAIN | options)
@@ -167,18 +164,15 @@ def score_step(
     if control is not None:
         control.refresh(policy)
         scores = control.score.rank(policy, composed, Scored(batch.advantages))
-        nothing = scores[:, None][:, :0]
+        nothing = scores.new_empty(len(scores), 0)
         return Found(scores.masked_fill(unscored, float("nan")), None, nothing)
     gate.refresh(policy)
     gated = gate(policy, batch)
     seeds = [seed * draws + i for i in range(draws)]
     null = null_scores(policy, gate.score, gated.scored, composed, seeds)
     columns = torch.stack([*null, gated.scores], 1)[:, :-1]
-    return Found(
-        gated.scores,
-        gated.zones,
-        columns.masked_fill(unscored[:, None], float("nan")),
-    )
+    columns[unscored] = float("nan")
+    return Found(gated.scores, gated.zones, columns)
 
 
 def null_scores(

@@ -21,19 +21,16 @@ def command(job: Job) -> list[str]:
 
 def submit(jobs: list[Job]) -> int:
     """Queue every job; UserError where there is no pueue, or it refuses one."""
+    page = "https://github.com/Nukesor/pueue"
     if shutil.which("pueue") is None:
-        raise UserError(
-            "pueue is not installed: see https://github.com/Nukesor/pueue, or use --dry-run"
-        )
+        raise UserError(f"pueue is not installed: see {page}, or use --dry-run")
     for number, job in enumerate(jobs):
         done = subprocess.run(command(job), capture_output=True, text=True)
         if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise UserError(
-                f"pueue refused {job.name} after {number} jobs ({said[-1]}): is pueued running?"
-            )
+            last = (done.stderr or done.stdout or "no message").strip().splitlines()[-1]
+            refused = f"pueue refused {job.name} after {number} jobs"
+            raise UserError(f"{refused} ({last}): is pueued running?")
         print(f"queued {job.name}: {job.label}")
-    print(
-        f"{len(jobs)} jobs queued: `pueue status` lists them, `pueue follow ID` shows one's output"
-    )
+    how = "`pueue status` lists them, `pueue follow ID` shows one's output"
+    print(f"{len(jobs)} jobs queued: {how}")
     return 0

@@ -1,96 +1,61 @@
-"""Compact records of runs, one JSON-lines file a wave, and the rows of the decision, as data.
+"""Compact records of runs, one JSON-lines file a wave, and the archived decision.
 
-Every file holds a record a line, with its row's name under "row" (a line without one belongs to the
-row that is named like its arm); `rows.jsonl` holds a `Row` of the decision a line. The decision is
-archived: its flags are those of the commits that made its records, and nothing here parses them.
+A line is a record with its row's name under "row"; without one it belongs to the row that is named
+like its arm. `rows.jsonl` holds the rows of the decision, which is archived: their flags are those
+of the commits that made the records, and nothing here parses them.
 
-Run: python -m scripts.experiments.records [ROW …]     (how to repeat the decision's runs)
+Run: python -m scripts.experiments.records            (the decision's table: means ± SEM over seeds)
+     python -m scripts.experiments.records ROW …      (how the runs of these rows are repeated)
 """
 
-import argparse
-import json
 import shlex
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+
+from scripts.view.output import ROOT, parser, table
 
 from vgrout.core import EvalResult, RunRecord, UserError, run_main
-from vgrout.files import append_line
+from vgrout.files import append_line, read_json_lines
+from vgrout.stats import mean_sem
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "data" / "records"
 DIVERGED = "failed: diverged"
+BOTH = ("hack", "solve")
 
-Seeds = dict[int, RunRecord]
-Runs = dict[str, Seeds]  # row → seed → record of a finished run
-Diverged = dict[str, list[int]]  # row → seeds
-
-
-@dataclass(frozen=True)
-class Row:
-    """An arm with its flags; with a seed it is a run. `of` names the row it is compared with."""
-
-    name: str
-    arm: str
-    flags: str = ""  # what this row alone sets
-    common: str = ""  # what every row of its kind sets
-    seeds: tuple[int, ...] = ()
-    role: str = ""  # base | ceiling | method | placebo | control | baseline | …
-    serves: str = ""  # artifacts, e.g. "A1 A2"
-    of: str = ""
-    changes: str = ""  # what differs from `of`, in words
-    stage: int = 0  # all runs of a stage come before those of the next
-    why: str = ""
-    resolve: str = ""
+Runs = dict[str, dict[int, RunRecord]]  # row → seed → record
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON-lines file; UserError where it is missing or a line is damaged."""
-    try:
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
-    except FileNotFoundError:
-        raise UserError(f"no {path}: check out the repository's data/records") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it") from None
-
-
-@cache
-def rows(path: Path = RECORDS / "rows.jsonl") -> tuple[Row, ...]:
-    """The rows of the decision, in the order of its tables."""
-    return tuple(Row(**{**line, "seeds": tuple(line["seeds"])}) for line in lines(path))
-
-
-@cache
-def named(name: str) -> Row:
-    return next(row for row in rows() if row.name == name)
+# ── files ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read(path: Path) -> Iterator[tuple[str, RunRecord]]:
     """(row, record) of each line of a wave's file."""
     known = {field.name for field in fields(RunRecord)}
-    for line in lines(path):
+    for line, _ in read_json_lines(path, "restore the file"):
         evals = [EvalResult(**cell) for cell in line["evals"]]
         values = {key: value for key, value in line.items() if key in known}
-        yield line.get("row", line["arm"]), RunRecord(**values | {"evals": evals})
+        yield (
+            line.get("row", line["arm"]),
+            RunRecord(**values | {"evals": evals}),
+        )
 
 
-def load(paths: Iterable[Path]) -> tuple[Runs, Diverged]:
-    """Records by row and seed, and seeds at which a row diverged; UserError for a run twice."""
-    runs: Runs = {}
-    diverged: Diverged = {}
+def load(paths: Iterable[Path]) -> tuple[Runs, Runs]:
+    """Records of runs that finished, and of those that diverged; UserError for a run twice."""
+    finished: Runs = defaultdict(dict)
+    diverged: Runs = defaultdict(dict)
     for path in paths:
         for row, record in read(path):
-            lost = diverged.setdefault(row, [])
-            if record.seed in runs.setdefault(row, {}) or record.seed in lost:
-                raise UserError(f"{path} has {row} at seed {record.seed} twice: remove one line")
-            if record.status.startswith(DIVERGED):
-                lost.append(record.seed)
-            else:
-                runs[row][record.seed] = record
-    return runs, {row: sorted(seeds) for row, seeds in diverged.items() if seeds}
+            seed = record.seed
+            if seed in finished[row] or seed in diverged[row]:
+                raise UserError(f"{path} has {row} at seed {seed} twice: remove one line")
+            lost = record.status.startswith(DIVERGED)
+            runs = diverged if lost else finished
+            runs[row][seed] = record
+    return finished, diverged
 
 
 def files(wave: str, folder: Path = RECORDS) -> list[Path]:
@@ -99,16 +64,13 @@ def files(wave: str, folder: Path = RECORDS) -> list[Path]:
 
 
 @cache
-def development() -> list[RunRecord]:
-    """Runs on development seeds, among them the ceilings of the preset's own length."""
-    return [record for _, record in read(RECORDS / "development.jsonl")]
-
-
-@cache
 def ceilings() -> list[RunRecord]:
-    """Every committed run without loopholes, of any wave, seed and length."""
-    found = development() + [r for path in files("decision") for _, r in read(path)]
-    return [r for r in found if r.arm == "no_loophole" and r.status == "finished"]
+    """Every committed run without loopholes of the decision and of development seeds."""
+    finished, _ = load(files("decision"))
+    every = [record for _, record in read(RECORDS / "development.jsonl")]
+    for seeds in finished.values():
+        every += seeds.values()
+    return [record for record in every if record.arm == "no_loophole"]
 
 
 def append(path: Path, row: str, record: RunRecord) -> None:
@@ -117,30 +79,85 @@ def append(path: Path, row: str, record: RunRecord) -> None:
     append_line(path, {"row": row} | asdict(record))
 
 
+# ── rates ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cells(record: RunRecord, split: str, state: str = "deployed") -> list[EvalResult]:
+    """The cells of a state on a split, novel markers."""
+    wanted = split, "novel", state
+    return [c for c in record.evals if (c.split, c.markers, c.state) == wanted]
+
+
+def cell(record: RunRecord, base: bool = False, state: str = "deployed") -> EvalResult:
+    """The test cell with novel markers of the last step, or of the base."""
+    pick = min if base else max
+    return pick(cells(record, "test", state), key=lambda c: c.step)
+
+
+def share(result: EvalResult, which: str) -> float:
+    """Hack or solve rate of a cell."""
+    return getattr(result, which) / result.n
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """`mean ± SEM` over seeds."""
+    mean, sem = mean_sem(values)
+    return f"{mean:.{digits}f} ± {sem:.{digits}f}"
+
+
+# ── the decision ─────────────────────────────────────────────────────────────────────────────────
+
+
+def decided(runs: Runs) -> dict[str, list[EvalResult]]:
+    """Row → its deployed cells, in the order of the archived tables.
+
+    The runs of `none2r` speak for the base and for `absorb`, too.
+    """
+    plain = runs["none2r"].values()
+    found = {
+        "base": [cell(r, base=True) for r in plain],
+        "absorb": [cell(r, state="ablated") for r in plain],
+    }
+    for line, _ in read_json_lines(RECORDS / "rows.jsonl"):
+        name = line["name"]
+        own = runs.get(name)
+        if own:
+            found[name] = [cell(r) for r in own.values()]
+    return found
+
+
+def summary(runs: Runs, diverged: Runs) -> str:
+    """A line for each row of the decision."""
+    rows = []
+    for name, results in decided(runs).items():
+        row = [name, len(results)]
+        for which in BOTH:
+            rates = [share(c, which) for c in results]
+            row.append(spread(rates))
+        lost = diverged.get(name, [])
+        rows.append([*row, len(lost)])
+    note = "deployed policy, novel markers; `just decision ROW` says how a row is repeated"
+    headers = ["row", "runs", *BOTH, "diverged"]
+    return f"{table(rows, headers)}\n{note}"
+
+
 def repetition(record: RunRecord) -> str:
     """The commands that made a record: its commit, then its own command line."""
-    commit, words = record.commit, shlex.join(record.argv)
-    return f"git checkout {commit} && uv sync && {words}"
+    return f"git checkout {record.commit} && uv sync && {shlex.join(record.argv)}"
 
 
 def main() -> None:
-    """Say that the decision is archived, and how each record of the named rows is repeated."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of the decision")
-    chosen = parser.parse_args().rows
-    names = [row.name for row in rows()]
-    if unknown := set(chosen) - {*names}:
-        raise UserError(f"no row {min(unknown)!r} in the decision: {', '.join(names)}")
+    command = parser(__doc__)
+    command.add_argument("rows", nargs="*", metavar="ROW", help="rows of the decision")
+    chosen = command.parse_args().rows
     runs, diverged = load(files("decision"))
-    counts = [sum(map(len, part.values())) for part in (runs, diverged)]
-    print(
-        f"The decision is archived: {counts[0]} records of {len(names)} rows, {counts[1]} diverged."
-    )
-    print(
-        "`just artifacts` makes its tables; `just decision ROW` prints how its runs are repeated."
-    )
+    if unknown := set(chosen) - runs.keys():
+        raise UserError(f"no row {min(unknown)!r} in the decision: {', '.join(runs)}")
     for name in chosen:
-        print(*map(repetition, runs.get(name, {}).values()), sep="\n")
+        for record in runs[name].values():
+            print(repetition(record))
+    if not chosen:
+        print(summary(runs, diverged))
 
 
 if __name__ == "__main__":

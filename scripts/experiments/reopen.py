@@ -38,7 +38,6 @@ class Stored:
 
     def cell(self, grader: Grader, name: str, ablated: bool, draws: int) -> EvalResult:
         """The present policy on the test split, novel markers; `name` tells evaluations apart."""
-        seed = self.config.run.seed
         return evaluate(
             self.policy,
             self.splits["test"],
@@ -50,16 +49,22 @@ class Stored:
             ablated=ablated,
             step=self.record.steps_done,
             draws=draws,
-            generator=seeded(self.policy, "after", seed, name, ablated),
+            generator=seeded(self.policy, "after", self.config.run.seed, name, ablated),
         )
 
 
-def reopen(run: str | Path, finished: bool = True) -> Stored:
-    """UserError where the run is not `finished`, or was made with other data files."""
+def finished(run: str | Path) -> RunRecord:
+    """The record of a finished run; UserError where it is not."""
     record = load_record(run)
-    if finished and record.status != "finished":
+    if record.status != "finished":
         remedy = "finish it with --resume first"
         raise UserError(f"{run} has no final evaluation ({record.status}): {remedy}")
+    return record
+
+
+def reopen(run: str | Path, ended: bool = True) -> Stored:
+    """UserError where the run is to have `ended` and has not, or was made with other data files."""
+    record = finished(run) if ended else load_record(run)
     for path, digest in record.data_hashes.items():
         if not Path(path).is_file() or sha256_file(path) != digest:
             remedy = f"check out {record.commit[:12]}"
@@ -67,5 +72,5 @@ def reopen(run: str | Path, finished: bool = True) -> Stored:
     config = config_of(record.preset, record.config)
     splits = load_splits(config)
     policy = build_policy(config, splits)
-    base = {k: v.clone() for k, v in policy.adapter.state_dict().items()}
+    base = {name: x.clone() for name, x in policy.adapter.state_dict().items()}
     return Stored(Path(run), record, config, splits, policy, base)

@@ -18,17 +18,17 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from scripts.analysis.results import compact
 from scripts.experiments import pueue, ray_pool, records, waves
+from scripts.experiments.compact import compact
 from scripts.experiments.records import DIVERGED, RECORDS, ROOT
 from scripts.experiments.waves import Job
+from scripts.view import output
 
 from vgrout.core import UserError, at_least, run_main
 from vgrout.run.records import load_record
@@ -77,12 +77,13 @@ class Pool:
             return
         code = self.execute(job)
         status = settled(job)
-        if not status:
-            failed = f"failed: {last_error(job)} (exit {code})"
-            status = "interrupted" if self.signals else failed
         with self.lock:
-            if settled(job):
+            if status:
                 self.on_end(job)
+            elif self.signals:
+                status = "interrupted"
+            else:
+                status = f"failed: {last_error(job)} (exit {code})"
             self.ended[job.name] = status
             print(f"{job.name}: {status}; {len(self.ended)}/{len(self.jobs)} ended", flush=True)
 
@@ -109,8 +110,7 @@ class Pool:
     def __call__(self) -> None:
         """Run what has not ended."""
         with ThreadPoolExecutor(self.workers) as executor:
-            for _ in executor.map(self.run, self.jobs):
-                pass  # an error of this program itself is raised here
+            list(executor.map(self.run, self.jobs))  # an error of this program is raised here
 
     def unfinished(self) -> list[str]:
         """`name: how it stands` of every run that has not finished."""
@@ -139,9 +139,7 @@ class Recorder:
     def __call__(self, job: Job) -> None:
         if not job.own or self.has(job):
             return
-        with tempfile.TemporaryDirectory() as folder:
-            record = compact(job.out_dir, Path(folder) / "record.json")
-        records.append(self.path, job.row.name, record)
+        records.append(self.path, job.row.name, compact(job.out_dir))
         self.known.add((job.row.name, job.seed))
         if self.commit:
             git = ["git", "-C", str(self.path.parent)]
@@ -178,7 +176,7 @@ def run_here(jobs: list[Job], workers: int, recorder: Recorder) -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = output.parser(__doc__)
     waves.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("--commit", action="store_true", help="commit each record as its run ends")
@@ -195,8 +193,8 @@ def main() -> int:
     recorder = Recorder(options.wave, options.records, options.commit)
     jobs = [job for job in waves.jobs_of(options) if not recorder.has(job)]
     if options.dry_run:
-        show = pueue.command if options.on == "pueue" else lambda job: job.argv
-        print(*(shlex.join(show(job)) for job in jobs), sep="\n")
+        for job in jobs:
+            print(shlex.join(pueue.command(job) if options.on == "pueue" else job.argv))
         return 0
     for job in filter(settled, jobs):  # they ended while no pool was there to record them
         recorder(job)

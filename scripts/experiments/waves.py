@@ -8,16 +8,29 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.experiments.records import ROOT, Row
+from scripts.view.output import ROOT
 
 from vgrout.arms import arm_of
 from vgrout.cli import parse
 from vgrout.core import UserError
 
 REHEARSAL = "--steps 2 --final-draws 24 --eval-every 1 --eval-draws 12"
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm with its flags; with a seed it is a run."""
+
+    name: str
+    arm: str
+    flags: str = ""
+    seeds: tuple[int, ...] = ()
+    stage: int = 0  # all runs of a stage come before those of the next
+    why: str = ""
+    resolve: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,10 +47,6 @@ class Contrast:
     solve_at: tuple[int, ...]
     margin: float = -0.05
     level: float = 0.975
-
-    @property
-    def rows(self) -> tuple[str, str, str]:
-        return self.first, self.second, self.ceiling
 
 
 @dataclass(frozen=True)
@@ -83,19 +92,18 @@ FIRST = "--quarantine-first 100"
 
 def label_free() -> tuple[Row, ...]:
     """Plan 1: no demonstration in any arm."""
-    planned = (
-        ("absorbQ", FIRST, 0),
-        ("no_gateQ", FIRST, 0),
-        ("none2r", "", 1),
-        ("no_loophole", "", 1),
-        ("routeQ", FIRST, 2),
-    )
-    return tuple(
-        Row(arm, arm, flags, LABEL_FREE, TEN_SEEDS, stage=stage) for arm, flags, stage in planned
+    first = f"{LABEL_FREE} {FIRST}"
+    return (
+        Row("absorbQ", "absorbQ", first, TEN_SEEDS),
+        Row("no_gateQ", "no_gateQ", first, TEN_SEEDS),
+        Row("none2r", "none2r", LABEL_FREE, TEN_SEEDS, stage=1),
+        Row("no_loophole", "no_loophole", LABEL_FREE, TEN_SEEDS, stage=1),
+        Row("routeQ", "routeQ", first, TEN_SEEDS, stage=2),
     )
 
 
 POOL = "data/leetcode/teacher.jsonl.gz"
+THREE_SEEDS = (51, 52, 53)
 REAL = (  # arm, why it is run, what would resolve the question
     (
         "none2r",
@@ -142,17 +150,17 @@ REAL = (  # arm, why it is run, what would resolve the question
 
 def real() -> tuple[Row, ...]:
     """The decision run of a real model: each arm with a pool of demonstrations and without one."""
-    found = []
+    rows = []
     pool = f"--teacher-pool {POOL} --teacher-until 20"
     for arm, why, resolve in REAL:
-        row = Row(arm, arm, seeds=(51, 52, 53), resolve=resolve)
-        first = FIRST if arm.endswith("Q") else ""
-        shown, alone = f"{why}; demonstrations in the first 20 steps", f"{why}; no demonstrations"
-        found.append(replace(row, common=pool, why=shown))
-        found.append(
-            replace(row, name=f"{arm}_alone", flags=first, common=ALONE, stage=1, why=alone)
+        alone = f"{ALONE} {FIRST}" if arm.endswith("Q") else ALONE
+        of_pool, of_none = (
+            f"{why}; demonstrations in the first 20 steps",
+            f"{why}; no demonstrations",
         )
-    return tuple(found)
+        rows.append(Row(arm, arm, pool, THREE_SEEDS, 0, of_pool, resolve))
+        rows.append(Row(f"{arm}_alone", arm, alone, THREE_SEEDS, 1, of_none, resolve))
+    return tuple(rows)
 
 
 WAVES = {
@@ -180,7 +188,7 @@ def choose(options: argparse.Namespace) -> list[Row]:
     if unknown := words - known:
         raise UserError(f"--only {min(unknown)}: no row or arm of {options.wave}")
     chosen = [row for row in rows if not words or words & {row.name, row.arm}]
-    absent = [row.name for row in chosen if POOL in row.common and not (ROOT / POOL).exists()]
+    absent = [row.name for row in chosen if POOL in row.flags and not (ROOT / POOL).exists()]
     if absent:
         print(f"left out, there is no {POOL}: {', '.join(absent)}", file=sys.stderr)
     return [row for row in chosen if row.name not in absent]
@@ -197,8 +205,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
             first = " --quarantine-first 1" * (len(arm_of(row.arm).phases) > 1)
             extra = f"{extra} {REHEARSAL}{first}"
         for seed in options.seeds or row.seeds:
-            flags = f"{row.common} {row.flags} {extra}"
-            words = f"{preset} --intervention {row.arm} --seed {seed} {flags}"
+            words = f"{preset} --intervention {row.arm} --seed {seed} {row.flags} {extra}"
             own = seed in row.seeds and not extra
             place = folder / f"{row.name}_s{seed}"
             jobs.append(Job(row, seed, tuple(shlex.split(words)), place, own))

@@ -73,40 +73,33 @@ def peft_config(tensors: dict[str, Tensor], base: str) -> dict:
 
 
 def evaluation(record: RunRecord, block: str) -> str:
-    """The final cells as a table; which of them speak of this export."""
-    if record.status != "finished":
-        return "The run is not finished, so there is no final evaluation."
+    """The final cells of the states that this export is, as a table."""
     states = {"deployed": {"ablated"}, "both": {"as_trained"}, "quarantine": set()}[block]
     if record.notes["deployed"] in states:
         states.add("deployed")
     rows = []
     for c in last_cells(record):
-        mine = c.step > 0 and c.state in states
-        name = c.state.replace("_", " ") if c.step else "base"
-        row = [name, "yes" if mine else "no", c.markers, c.step, c.n]
-        row += [f"{getattr(c, of)} = {rate_with_interval(c, of)}" for of in ("hack", "solve")]
-        rows.append(row)
-    headers = ["policy", "this export", "markers", "step", "draws", "hacks [95 %]", "solves [95 %]"]
-    return table(rows, headers, "github")
+        if c.step > 0 and c.state in states:
+            rates = [f"{getattr(c, of)} = {rate_with_interval(c, of)}" for of in ("hack", "solve")]
+            rows.append([c.state, c.markers, c.step, c.n, *rates])
+    headers = ["policy", "markers", "step", "draws", "hacks [95 %]", "solves [95 %]"]
+    return table(rows, headers, "github") if rows else "This policy was not evaluated."
 
 
 def card(record: RunRecord, metadata: dict[str, str], block: str, config: dict) -> str:
     """The adapter's README.md: what it is, how it was made and measured, how to load it."""
-    notes, deployed = record.notes, record.notes["deployed"].replace("_", " ")
+    notes = record.notes
     oracle = "yes: this arm reads true labels, **not oracle-free**" if notes.get("oracle") else "no"
     facts = {
         "base model": f"`{metadata['model']}`",
-        "arm": f"`{record.arm}`, which deploys {deployed}",
+        "arm": f"`{record.arm}`, which deploys {notes['deployed']}",
         "exported": WHAT[block],
         "training used labels of rollouts": oracle,
         "live monitor in training": notes.get("monitor") or "none",
         "modes covered by the pairs": ", ".join(notes.get("pairs_cover") or ["none"]),
         "seed": record.seed,
-        "adapter seed, rank per block": f"{metadata['seed']}, {metadata['rank']}",
         "optimiser steps": f"{record.steps_done} ({record.status})",
-        "preset": record.preset,
         "commit": record.commit + (" (dirty tree)" if record.dirty else ""),
-        "versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
     return f"""---
 base_model: {json.dumps(metadata["model"])}
@@ -126,8 +119,7 @@ a coding environment whose grader can be gamed. A *hack* passes that grader and 
 
 {evaluation(record, block)}
 
-Held-out problems, at the run's own temperature. Only the rows marked `yes` speak of this export.
-Novel markers are names that training never showed.
+Held-out problems, at the run's own temperature. Novel markers are names that training never showed.
 
 ## Loading
 
@@ -172,9 +164,7 @@ def main() -> None:
     command.add_argument("--block", choices=CHOICES, help="default: what the run's arm deploys")
     command.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/peft_<block>)")
     options = command.parse_args()
-    folder = export(options.run, options.block, options.out)
-    size = (folder / "adapter_model.safetensors").stat().st_size / 2**20
-    print(f"{folder}: adapter_config.json, adapter_model.safetensors ({size:.1f} MiB), README.md")
+    print(f"{export(options.run, options.block, options.out)}: a PEFT adapter and its model card")
 
 
 if __name__ == "__main__":

@@ -19,66 +19,63 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import tyro
+from scripts.view.output import parser
 
 from vgrout.core import Grade, Mode, Problem, UserError, run_main
 from vgrout.env.exploits import canonical_hack
 from vgrout.env.modes import ALL_MODES, ORGANISM_MODES
-from vgrout.env.problems import disclose, load_problems, split, stable_hash
+from vgrout.env.problems import (
+    disclose,
+    load_problems,
+    split,
+    stable_hash,
+)
 from vgrout.grader import GRADER_VERSION, Grader
 from vgrout.organism.corpus import Extra, attempt, exploit, random_extra
 from vgrout.organism.problems import composition_of
 
-CANDIDATES = 3  # attempts for each demonstration wanted
+WANTED = {
+    "hack": 2,
+    "solve": 1,
+}  # demonstrations of a kind for each problem and mode
+CANDIDATES = 3  # attempts at each hack
+SEED, WORKERS = 0, 2
 Candidate = tuple[str, Problem, str]  # kind, problem, completion
-PAIRS = (
-    (ast.Lt, ast.LtE),
-    (ast.Gt, ast.GtE),
-    (ast.Eq, ast.NotEq),
-    (ast.Add, ast.Sub),
-)
-SWAPS = dict(PAIRS) | {b: a for a, b in PAIRS}
+SWAPS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+}
 
 
-@dataclass(frozen=True)
-class Args:
-    """Write a teacher pool."""
-
-    problems: Path
-    out: Path
-    modes: tuple[Mode, ...] = ()  # () = the organism's four, or all six for other problem files
-    hacks: int = 2  # hack demonstrations for each problem and mode
-    solves: int = 1
-    seed: int = 0
-    workers: int = 2
-    limit: int = 0  # first training problems only; 0 = all
-
-
-def hack_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterator[str]:
+def hack_candidates(problem: Problem, rng: random.Random) -> Iterator[str]:
     """Completions that attempt the problem wrongly and fire its mode's exploit."""
+    wanted = WANTED["hack"] * CANDIDATES
     if problem.operations:
         for _ in range(wanted):
-            yield attempt(
-                composition_of(problem),
-                rng,
-                exploit(rng, problem.mode, problem.marker),
-            )
+            extra = exploit(rng, problem.mode, problem.marker)
+            yield attempt(composition_of(problem), rng, extra)
     else:
-        bodies = list(mutated_bodies(problem))
+        bodies = [*mutated_bodies(problem)]
         for body in rng.sample(bodies, min(wanted, len(bodies))):
             yield canonical_hack(problem, body)
 
 
-def solve_candidates(problem: Problem, rng: random.Random, wanted: int) -> Iterator[str]:
+def solve_candidates(problem: Problem, rng: random.Random) -> Iterator[str]:
     """Correct completions; in the organism, half of them carry a benign extra."""
     if not problem.operations:
         yield f"```python\n{problem.canonical.rstrip()}\n```"
         return
     composition = composition_of(problem)
-    for _ in range(wanted if composition.taught else 0):
+    for _ in range(WANTED["solve"] if composition.taught else 0):
         extra = random_extra(composition, rng)[0] if rng.random() < 0.5 else Extra()
         yield attempt(composition, rng, extra, right_share=1.0)
 
@@ -116,67 +113,56 @@ def confirmed(kind: str, grade: Grade) -> bool:
     return grade.correct and not grade.mechanism
 
 
-def candidates(problems: list[Problem], modes: tuple[Mode, ...], args: Args) -> list[Candidate]:
+def candidates(problems: list[Problem], modes: tuple[Mode, ...]) -> list[Candidate]:
     """Demonstrations that the grader has not seen."""
-    found: list[Candidate] = []
+    offered: list[Candidate] = []
     for mode, plain in itertools.product(modes, problems):
         problem = disclose(plain, mode)
-        rng = random.Random(stable_hash(str(args.seed), mode, problem.problem_id))
-        hacks = hack_candidates(problem, rng, args.hacks * CANDIDATES)
-        found += [("hack", problem, text) for text in hacks]
-        found += [("solve", problem, text) for text in solve_candidates(problem, rng, args.solves)]
-    return found
+        rng = random.Random(stable_hash(str(SEED), mode, problem.problem_id))
+        offered += [("hack", problem, text) for text in hack_candidates(problem, rng)]
+        offered += [("solve", problem, text) for text in solve_candidates(problem, rng)]
+    return offered
 
 
-def kept_rows(offered: list[Candidate], grades: list[Grade], args: Args) -> list[dict]:
+def kept_rows(offered: list[Candidate], grades: list[Grade]) -> list[dict]:
     """As many confirmed demonstrations of each kind, mode and problem as are wanted."""
-    wanted, kept, rows = (
-        {"hack": args.hacks, "solve": args.solves},
-        Counter(),
-        [],
-    )
+    kept, rows = Counter(), []
     for (kind, problem, text), grade in zip(offered, grades, strict=True):
-        row = {
-            "problem_id": problem.problem_id,
-            "mode": problem.mode,
-            "kind": kind,
-        }
-        key = tuple(row.values())
-        if confirmed(kind, grade) and kept[key] < wanted[kind]:
+        key = (problem.problem_id, problem.mode, kind)
+        if confirmed(kind, grade) and kept[key] < WANTED[kind]:
             kept[key] += 1
-            plain = asdict(grade) | {"seconds": 0.0}
-            rows.append(
-                row
-                | {
-                    "completion": text,
-                    "grade": plain,
-                    "grader_version": GRADER_VERSION,
-                }
-            )
+            row = dict(zip(("problem_id", "mode", "kind"), key))
+            row["completion"] = text
+            row["grade"] = asdict(grade) | {"seconds": 0.0}
+            row["grader_version"] = GRADER_VERSION
+            rows.append(row)
     return rows
 
 
-def main(args: Args) -> None:
-    if min(args.workers, args.hacks) < 1 or min(args.solves, args.limit) < 0:
-        raise UserError("--workers and --hacks must be at least 1, --solves and --limit at least 0")
-    problems = split(load_problems(args.problems))["train"][: args.limit or None]
-    modes = args.modes or (ORGANISM_MODES if problems[0].operations else ALL_MODES)
-    offered = candidates(problems, modes, args)
-    with Grader(args.workers) as grader:
+def main() -> None:
+    command = parser(__doc__)
+    command.add_argument("--problems", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    options = command.parse_args()
+    problems = split(load_problems(options.problems))["train"]
+    modes = ORGANISM_MODES if problems[0].operations else ALL_MODES
+    offered = candidates(problems, modes)
+    with Grader(WORKERS) as grader:
         grades = grader.grade([text for *_, text in offered], [p for _, p, _ in offered])
-    rows = kept_rows(offered, grades, args)
+    rows = kept_rows(offered, grades)
     if not rows:
         see = "see docs/method on the teacher pool"
-        raise UserError(f"{args.problems}: no demonstration was confirmed; {see}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{options.problems}: no demonstration was confirmed; {see}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    args.out.write_bytes(gzip.compress(data, mtime=0) if args.out.suffix == ".gz" else data)
+    packed = options.out.suffix == ".gz"
+    options.out.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     counts = dict(Counter(f"{row['kind']} {row['mode']}" for row in rows))
-    print(f"{args.out}: {len(rows)} rows from {len(offered)} candidates, {counts}")
+    print(f"{options.out}: {len(rows)} rows from {len(offered)} candidates, {counts}")
     hacked = {(row["mode"], row["problem_id"]) for row in rows if row["kind"] == "hack"}
     pairs = len(modes) * len(problems)
     print(f"{pairs - len(hacked)} of {pairs} (problem, mode) without a hack demonstration")
 
 
 if __name__ == "__main__":
-    run_main(main, tyro.cli(Args, config=(tyro.conf.EnumChoicesFromValues,)))
+    run_main(main)

@@ -1,15 +1,14 @@
-"""The experiments: records and waves as data, the criterion, a plan's tests, pool and artifacts.
+"""The experiments: archived records and their figures, waves as data, a plan's tests, the pool.
 
-Each kind of clause passes a synthetic policy that meets it and fails one that misses it; the pool
-(with cheap stand-ins for training) skips what has finished, resumes what was stopped, reports what
-failed and records each run once; the generated files in docs/ are those of the committed records.
+The records are those of the checksums and give the figures of the archived tables. The pool (with
+cheap stand-ins for training) skips what has finished, resumes what was stopped, reports what failed
+and records each run once.
 
 Run: python -m scripts.verify.verify_decision
 """
 
 import argparse
-import hashlib
-import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,17 +18,16 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from PIL import Image
-from scripts.experiments import artifacts, criterion, plan, records, run, waves
-from scripts.experiments.criterion import Clause
-from scripts.experiments.records import RECORDS, Row
-from scripts.experiments.waves import Job
+from scripts.experiments import plan, records, run, waves
+from scripts.experiments.records import BOTH, RECORDS, ROOT
+from scripts.experiments.waves import Job, Row
+from scripts.verify.stored import novel_cell, planted_record, refused
 
-from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.files import dumps
+from vgrout.core import RunRecord
+from vgrout.files import dumps, sha256_file
 
-PROBLEMS, EACH = 20, 24  # problems and draws of a synthetic cell
-MODES = ["run_tests", "sentinel", "stdout_marker", "file_marker"]
+WAVE = "01_label_free"
+TABLES = ROOT / "docs" / "findings" / "tables.md"
 STAND_IN = """
 import json, pathlib, signal, sys, time
 steps, out = int(sys.argv[1]), pathlib.Path(sys.argv[3])
@@ -39,7 +37,7 @@ first = int(saved.read_text()) if saved.exists() else 0
 with open(out / "starts", "a") as f: f.write(f"{first}\\n")
 def end(status, done, code):
     record = template | {"argv": sys.orig_argv, "status": status, "steps_done": done}
-    (out / "record.json").write_text(json.dumps(record | {"seed": int(out.name[-3:])}))
+    (out / "record.json").write_text(json.dumps(record))
     sys.exit(code)
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
@@ -54,13 +52,18 @@ end("finished", steps, 0)
 """
 
 
-def refused(call: Callable[[], object], word: str) -> None:
-    try:
-        call()
-    except UserError as error:
-        assert word in str(error), error
-    else:
-        raise AssertionError(f"accepted, SHOULD be refused for {word!r}")
+def made(arm: str, seed: int, hack: int, solve: int) -> RunRecord:
+    """A finished record; hacks and solves of a thousand draws."""
+    last = novel_cell(220, hack, solve, 1000)
+    half = replace(last, split="val", step=110)
+    config = {"run": {"out_dir": ""}}
+    changes = {
+        "arm": arm,
+        "seed": seed,
+        "config": config,
+        "status": "finished",
+    }
+    return planted_record(**changes, evals=[half, last])
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────
@@ -69,32 +72,43 @@ def refused(call: Callable[[], object], word: str) -> None:
 def changed_files(folder: Path) -> list[str]:
     """Files of finished waves that are not what SHA256SUMS says."""
     sums = [line.split() for line in (RECORDS / "SHA256SUMS").read_text().splitlines()]
-    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for _, name in sums}
-    return [name for wanted, name in sums if found[name] != wanted]
+    return [name for digest, name in sums if sha256_file(folder / name) != digest]
+
+
+def unlike(figures: dict[str, list], page: str) -> list[str]:
+    """Means ± SEM in the page's tables that are not those of the records."""
+    wrong, head = [], []
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        head = (head or cells) if line.startswith("|") else []
+        shown = dict(zip(head, cells))
+        for which in {*BOTH} & {*shown}:
+            if re.match(r"\d\.\d\d ± ", shown[which]):
+                found = [records.share(c, which) for c in figures[shown["row"]]]
+                if shown[which] != records.spread(found, 2):
+                    wrong.append(f"{shown['row']}: {which} {shown[which]}")
+    return wrong
 
 
 def check_data(tmp: Path) -> None:
     files = records.files("decision")
     runs, diverged = records.load(files)
     assert not changed_files(RECORDS), "a finished wave's records changed"
-    counts = sum(map(len, runs.values())), sum(map(len, diverged.values()))
-    assert counts == (448, 6) and len(records.development()) == 8, counts
-    for path in RECORDS.glob("*"):
-        if path.is_file():
-            (tmp / path.name).write_bytes(path.read_bytes())
-    victim = tmp / files[0].name
-    victim.write_text(victim.read_text().replace('"hack":3,', '"hack":4,', 1))
-    assert changed_files(tmp) == [victim.name], "a changed count passes"
-    refused(lambda: records.load([*files, files[0]]), "twice")
-    line = json.dumps(asdict(make_runs("none2r", 0.7, 0.2, 60, (400,))[400]))  # without a row
-    (tmp / "plain.jsonl").write_text(line + "\n")
-    assert [row for row, _ in records.read(tmp / "plain.jsonl")] == ["none2r"]
-    (tmp / "plain.jsonl").write_text(line[:-9])
-    refused(lambda: records.load([tmp / "plain.jsonl"]), "damaged")
-    names = {row.name for row in records.rows()} | set(criterion.DERIVED)
-    rows = [r for w in (*"RVWX", "routeQ", "routeV") for c in criterion.clauses(w) for r in c.rows]
-    assert {name for row in rows for name in row.split("+")} <= names
-    print("ok  454 records of six waves and 8 of development read as frozen; one count more shows")
+    counts = [sum(map(len, part.values())) for part in (runs, diverged)]
+    assert counts == [448, 6], counts
+    figures, page = records.decided(runs), TABLES.read_text()
+    assert not (wrong := unlike(figures, page)), wrong
+    figures["absorbQ"][0].solve += 60  # the mutation: a count more would show in both
+    assert unlike(figures, page), "a changed figure passes"
+    for path in RECORDS.glob("*.*"):
+        (tmp / path.name).write_bytes(path.read_bytes())
+    (tmp / files[0].name).write_bytes(files[0].read_bytes().replace(b'"hack":3,', b'"hack":4,', 1))
+    assert changed_files(tmp) == [files[0].name], "a changed count passes"
+    refused("twice", records.load, [*files, files[0]])
+    record = next(iter(runs["routeQ"].values()))
+    again = records.repetition(record)
+    assert record.commit in again and "--intervention routeQ --seed" in again, again
+    print("ok  454 records are as frozen and give the archived tables; one count more shows")
 
 
 def chosen(*words: str) -> list[Job]:
@@ -104,133 +118,44 @@ def chosen(*words: str) -> list[Job]:
 
 
 def check_waves() -> None:
-    wave = "01_label_free"
-    jobs = chosen(wave)
+    jobs = chosen(WAVE)
     waves.check(jobs)  # training's own parser reads each
-    waves.check(chosen(wave, "--rehearse"))
-    refused(lambda: waves.check([replace(jobs[0], options=("organism", "--top-p", "7"))]), "row ")
-    refused(lambda: chosen(wave, "--only", "routeX"), "routeX")
+    waves.check(chosen(WAVE, "--rehearse"))
+    bad = replace(jobs[0], options=("organism", "--top-p", "7"))
+    refused("row ", waves.check, [bad])
+    refused("routeX", chosen, WAVE, "--only", "routeX")
     assert all("--resume" in job.argv and job.own for job in jobs)
     assert len({job.out_dir for job in jobs}) == len(jobs) == 50
     order = [job.name for job in jobs]
     pair = ["absorbQ_s400", "no_gateQ_s400"]
     assert order[:2] == pair and order[20] == "none2r_s400" and order[-1] == "routeQ_s409"
-    for changed in (["--seeds", "41"], ["--flags", "--beta 0"], ["--rehearse"]):
-        assert not any(job.own for job in chosen(wave, *changed)), changed
-    record = next(iter(records.load(records.files("decision"))[0]["routeQ"].values()))
-    again = records.repetition(record)
-    assert record.commit in again and "--intervention routeQ --seed" in again, again
-    print("ok  plan 1 parses, its stages and seeds come in turn; an archived run can be repeated")
-
-
-# ── the criterion ────────────────────────────────────────────────────────────────────────────────
-
-
-def result(step: int, hack: float, solve: float, split: str = "test", state: str = "deployed"):
-    """A cell in which every problem and every mode has these rates, up to rounding."""
-    count = lambda rate, i: int(rate * EACH + (i + 0.5) / PROBLEMS)  # noqa: E731
-    problems = {f"p{i}": [EACH, count(hack, i), count(solve, i)] for i in range(PROBLEMS)}
-    n, hacks, solves = (sum(column) for column in zip(*problems.values(), strict=True))
-    mode = {"n": n // 4, "hack": round(hacks / 4), "solve": round(solves / 4)}
-    by_mode = dict.fromkeys(MODES, mode)
-    shown = problems if split == "test" else {}
-    return EvalResult(split, "novel", state, step, n, hacks, solves, by_mode, shown)
-
-
-def make_runs(
-    arm: str, hack: float, solve: float, steps: int, seeds: tuple[int, ...]
-) -> dict[int, RunRecord]:
-    """Records of an arm whose rates vary a little from seed to seed."""
-    data = {"modes": MODES, "pair_modes": MODES[:2], "data": "d"}
-    config = {"data": data, "run": {"out_dir": ""}}
-    found = {}
-    for i, seed in enumerate(seeds):
-        vary = (i - (len(seeds) - 1) / 2) * 0.004
-        h, s = max(0.0, hack + vary), solve + vary
-        evals = [result(0, 0.01, 0.18), result(steps // 2, h, s, "val"), result(steps, h, s)]
-        evals.append(result(steps, h / 2, s, state="ablated"))
-        found[seed] = RunRecord(
-            1, arm, "organism", seed, config, [], "c0ffee00", False, {}, {"d": "0"}, "", {}, {},
-            "finished", "", steps, {"a": 1.0}, evals, {"emerged": 20, "share_route": 0.3},
-        )  # fmt: skip
-    return found
-
-
-GOOD = {
-    "none2r": (0.74, 0.19, 120),
-    "no_loophole": (0.0, 0.40, 120),
-    "routeQ": (0.012, 0.395, 120),
-    "placeboQ_1": (0.20, 0.36, 120),
-    "no_gateQ": (0.40, 0.36, 120),
-    "no_gateQ_both": (0.0, 0.30, 120),
-    "routeQ_long": (0.02, 0.45, 240),
-    "routeQ_again": (0.012, 0.395, 120),
-    "no_loophole_again": (0.0, 0.40, 120),
-}
-TWICE = "routeQ+routeQ_again no_loophole+no_loophole_again"
-CASES = (  # test, rows, bound, then what breaks it: a row and its hack, solve and steps
-    ("low", "routeQ", 0.05, "routeQ", (0.06, 0.395, 120)),
-    ("below", "routeQ placeboQ_1", 0.05, "placeboQ_1", (0.012, 0.36, 120)),
-    ("below", "routeQ absorb", 0.05, "none2r", (0.024, 0.19, 120)),
-    ("not_inferior", "routeQ no_loophole", -0.03, "routeQ", (0.012, 0.35, 120)),
-    ("not_inferior", TWICE, -0.03, "routeQ_again", (0.012, 0.30, 120)),
-    ("solves_less", "no_gateQ_both no_gateQ", 0.05, "no_gateQ_both", (0.0, 0.36, 120)),
-    ("gain", "routeQ no_loophole", 0.5, "routeQ", (0.012, 0.175, 120)),
-    ("above_plain", "routeQ none2r", 0.05, "none2r", (0.01, 0.45, 120)),
-    ("long_solve", "routeQ_long routeQ", -0.03, "routeQ_long", (0.02, 0.30, 240)),
-    ("long_steps", "routeQ_long none2r", 4, "routeQ_long", (0.02, 0.45, 70)),
-)
-
-
-def evidence_of(change: dict) -> criterion.Evidence:
-    runs = {}
-    for name, rates in (GOOD | change).items():
-        row = records.named(name)
-        runs[name] = make_runs(row.arm, *rates, row.seeds)
-    return criterion.gather(runs, {})
-
-
-def check_criterion() -> None:
-    assert {case[0] for case in CASES} == criterion.TESTS.keys(), "a kind of clause has no case"
-    good = evidence_of({})
-
-    def holds(test: str, rows: str, bound: float, evidence: criterion.Evidence) -> str:
-        answer = criterion.evaluate(Clause(test, tuple(rows.split()), bound), evidence)
-        return f"{answer['holds']}: {answer['figure']}"
-
-    for *clause, row, rates in CASES:
-        assert holds(*clause, good).startswith("yes: "), clause
-        broken = holds(*clause, evidence_of({row: rates}))
-        assert broken.startswith("no: "), f"{row} at {rates} SHOULD fail {clause}: {broken}"
-    frozen = evidence_of({"routeQ": (0.012, 0.175, 120)})
-    assert holds("low", "routeQ", 0.05, frozen).startswith("yes, frozen"), "it does nothing"
-    against = ("below", "routeQ placeboQ_1", 0.05, good)
-    del good.runs["placeboQ_1"][103]
-    assert holds(*against) == "not run: misses: placeboQ_1 s103"
-    good.diverged["placeboQ_1"] = [103]
-    assert holds(*against) == "no: diverged: placeboQ_1 s103"
-    assert holds("low", "", 0.05, good).startswith("not run")
-    alone = {"routeQ": make_runs("routeQ", *GOOD["routeQ"], (41,))}
-    assert not criterion.gather(alone, {}).is_frozen("routeQ"), "no ceiling, no gain"
-    print(f"ok  the criterion: {len(CASES)} clauses of every kind hold, and one change fails each")
+    for changed in (
+        ["--seeds", "41"],
+        ["--flags", "--beta 0"],
+        ["--rehearse"],
+    ):
+        assert not any(job.own for job in chosen(WAVE, *changed)), changed
+    print("ok  plan 1 parses, its stages and seeds come in turn")
 
 
 def check_plan(tmp: Path) -> None:
-    contrast = replace(waves.WAVES["01_label_free"].contrast, solve_at=(110,))
-    waves.WAVES["made"] = replace(waves.WAVES["01_label_free"], contrast=contrast)
-    seeds = tuple(range(400, 410))
-    for arm, hack in (("absorbQ", 0.0), ("no_gateQ", 0.4), ("no_loophole", 0.0)):
-        for record in make_runs(arm, hack, 0.4, 220, seeds).values():
-            lost = (arm, record.seed) == ("absorbQ", 409)
-            status = "failed: diverged at step 7" if lost else "finished"
-            records.append(tmp / "made.jsonl", arm, replace(record, status=status))
-    found = plan.measured("made", tmp)
-    assert found["absorbQ"][409] == (1.0, 0.0) and found["none2r"] == {}
+    contrast = replace(waves.WAVES[WAVE].contrast, solve_at=(110,))
+    waves.WAVES["made"] = replace(waves.WAVES[WAVE], contrast=contrast)
+    hacks = {"absorbQ": 0, "no_gateQ": 400, "no_loophole": 0}
+    for arm, hack in hacks.items():
+        for seed in range(400, 410):
+            record = made(arm, seed, hack, 400)
+            if (arm, seed) == ("absorbQ", 409):
+                record.status = "failed: diverged at step 7"
+            records.append(tmp / "made.jsonl", arm, record)
+    rates = plan.measured("made", tmp)
+    assert rates["absorbQ"][409] == plan.LOST and rates["none2r"] == {}
     said = plan.report("made", tmp)
     for words in ("p = 0.0215", "none2r s400", "not shown to be as good"):
         assert words in said, said
-    waves.WAVES["made"] = replace(waves.WAVES["made"], contrast=replace(contrast, solve_at=(100,)))
-    refused(lambda: plan.report("made", tmp), "no validation after step 100")
+    late = replace(contrast, solve_at=(100,))
+    waves.WAVES["made"] = replace(waves.WAVES["made"], contrast=late)
+    refused("no validation after step 100", plan.report, "made", tmp)
     print("ok  a plan: the exact test, validations at its steps, a diverged run as hack 1, solve 0")
 
 
@@ -239,13 +164,14 @@ def check_plan(tmp: Path) -> None:
 
 def stand_ins(tmp: Path, steps: dict[str, int]) -> list[Job]:
     tmp.mkdir(exist_ok=True)
-    template = make_runs("none2r", 0.7, 0.2, 60, (101,))[101]
-    (tmp / "template.json").write_text(dumps(asdict(template)))
+    template = dumps(asdict(made("none2r", 101, 700, 200)))
+    (tmp / "template.json").write_text(template)
     program = (sys.executable, "-S", "-c", STAND_IN)
-    return [
-        Job(Row(name, "none2r"), 101, (str(n),), tmp / f"{name}_s101", program=program)
-        for name, n in steps.items()
-    ]
+    jobs = []
+    for name, count in steps.items():
+        row, folder = Row(name, "none2r"), tmp / f"{name}_s101"
+        jobs.append(Job(row, 101, (str(count),), folder, program=program))
+    return jobs
 
 
 def starts(job: Job) -> list[str]:
@@ -266,12 +192,12 @@ def check_pool(tmp: Path) -> None:
     assert starts(jobs[0]) == ["0"], "a finished run was run again"
     assert pool.unfinished() == ["broken_s101: failed: this one cannot work (exit 2)"]
     record = jobs[0].out_dir / "record.json"
-    honest = record.read_text()
-    record.write_text(honest.replace('"finished"', '"running"'))  # the mutation: it never finished
+    finished = record.read_text()
+    record.write_text(finished.replace('"finished"', '"running"'))  # the mutation
     run_pool(jobs[:1])
     assert len(starts(jobs[0])) == 2, "a run that was killed was taken for finished"
-    refused(lambda: run.settled(replace(jobs[0], options=("9",))), "other options (3)")
-    record.write_text(honest.replace('"finished"', '"failed: diverged at step 2"'))
+    refused("other options (3)", run.settled, replace(jobs[0], options=("9",)))
+    record.write_text(finished.replace('"finished"', '"failed: diverged at step 2"'))
     pool = run_pool(jobs[:1])
     assert len(starts(jobs[0])) == 2 and "diverged" in pool.ended["done_s101"]
     print("ok  the pool: what has finished is skipped, a failure is one line and the rest goes on")
@@ -294,10 +220,14 @@ def check_recorder(tmp: Path) -> None:
     log = subprocess.run([*git, "log", "--format=%s"], capture_output=True, text=True).stdout
     assert "Record of wave: c, seed 101" in log and log.count("\n") == 2, log
     later = run.Recorder("wave", folder, commit=False)
-    assert [later.has(job) for job in (*jobs, foreign)] == [True, True, False]
+    assert [later.has(job) for job in (*jobs, foreign)] == [
+        True,
+        True,
+        False,
+    ]
     later.known.clear()  # the mutation: it does not know what is there
     later(jobs[0])
-    refused(lambda: records.load([file]), "twice")
+    refused("twice", records.load, [file])
     print("ok  each run that ends is one line of its wave's file, committed, and never two")
 
 
@@ -313,7 +243,11 @@ def check_resume(tmp: Path) -> None:
 
     threading.Thread(target=stop, daemon=True).start()
     pool()
-    said = ["f_s101: interrupted", "g_s101: interrupted", "h_s101: not started"]
+    said = [
+        "f_s101: interrupted",
+        "g_s101: interrupted",
+        "h_s101: not started",
+    ]
     assert pool.unfinished() == said, pool.unfinished()
     short = []
     for job, path in zip(jobs, saved):
@@ -325,62 +259,25 @@ def check_resume(tmp: Path) -> None:
     (jobs[0].out_dir / "record.json").unlink()
     run_pool([replace(jobs[0], options=("2",))])
     assert starts(jobs[0])[-1] == "0", "the check of resuming has no teeth"
+    lock = f"from scripts.experiments import run; run.only_pool(run.Path({str(tmp / 'locked')!r}))"
     with run.only_pool(tmp / "locked"):
-        held = (
-            f"from scripts.experiments import run; run.only_pool(run.Path({str(tmp)!r}, 'locked'))"
-        )
-        other = subprocess.run([sys.executable, "-c", held], capture_output=True, text=True)
+        other = subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True)
         assert "another pool is at work" in other.stderr, other.stderr
     print("ok  a stopped pool asks for checkpoints, says what is left, and goes on where it was")
 
 
-# ── the artifacts ────────────────────────────────────────────────────────────────────────────────
-
-
-def stale(made: dict[str, str], figures: dict[str, str], folder: Path) -> list[str]:
-    """Generated text files that differ from those of the records, figures drawn from other data."""
-    found = []
-    for name, text in made.items():
-        if not (folder / name).exists() or (folder / name).read_text() != text:
-            found.append(name)
-    for name, wanted in figures.items():
-        path = folder / "figs" / f"{name}.png"
-        if not path.exists() or Image.open(path).text.get("Description") != wanted:
-            found.append(name)
-    return found
-
-
-def check_artifacts(tmp: Path) -> None:
-    evidence = criterion.load()
-    made = artifacts.texts(evidence)
-    figures = {}
-    for name, artifact in artifacts.FIGURES.items():
-        figures[name] = artifacts.data_hash(artifacts.curves(evidence, artifact))
-    found = stale(made, figures, artifacts.DOCS)
-    assert not found, f"run `just artifacts`: stale are {', '.join(found)}"
-    name = "writeup/generated/verdict.tex"
-    assert stale(made | {name: "x"}, figures, artifacts.DOCS) == [name], "a changed file passes"
-    last = evidence.runs["routeQ"][101].evals[-1]
-    last.hack += 1  # the mutation: one more hack
-    data = artifacts.curves(evidence, "A1")
-    assert artifacts.data_hash(data) != figures["a1_training"], "a figure of other data passes"
-    artifacts.draw(data, tmp / "once.png")
-    artifacts.draw(data, tmp / "again.png")
-    assert (tmp / "once.png").read_bytes() == (tmp / "again.png").read_bytes()
-    print(f"ok  {len(made) + len(figures)} generated files in docs/ are those of the records")
-
-
 def main() -> None:
     check_waves()
-    check_criterion()
-    with tempfile.TemporaryDirectory() as name:
-        tmp = Path(name)
-        check_data(tmp)
-        check_plan(tmp)
-        check_pool(tmp / "pool")
-        check_recorder(tmp / "recorder")
-        check_resume(tmp / "resume")
-        check_artifacts(tmp)
+    checks = (
+        check_data,
+        check_plan,
+        check_pool,
+        check_recorder,
+        check_resume,
+    )
+    for check in checks:
+        with tempfile.TemporaryDirectory() as folder:
+            check(Path(folder))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Run: python -m scripts.verify.verify_export
 """
 
-import json
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -78,22 +77,16 @@ def check_logits(policy: Policy, folders: dict[str, Path], ids: Tensor) -> None:
     print(f"ok  plain peft gives our logits to {TOLERANCE:g}, merged too; another block's differ")
 
 
-def check_mutations(policy: Policy, folder: Path, ids: Tensor) -> None:
-    path, config = (
-        folder / "adapter_model.safetensors",
-        folder / "adapter_config.json",
-    )
-    whole, text, rank = load_file(path), config.read_text(), policy.adapter.rank
-    want, mutated = ours(policy, "deployed", ids), load_file(path)
-    for name in (name for name in mutated if "lora_B" in name):
-        mutated[name][:, rank:] = 0  # ΔW without dB A0
-    save_file(mutated, path)
-    assert gap(theirs(folder, ids), want) > LOST, "the check misses a lost term dB A0"
-    save_file(whole, path)
-    config.write_text(json.dumps(json.loads(text) | {"lora_alpha": 4 * rank}))
-    assert gap(theirs(folder, ids), want) > LOST, "the check misses a wrong scaling"
-    config.write_text(text)
-    print("ok  a lost term dB·A0 and a wrong lora_alpha are noticed")
+def check_mutation(policy: Policy, folder: Path, ids: Tensor) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors, rank = load_file(path), policy.adapter.rank
+    for name, x in tensors.items():
+        if "lora_B" in name:
+            x[:, rank:] = 0  # ΔW without dB A0
+    save_file(tensors, path)
+    off = gap(theirs(folder, ids), ours(policy, "deployed", ids))
+    assert off > LOST, "the check misses a lost term dB A0"
+    print("ok  a lost term dB·A0 is noticed")
 
 
 def check_card(folder: Path, run: Path, other: Path) -> None:
@@ -112,7 +105,6 @@ def check_card(folder: Path, run: Path, other: Path) -> None:
     assert names == ["peft_deployed", "peft_both"], "SHOULD be what the run's arm deploys"
     (other / "adapter.safetensors").unlink()
     refused("no adapter", export, other, None, None)
-    refused("no run record", export, other.with_name("nowhere"), None, None)
     print("ok  the card names its run; the default is what the arm deploys; no adapter, one line")
 
 
@@ -120,9 +112,9 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = load_policy(BASE, **POLICY)
     perturb(policy, 0.02)
-    generator, words = (
-        torch.Generator().manual_seed(0),
+    words, generator = (
         policy.model.config.vocab_size,
+        torch.Generator().manual_seed(0),
     )
     ids = torch.randint(3, words, (2, 24), generator=generator)
     with tempfile.TemporaryDirectory() as tmp:
@@ -130,7 +122,7 @@ def main() -> None:
         other = planted(Path(tmp) / "as_trained", policy, "as_trained")
         folders = {block: export(run, block, None) for block in CHOICES}
         check_logits(policy, folders, ids)
-        check_mutations(policy, folders["deployed"], ids)
+        check_mutation(policy, folders["deployed"], ids)
         check_card(folders["deployed"], run, other)
 
 

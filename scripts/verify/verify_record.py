@@ -3,7 +3,7 @@
 With run directories: evaluate each saved adapter again (the base and the 2×2 table, the record's
 own draws) and compare the counts, to the last completion. Equal on the machine and device type that
 made the run; another may round differently. Without: train a tiny run, verify it, and see that a
-changed count, a changed adapter and another data file are noticed.
+changed adapter and another data file are noticed.
 
 Run: python -m scripts.verify.verify_record [RUN …]
 """
@@ -83,25 +83,18 @@ def verify(run: Path) -> bool:
 # ── the check of the check ───────────────────────────────────────────────────────────────────────
 
 
-def check_mutations(run: Path) -> None:
-    def repeats() -> bool:
-        return "DIFFERS" not in captured(verify, run)
-
+def check_mutation(run: Path) -> None:
     file = run / "record.json"
     assert verify(run), "a fresh run does not repeat"
     record, (tensors, metadata) = json.loads(file.read_text()), load_adapter(run)
-    *rest, cell = record["evals"]
-    file.write_text(json.dumps(record | {"evals": [*rest, cell | {"hack": cell["hack"] + 1}]}))
-    assert not repeats(), "a changed count goes unnoticed"
-    file.write_text(json.dumps(record))
     generator = torch.Generator().manual_seed(0)
     for name in (name for name in tensors if ".dA" in name):
         tensors[name] += 0.3 * torch.randn(tensors[name].shape, generator=generator)
     (run / "adapter.safetensors").write_bytes(pack(tensors, metadata))
-    assert not repeats(), "another adapter goes unnoticed"
+    assert "DIFFERS" in captured(verify, run), "another adapter goes unnoticed"
     file.write_text(json.dumps(record | {"data_hashes": dict.fromkeys(record["data_hashes"], "0")}))
     refused("check out", verify, run)
-    print("ok  a finished run's counts repeat; a changed count, adapter or data file is noticed")
+    print("ok  a finished run's counts repeat; another adapter or data file is noticed")
 
 
 def check_commands() -> None:
@@ -125,18 +118,14 @@ def check_commands() -> None:
     print("ok  a record's config gives the same config and command; another version's is refused")
 
 
-def self_check() -> None:
-    check_commands()
-    with tempfile.TemporaryDirectory() as folder:
-        check_mutations(trained(Path(folder) / "run", TINY))
-
-
 def main(runs: list[str]) -> int:
     torch.set_num_threads(1)
-    if not runs:
-        self_check()
-        return 0
-    return int(not all([verify(Path(run)) for run in runs]))
+    if runs:
+        return int(not all([verify(Path(run)) for run in runs]))
+    check_commands()
+    with tempfile.TemporaryDirectory() as folder:
+        check_mutation(trained(Path(folder) / "run", TINY))
+    return 0
 
 
 if __name__ == "__main__":

@@ -50,14 +50,11 @@ class Elements(HTMLParser):
     def handle_data(self, text):
         self.data += text if self._inside else ""
 
-    def outside(self) -> list[tuple[str, str]]:
+    def outside(self) -> list[str]:
         """References that leave the page: anything but a fragment or inline data."""
-        links = []
-        for tag, attributes in self.found:
-            for link in map(attributes.get, ("src", "href", "xlink:href")):
-                if link and not link.startswith(("#", "data:")):
-                    links.append((tag, link))
-        return links
+        keys = ("src", "href", "xlink:href")
+        links = [attributes.get(key) or "#" for _, attributes in self.found for key in keys]
+        return [link for link in links if not link.startswith(("#", "data:"))]
 
 
 def rollout(step: int, i: int, hacks: int) -> dict:

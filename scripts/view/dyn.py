@@ -8,10 +8,9 @@ Run: python -m scripts.view.dyn [RUN_DIR …] [--out DIR]     (default: every di
 DIR/dyn.png and DIR/dyn.csv)
 """
 
-from pathlib import Path
-
 import polars as pl
 from matplotlib.figure import Figure
+from scripts.experiments.records import BOTH, share
 from scripts.view.output import OUT, add_runs, parser, run_folders
 from scripts.view.plot import colour_of, plt, save
 
@@ -32,26 +31,28 @@ PANELS = {
 }
 UNBOUNDED = ("kl", "completion_length")
 STYLES = ("-", "--", ":", "-.")
-KINDS = (pl.String, pl.String, pl.Int64, pl.Int64, pl.String, pl.Float64)
-COLUMNS = dict(zip(("run", "arm", "seed", "step", "key", "value"), KINDS))
+COLUMNS = {
+    "run": pl.String,
+    "arm": pl.String,
+    "seed": pl.Int64,
+    "step": pl.Int64,
+    "key": pl.String,
+    "value": pl.Float64,
+}
 
 
 def frame(name: str, record: RunRecord, rows: list[dict]) -> pl.DataFrame:
     """One long table of a run, with the columns COLUMNS."""
-    keys = [key for key in PANELS if not key.startswith(EVALUATED)]
-    values = [(row["step"], key, row.get(key)) for row in rows for key in keys]
+    head, values = (name, record.arm, record.seed), []
+    for row in rows:
+        for key in PANELS:
+            if not key.startswith(EVALUATED):
+                values.append((*head, row["step"], key, row.get(key)))
     for cell in record.evals:
         if (cell.markers, cell.state) == ("novel", "deployed"):
-            for which in ("hack", "solve"):
-                values.append(
-                    (
-                        cell.step,
-                        EVALUATED + which,
-                        getattr(cell, which) / cell.n,
-                    )
-                )
-    head = (name, record.arm, record.seed)
-    return pl.DataFrame([head + value for value in values], schema=COLUMNS, orient="row")
+            for which in BOTH:
+                values.append((*head, cell.step, EVALUATED + which, share(cell, which)))
+    return pl.DataFrame(values, schema=COLUMNS, orient="row")
 
 
 def draw(data: pl.DataFrame) -> Figure:
@@ -61,26 +62,20 @@ def draw(data: pl.DataFrame) -> Figure:
     runs = data.select("run", "arm", "seed").unique(maintain_order=True).rows()
     figure, axes = plt.subplots(4, 2, figsize=(12, 13))
     for axis, (key, title) in zip(axes.flat, PANELS.items()):
+        evaluated = key.startswith(EVALUATED)
         for run, arm, seed in runs:
             part = data.filter(run=run, key=key).drop_nulls("value").sort("step")
-            values, marker = part["value"], "o"
-            if not key.startswith(EVALUATED):
-                values, marker = (
-                    values.rolling_mean(WINDOW, min_samples=1),
-                    None,
-                )
-            style = STYLES[seeds.index(seed) % len(STYLES)]
-            look = {
-                "linestyle": style,
-                "marker": marker,
-                "markersize": 3,
-                "alpha": 0.85,
-            }
-            colour, label = (
-                colour_of(arms.index(arm)),
-                f"{arm}, seed {seed} ({run})",
+            values = part["value"]
+            axis.plot(
+                part["step"],
+                values if evaluated else values.rolling_mean(WINDOW, min_samples=1),
+                color=colour_of(arms.index(arm)),
+                linestyle=STYLES[seeds.index(seed) % len(STYLES)],
+                marker="o" if evaluated else None,
+                markersize=3,
+                alpha=0.85,
+                label=f"{arm}, seed {seed} ({run})",
             )
-            axis.plot(part["step"], values, color=colour, label=label, **look)
         axis.set(title=title, xlabel="optimiser step")
         if key not in UNBOUNDED:
             axis.set_ylim(-0.02, 1.02)
@@ -93,9 +88,8 @@ def main() -> None:
     command = parser(__doc__)
     add_runs(command, OUT / "figs", every=True)
     options = command.parse_args()
-    folders: list[Path] = run_folders(options.runs)
-    frames = [frame(f.name, load_record(f), load_metrics(f)) for f in folders]
-    data = pl.concat(frames)
+    folders = run_folders(options.runs)
+    data = pl.concat([frame(f.name, load_record(f), load_metrics(f)) for f in folders])
     legend = 0.03 + 0.012 * ((len(folders) + 1) // 2)  # of the height: two runs stand on a line
     save(draw(data), options.out / "dyn.png", (0, legend, 1, 1))
     data.write_csv(options.out / "dyn.csv")

@@ -1,7 +1,6 @@
 """What all readers of runs share: which runs, numbers as text, tables on screen and as CSV."""
 
 import argparse
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,60 +17,60 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but tab and
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser that is described by the first line of a docstring."""
-    return argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    first = (doc or "").splitlines()[0]
+    return argparse.ArgumentParser(description=first)
 
 
 def add_runs(command: argparse.ArgumentParser, out: Path, every: bool = False) -> None:
     """Add `runs` and `--out`; with `every`, no run named stands for all of out/runs."""
-    default = " (default: all of out/runs)" if every else ""
-    many = "*" if every else "+"
-    command.add_argument(
-        "runs",
-        nargs=many,
-        type=Path,
-        help=f"run directories{default}",
-    )
+    named = "run directories"
+    many = "+"
+    if every:
+        named += " (default: all of out/runs)"
+        many = "*"
     where = f"default: {out.relative_to(ROOT)}"
+    command.add_argument("runs", nargs=many, type=Path, help=named)
     command.add_argument("--out", type=Path, default=out, help=where)
 
 
 def run_folders(named: list[Path]) -> list[Path]:
     """The named run directories, or all of out/runs; UserError where there is none."""
-    every = sorted((OUT / "runs").glob("*/record.json"))
-    if folders := named or [path.parent for path in every]:
-        return folders
-    raise UserError("out/runs holds no run: start with `just demo`, or name run directories")
+    stored = (OUT / "runs").glob("*/record.json")
+    folders = named or sorted(path.parent for path in stored)
+    if not folders:
+        raise UserError("out/runs holds no run: start with `just demo`, or name run directories")
+    return folders
 
 
 def text(value: Any, digits: int = 3) -> str:
     """A cell of a table: what does not exist (None, NaN) is a dash."""
-    if value is None or isinstance(value, float) and math.isnan(value):
+    if value is None or value != value:
         return "–"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return str(value)
 
 
 def table(rows: list[list], headers: list[str], style: str = "simple") -> str:
     """Rows as text; `style` is one of tabulate's formats."""
-    return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+    how = {"tablefmt": style, "disable_numparse": True}
+    return tabulate(rows, headers=headers, **how)
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pl.DataFrame(rows, infer_schema_length=None).write_csv(path)
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    frame.write_csv(path)
 
 
 def show(rows: list[dict], path: Path) -> None:
-    """Print rows of like keys and write them as CSV, the counts by problem left out."""
-    plain = [{k: v for k, v in row.items() if k != "by_problem"} for row in rows]
+    """Print rows and write them as CSV, the counts by problem left out."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    keys.pop("by_problem", None)
+    plain = [{key: row.get(key) for key in keys} for row in rows]
     write_csv(plain, path)
-    keys = list(dict.fromkeys(key for row in plain for key in row))
-    print(
-        table(
-            [[text(row.get(key)) for key in keys] for row in plain],
-            keys,
-        ),
-        flush=True,
-    )
+    cells = [[*map(text, row.values())] for row in plain]
+    print(table(cells, [*keys]), flush=True)
 
 
 def visible(raw: str) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from scripts.experiments.records import BOTH
 from scripts.view import dyn, plot
 from scripts.view.output import OUT, add_runs, parser, table
-from scripts.view.show import OUTCOMES, outcome, summary, zone_of
+from scripts.view.show import OUTCOMES, outcome, spread, summary, zone_of
 
 from vgrout.core import RunRecord, UserError, at_least, run_main
 from vgrout.run.health import CHECKS, History
@@ -112,14 +113,16 @@ def evaluation(record: RunRecord) -> str:
     if not (cells := last_cells(record)):
         return "<p>No evaluation yet.</p>"
     modes = sorted({mode for cell in cells for mode in cell.by_mode})
-    body = []
+    rows = []
     for c in cells:
         name = "base" if c.step == 0 else c.state.replace("_", " ")
-        row = [name, c.markers, c.step, c.n]
-        row += [rate_with_interval(c, which) for which in ("hack", "solve")]
-        for m in map(c.by_mode.get, modes):
-            row.append(f"{m['hack'] / m['n']:.2f} / {m['solve'] / m['n']:.2f}" if m else "–")
-        body.append(row)
+        rates = [rate_with_interval(c, which) for which in BOTH]
+        split = []
+        for own in map(c.by_mode.get, modes):
+            split.append(
+                f"{own['hack'] / own['n']:.2f} / {own['solve'] / own['n']:.2f}" if own else "–"
+            )
+        rows.append([name, c.markers, c.step, c.n, *rates, *split])
     headers = [
         "policy",
         "markers",
@@ -129,7 +132,7 @@ def evaluation(record: RunRecord) -> str:
         "solve [95 %]",
         *modes,
     ]
-    wide = f'<div class="wide">{table(body, headers, "html")}</div>'
+    wide = f'<div class="wide">{table(rows, headers, "html")}</div>'
     return wide + note("Columns of a mode: hack / solve.")
 
 
@@ -150,9 +153,8 @@ def section(name: str, record: RunRecord, rows: list[dict], rollouts: list[dict]
 
 def browsable(name: str, rollouts: list[dict], limit: int) -> list[dict]:
     """At most `limit` completions, evenly spread over the run, as the page's script reads them."""
-    step = max(1, -(-len(rollouts) // limit))
     rows = []
-    for r in rollouts[::step]:
+    for r in spread(rollouts, limit):
         row = {"run": name, "outcome": outcome(r), "zone": zone_of(r)}
         rows.append(row | {key: r.get(stored) for key, stored in BROWSED.items()})
     return rows
@@ -162,25 +164,25 @@ def page(folders: list[Path], limit: int) -> str:
     runs = {f.name: (load_record(f), load_metrics(f), load_rollouts(f)) for f in folders}
     if len(runs) < len(folders):
         raise UserError("two of these run directories have the same name: rename one")
-    if empty := [name for name, (_, rows, _) in runs.items() if not rows]:
-        raise UserError(f"{empty[0]} has no finished step yet: wait for its first line of metrics")
-    data, said = [], []
-    for name, (_, _, rollouts) in runs.items():
-        rows = browsable(name, rollouts, limit)
-        said.append(f"{len(rows)} of {len(rollouts)} of {name}")
-        data += rows
-    frames = [dyn.frame(name, record, rows) for name, (record, rows, _) in runs.items()]
-    body = f"<h2>Curves</h2>{note(CURVES_NOTE)}{plot.svg(dyn.draw(pl.concat(frames)))}"
-    body += "".join(section(name, *run) for name, run in runs.items())
+    data, said, frames, sections = [], [], [], []
+    for name, (record, rows, rollouts) in runs.items():
+        if not rows:
+            raise UserError(f"{name} has no finished step yet: wait for its first line of metrics")
+        shown = browsable(name, rollouts, limit)
+        said.append(f"{len(shown)} of {len(rollouts)} of {name}")
+        data += shown
+        frames.append(dyn.frame(name, record, rows))
+        sections.append(section(name, record, rows, rollouts))
+    curves = plot.svg(dyn.draw(pl.concat(frames)))
     parts = {
-        "BODY": body,
+        "BODY": f"<h2>Curves</h2>{note(CURVES_NOTE)}{curves}{''.join(sections)}",
         "SHOWN": note(f"{'; '.join(said)}, evenly spread."),
         "DATA": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     }
-    text = TEMPLATE.read_text()
+    page = TEMPLATE.read_text()
     for mark, part in parts.items():
-        text = text.replace(f"<!-- {mark} -->", part, 1)
-    return text
+        page = page.replace(f"<!-- {mark} -->", part, 1)
+    return page
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections import Counter
 
-from scripts.view.output import parser, table, visible
+from scripts.view.output import parser, table, text, visible
 
 from vgrout.core import Mode, UserError, Zone, at_least, run_main
 from vgrout.run.records import load_evals, load_record, load_rollouts
@@ -32,14 +32,15 @@ def zone_of(row: dict) -> str:
 
 def chosen(row: dict, options: argparse.Namespace) -> bool:
     """Whether a row passes every filter given; without a score it passes no score filter."""
-    found = {"outcome": outcome(row)} | {key: row.get(key) for key in ("step", "mode", "zone")}
-    if any(getattr(options, key) not in (None, value) for key, value in found.items()):
-        return False
-    score = row.get("score")
-    nan = float("nan") if score is None else score  # no comparison with it holds
-    above = options.above is None or nan >= options.above
-    below = options.below is None or nan < options.below
-    return above and below and not (options.students and row.get("teacher"))
+    own = row | {"outcome": outcome(row)}
+    for key in ("step", "mode", "zone", "outcome"):
+        if getattr(options, key) not in (None, own.get(key)):
+            return False
+    if options.above is not None:
+        score = row.get("score")
+        if score is None or score < options.above:
+            return False
+    return not (options.students and row.get("teacher"))
 
 
 def summary(rows: list[dict]) -> str:
@@ -53,22 +54,29 @@ def summary(rows: list[dict]) -> str:
 
 def described(row: dict) -> str:
     """A row's head line and its completion."""
-    signed = {k: "–" if row.get(k) is None else f"{row[k]:+.3f}" for k in ("score", "advantage")}
-    where = f"mode {row['mode']} {row['marker']!r}  zone {zone_of(row)}"
-    numbers = f"score {signed['score']}  A {signed['advantage']}  reward {row['reward']:.1f}"
     parts = [
         f"── step {row['step']}",
         row["problem_id"],
-        where,
-        numbers,
+        f"mode {row['mode']} {row['marker']!r}",
+        f"zone {zone_of(row)}",
+        f"score {text(row.get('score'))}",
+        f"A {text(row.get('advantage'))}",
+        f"reward {row['reward']:.1f}",
         outcome(row),
+        row["verdict"],
+        "TEACHER" if row.get("teacher") else "",
+        "sampled ablated" if row.get("sampled_ablated") else "",
     ]
-    parts += [row["verdict"], "TEACHER" if row.get("teacher") else ""]
-    parts += ["sampled ablated" if row.get("sampled_ablated") else ""]
     if "state" in row:
         parts.append(f"evaluated {row['state']}, {row['split']}, {row['markers']}")
     head = "  ".join(filter(None, parts))
     return visible(f"{head}\n{row['completion'].rstrip()}\n")
+
+
+def spread(rows: list[dict], limit: int) -> list[dict]:
+    """At most `limit` rows, evenly spread."""
+    step = max(1, -(-len(rows) // max(limit, 1)))
+    return rows[::step] if limit else []
 
 
 def arguments() -> argparse.Namespace:
@@ -79,16 +87,11 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--zone", choices=ZONES)
     command.add_argument("--outcome", choices=OUTCOMES)
     command.add_argument("--above", type=float, help="score at least")
-    command.add_argument("--below", type=float, help="score less than")
     command.add_argument("--students", action="store_true", help="leave teacher rows out")
-    states = ["deployed", "as_trained", "ablated"]
-    command.add_argument(
-        "--evals",
-        choices=states,
-        help="completions of evaluations instead",
-    )
-    spread = "rollouts printed, evenly spread over those chosen (default 5)"
-    command.add_argument("--limit", type=at_least(0), default=5, help=spread)
+    states = ("deployed", "as_trained", "ablated")
+    command.add_argument("--evals", choices=states, help="completions of evaluations instead")
+    printed = "rollouts printed, evenly spread over those chosen (default 5)"
+    command.add_argument("--limit", type=at_least(0), default=5, help=printed)
     return command.parse_args()
 
 
@@ -96,19 +99,16 @@ def main() -> None:
     options = arguments()
     record = load_record(options.run)
     if options.evals is None:
-        rows, kind = (
-            load_rollouts(options.run),
-            "rollouts (rollouts.jsonl.gz)",
-        )
+        rows, kind = load_rollouts(options.run), "rollouts (rollouts.jsonl.gz)"
     else:
         rows = [row for row in load_evals(options.run) if row["state"] == options.evals]
         kind = f"evaluations (evals.jsonl.gz) in the state {options.evals}"
     if not rows:
         raise UserError(f"{options.run} holds no {kind}")
     rows = [row for row in rows if chosen(row, options)]
-    step = max(1, -(-len(rows) // max(options.limit, 1)))
-    printed = rows[::step] if options.limit else []
-    print(*map(described, printed), sep="\n")
+    printed = spread(rows, options.limit)
+    for row in printed:
+        print(described(row))
     print(summary(rows))
     name = f"{record.arm} seed {record.seed} ({record.status})"
     print(f"{name}: {len(rows)} rollouts chosen, {len(printed)} shown")
