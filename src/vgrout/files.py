@@ -5,6 +5,7 @@ No pickle anywhere. JSON written here has no NaN or infinity: they become null, 
 can parse it. Torch is imported by the two functions that move tensors, and by no other.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -110,6 +111,11 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
 def append_line(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(dumps(row) + "\n")
+
+
+def gzip_lines(rows: list[dict[str, Any]]) -> bytes:
+    """Rows as JSON lines in a gzip member of their own; equal rows give equal bytes."""
+    return gzip.compress("".join(dumps(row) + "\n" for row in rows).encode(), mtime=0)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
