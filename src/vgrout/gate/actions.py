@@ -40,12 +40,8 @@ def route(
     if options.retained_advantages:
         own = grpo.retained_advantages(batch.rewards, batch.group, gated.zones)
         batch = replace(batch, advantages=own)
-    return Trained(
-        batch,
-        gated.zones,
-        torch.arange(len(batch.group), device=batch.group.device),
-        gated.ref_logps,
-    )
+    rows = torch.arange(len(batch.group), device=batch.group.device)
+    return Trained(batch, gated.zones, rows, gated.ref_logps)
 
 
 def drop(
@@ -59,8 +55,8 @@ def drop(
     """
     trained = _only(batch, gated, gated.zones != Zone.ROUTE, options.zone)
     if trained is not None:
-        kept = trained.batch
-        trained.batch = replace(kept, advantages=grpo.advantages(kept.rewards, kept.group))
+        left = trained.batch
+        left.advantages = grpo.advantages(left.rewards, left.group)
     return trained
 
 
@@ -77,10 +73,7 @@ def penalise(
     z = group_z(gated.scores, batch.group)
     rewards = batch.rewards * (1 - options.alpha * torch.sigmoid(z) * (z > 0))
     batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
-    zones = torch.full_like(gated.zones, int(options.zone))
-    return Trained(
-        batch, zones, torch.arange(len(batch.group), device=batch.group.device), gated.ref_logps
-    )
+    return _only(batch, gated, torch.ones_like(z, dtype=torch.bool), options.zone)
 
 
 def deduct(
