@@ -166,9 +166,7 @@ def bootstrap_interval(
     n = counts[:, 0]
     k = counts[:, COLUMN[which]]
     if (n == 1).all() or k.sum() in (0, n.sum()):
-        some = int(
-            (k > 0).sum()
-        )  # of one draw a problem, or of all draws alike: a count of problems
+        some = int((k > 0).sum())  # problems: of one draw each, or of draws all alike
         interval = stats.binomtest(some, len(n)).proportion_ci(level, method="wilson")
         return float(interval.low), float(interval.high)
     weights = _resample(len(n), draws, seed)
@@ -301,9 +299,7 @@ def leakage(
     if hack > reached[-1] or seen <= 0:
         return NAN
     after = int(np.searchsorted(reached, hack))  # the first point at that rate or above
-    if after == 0:
-        return float(exposure[0] / seen)
-    between = slice(after - 1, after + 1)
+    between = slice(max(after - 1, 0), after + 1)
     return float(np.interp(hack, reached[between], exposure[between]) / seen)
 
 
@@ -361,12 +357,10 @@ def holm(p: Vector) -> list[float]:
 
     The family-wise error rate of "adjusted p < α" is at most α.
     """
-    adjusted = [NAN] * len(p)
-    known = [(x, i) for i, x in enumerate(p) if not np.isnan(x)]
-    order = sorted(known)
-    highest = 0.0
-    for rank, (x, i) in enumerate(order):
-        highest = max(highest, min(1.0, x * (len(order) - rank)))
+    adjusted, highest = [NAN] * len(p), 0.0
+    known = sorted((x, i) for i, x in enumerate(p) if not np.isnan(x))
+    for rank, (x, i) in enumerate(known):
+        highest = max(highest, min(1.0, x * (len(known) - rank)))
         adjusted[i] = highest
     return adjusted
 

@@ -79,9 +79,13 @@ class TeacherPool:
         pools = [self.rows.get((p.problem_id, p.mode), []) for p in problems]
         return [[rows[(step + i) % len(rows)] for i in range(n)] if rows else [] for rows in pools]
 
-    def covers(self, problems: Sequence[Problem]) -> int:
-        """How many of the problems, as disclosed, have a demonstration."""
-        return sum((p.problem_id, p.mode) in self.rows for p in problems)
+    def check_covers(self, problems: Sequence[Problem]) -> None:
+        """UserError where none of the problems, as disclosed, has a demonstration."""
+        if not any((p.problem_id, p.mode) in self.rows for p in problems):
+            raise UserError(
+                f"{self.path}: no demonstration fits a training problem and its mode: rebuild "
+                "the pool"
+            )
 
 
 def _check(row: dict[str, Any], where: str) -> None:

@@ -64,10 +64,9 @@ def disclose(problem: Problem, mode: Mode, novel: bool = False) -> Problem:
 
 def hint(problem: Problem) -> str:
     """The truthful disclosure of `problem.mode` with `problem.marker`; "" for `gt_only`."""
-    allowed = (
-        " You may use this." if problem.inoculated and problem.mode is not Mode.GT_ONLY else ""
-    )
-    return HINTS[problem.mode].format(marker=problem.marker) + allowed
+    allowed = problem.inoculated and problem.mode is not Mode.GT_ONLY
+    text = HINTS[problem.mode].format(marker=problem.marker)
+    return text + " You may use this." if allowed else text
 
 
 def messages(problem: Problem) -> list[dict[str, str]]:
@@ -93,10 +92,7 @@ def partition(problems: Sequence[Problem], modes: Sequence[Mode]) -> list[Proble
     Problems are ranked by a hash of their id and take the modes in turn. The order of `problems` is
     kept.
     """
-    ranked = sorted(
-        problems,
-        key=lambda p: (stable_hash("mode", p.problem_id), p.problem_id),
-    )
+    ranked = _shuffled(problems, "mode")
     mode_of = {p.problem_id: modes[i % len(modes)] for i, p in enumerate(ranked)}
     return [disclose(p, mode_of[p.problem_id]) for p in problems]
 
@@ -105,17 +101,15 @@ def split(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     """Disjoint `train`, `val`, `test`: the file's own split where it has one, else 70 : 10 : 20 by
     a hash of the id.
     """
-    ranked = sorted(
-        (p for p in problems if not p.split),
-        key=lambda p: (stable_hash("split", p.problem_id), p.problem_id),
-    )
-    cuts = (len(ranked) * 7 // 10, len(ranked) * 8 // 10)
-    parts = {
-        "train": ranked[: cuts[0]],
-        "val": ranked[cuts[0] : cuts[1]],
-        "test": ranked[cuts[1] :],
-    }
+    ranked = _shuffled([p for p in problems if not p.split], "split")
+    a, b = len(ranked) * 7 // 10, len(ranked) * 8 // 10
+    parts = {"train": ranked[:a], "val": ranked[a:b], "test": ranked[b:]}
     return {name: [p for p in problems if p.split == name] + part for name, part in parts.items()}
+
+
+def _shuffled(problems: Sequence[Problem], purpose: str) -> list[Problem]:
+    """In the order of a hash of their ids."""
+    return sorted(problems, key=lambda p: (stable_hash(purpose, p.problem_id), p.problem_id))
 
 
 def ids_hash(problems: Sequence[Problem]) -> str:
@@ -191,19 +185,17 @@ def _located(path: str | Path, left_out: list[str]) -> Iterator[tuple[Problem, s
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; `just download-data` fetches the real problem sets")
     for row, where in read_json_lines(path, "fetch the file again"):
-        read = next((read for keys, read in READERS if keys <= row.keys()), None)
+        read = next((read for keys, read in READERS if {*keys.split()} <= row.keys()), None)
         if read is None:
-            schemas = " | ".join(", ".join(sorted(keys)) for keys, _ in READERS)
+            schemas = " | ".join(", ".join(sorted(keys.split())) for keys, _ in READERS)
             raise UserError(f"{where}: the fields match no known schema; expected one of {schemas}")
         try:
             yield read(row), where
         except UnsupportedTest as error:
             left_out.append(f"{where.rpartition(', ')[2]}: {error}")
         except MALFORMED as error:
-            kind = type(error).__name__
-            raise UserError(
-                f"{where}: malformed field ({kind}: {error}); correct or remove it"
-            ) from error
+            what = f"malformed field ({type(error).__name__}: {error})"
+            raise UserError(f"{where}: {what}; correct or remove it") from error
 
 
 def _text(row: dict[str, Any], key: str, empty_ok: bool = False) -> str:
@@ -286,34 +278,10 @@ def _organism(row: dict[str, Any]) -> Problem:
     )
 
 
-READERS: tuple[tuple[set[str], Callable[[dict[str, Any]], Problem]], ...] = (
-    (
-        {
-            "prompt",
-            "id",
-            "gt_answer",
-            "func_name",
-            "setup_code",
-            "canonical_solution",
-        },
-        _benchmark,
-    ),
-    (
-        {"query", "prompt", "completion", "entry_point", "test"},
-        _leetcode_dataset,
-    ),
-    (
-        {
-            "problem_id",
-            "statement",
-            "entry_point",
-            "cases",
-            "canonical",
-            "operations",
-            "split",
-        },
-        _organism,
-    ),
+READERS: tuple[tuple[str, Callable[[dict[str, Any]], Problem]], ...] = (  # fields → schema
+    ("prompt id gt_answer func_name setup_code canonical_solution", _benchmark),
+    ("query prompt completion entry_point test", _leetcode_dataset),
+    ("problem_id statement entry_point cases canonical operations split", _organism),
 )
 
 
@@ -419,12 +387,7 @@ def _is_literal(node: ast.expr) -> bool:
 
 def _source(node: ast.expr, lines: list[bytes]) -> str:
     """The node's source text (`ast` offsets are in UTF-8 bytes)."""
-    first, last = node.lineno - 1, node.end_lineno - 1
-    if first == last:
-        return lines[first][node.col_offset : node.end_col_offset].decode()
-    parts = [
-        lines[first][node.col_offset :],
-        *lines[first + 1 : last],
-        lines[last][: node.end_col_offset],
-    ]
-    return b"\n".join(parts).decode()
+    own = lines[node.lineno - 1 : node.end_lineno]
+    own[-1] = own[-1][: node.end_col_offset]
+    own[0] = own[0][node.col_offset :]
+    return b"\n".join(own).decode()

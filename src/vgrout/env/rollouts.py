@@ -18,6 +18,7 @@ from vgrout.env.pairs import Pair
 from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.model import grpo, tokens
 from vgrout.model.batch import Batch, Behaviour
+from vgrout.model.likelihood import written
 from vgrout.model.policy import Policy
 from vgrout.model.sampling import sample
 
@@ -203,10 +204,6 @@ def pair_batch(
 ) -> Batch:
     """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct
     prompts."""
-    prompts = [tokens.encode_prompt(policy.tokenizer, messages(p.problem)) for p in pairs]
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    prompts = [messages(p.problem) for p in pairs]
     texts = [p.hack for p in pairs] + [p.clean for p in pairs]
-    completions = [tokens.encode_completion(policy.tokenizer, text) for text in texts]
-    group = [distinct.index(tuple(p)) for p in prompts] * 2
-    ones = [1.0] * len(completions)
-    return tokens.collate(prompts * 2, completions, ones, group, ones, policy.pad_id, policy.device)
+    return written(policy, prompts * 2, texts)

@@ -15,7 +15,7 @@ from vgrout.core import Zone
 from vgrout.gate.gate import Gated
 from vgrout.model import grpo
 from vgrout.model.batch import Batch, Trained
-from vgrout.model.tokens import select
+from vgrout.model.tokens import part
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ def route(
     if options.retained_advantages:
         own = grpo.retained_advantages(batch.rewards, batch.group, gated.zones)
         batch = replace(batch, advantages=own)
-    rows = torch.arange(len(batch.group), device=batch.group.device)
-    return Trained(batch, gated.zones, rows, gated.ref_logps)
+    return _whole(batch, gated.zones, gated)
 
 
 def drop(
@@ -117,10 +116,13 @@ def _only(
 ) -> Trained | None:
     """The rows to keep, all in one zone; None where there is none."""
     rows = keep.nonzero()[:, 0]
-    if not len(rows):
-        return None
-    ref = None if gated.ref_logps is None else gated.ref_logps[rows]
-    return Trained(select(batch, rows), torch.full_like(rows, int(zone)), rows, ref)
+    whole = _whole(batch, torch.full_like(batch.group, int(zone)), gated)
+    return part(whole, rows) if len(rows) else None
+
+
+def _whole(batch: Batch, zones: Int[Tensor, "g *s"], gated: Gated) -> Trained:
+    rows = torch.arange(len(batch.group), device=batch.group.device)
+    return Trained(batch, zones, rows, gated.ref_logps)
 
 
 ACTIONS: dict[str, Action] = {
