@@ -120,7 +120,10 @@ def _duels(
         yield members, wins, pairs
 
 
-def precision_recall_at(flagged: Flags, positive: Flags) -> dict[str, float]:
+def precision_recall_at(
+    flagged: Flags,
+    positive: Flags,
+) -> dict[str, float]:
     """Return precision, recall, fpr and f05 of a set of flags.
 
     f05 is the F-measure with β = 0.5: precision counts more. A quantity whose denominator is empty
@@ -143,7 +146,10 @@ def precision_recall_at(flagged: Flags, positive: Flags) -> dict[str, float]:
 # ── one policy, over problems ────────────────────────────────────────────────────────────────────
 
 
-def rate(by_problem: Counts, which: Which) -> float:
+def rate(
+    by_problem: Counts,
+    which: Which,
+) -> float:
     """Return the pooled rate over all draws of all problems."""
     counts = _counts(by_problem)
     return float(counts[:, COLUMN[which]].sum() / counts[:, 0].sum())
@@ -332,7 +338,10 @@ def paired_ttest(
     return float(difference.mean()), float(p)
 
 
-def sign_flip(a: Vector, b: Vector) -> tuple[float, float]:
+def sign_flip(
+    a: Vector,
+    b: Vector,
+) -> tuple[float, float]:
     """Return (mean of a − b, p) of the exact two-sided sign-flip test, paired by seed.
 
     p is the share of the 2ⁿ assignments of signs to the differences whose sum is as large as the
@@ -422,11 +431,17 @@ def _resample(
     return np.random.default_rng(seed).multinomial(n_problems, chances, size=draws)
 
 
-def _percentiles(values: Vector, level: float) -> Interval:
+def _percentiles(
+    values: Vector,
+    level: float,
+) -> Interval:
     edges = (1 - level) / 2, (1 + level) / 2
     low, high = np.quantile(values, edges)
     return float(low), float(high)
 
 
-def _ratio(numerator: int | float, denominator: int | float) -> float:
+def _ratio(
+    numerator: int | float,
+    denominator: int | float,
+) -> float:
     return numerator / denominator if denominator else NAN

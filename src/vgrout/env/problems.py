@@ -51,7 +51,11 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
-def disclose(problem: Problem, mode: Mode, novel: bool = False) -> Problem:
+def disclose(
+    problem: Problem,
+    mode: Mode,
+    novel: bool = False,
+) -> Problem:
     """The problem with `mode` and a marker from the mode's training or (disjoint) novel pool.
 
     The marker is chosen by a hash of (mode, problem id). Modes without a name to change
@@ -85,7 +89,10 @@ def messages(problem: Problem) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": content}]
 
 
-def partition(problems: Sequence[Problem], modes: Sequence[Mode]) -> list[Problem]:
+def partition(
+    problems: Sequence[Problem],
+    modes: Sequence[Mode],
+) -> list[Problem]:
     """Every problem with one of `modes` and its training marker; the modes' counts differ by at
     most one.
 
@@ -107,7 +114,10 @@ def split(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     return {name: [p for p in problems if p.split == name] + part for name, part in parts.items()}
 
 
-def _shuffled(problems: Sequence[Problem], purpose: str) -> list[Problem]:
+def _shuffled(
+    problems: Sequence[Problem],
+    purpose: str,
+) -> list[Problem]:
     """In the order of a hash of their ids."""
     return sorted(problems, key=lambda p: (stable_hash(purpose, p.problem_id), p.problem_id))
 
@@ -152,7 +162,11 @@ def load_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def check_tests(path: str | Path, problems: Sequence[Problem], grader: Grader) -> None:
+def check_tests(
+    path: str | Path,
+    problems: Sequence[Problem],
+    grader: Grader,
+) -> None:
     """Run what only the sandbox can: every preamble, and every argument that is no literal, once
     before the first step, on a stub that takes anything.
 
@@ -178,7 +192,10 @@ def _is_plain_call(case: Case) -> bool:
     return all(map(_is_literal, [*call.args, *(k.value for k in call.keywords)]))
 
 
-def _located(path: str | Path, left_out: list[str]) -> Iterator[tuple[Problem, str]]:
+def _located(
+    path: str | Path,
+    left_out: list[str],
+) -> Iterator[tuple[Problem, str]]:
     """(problem, "path, line n") for every usable row; the others' lines and reasons are added to
     `left_out`.
     """
@@ -198,20 +215,30 @@ def _located(path: str | Path, left_out: list[str]) -> Iterator[tuple[Problem, s
             raise UserError(f"{where}: {what}; correct or remove it") from error
 
 
-def _text(row: dict[str, Any], key: str, empty_ok: bool = False) -> str:
+def _text(
+    row: dict[str, Any],
+    key: str,
+    empty_ok: bool = False,
+) -> str:
     value = row[key]
     if not isinstance(value, str) or not (value or empty_ok):
         raise TypeError(f"{key!r} must be {'a' if empty_ok else 'a non-empty'} string")
     return value
 
 
-def _preamble(row: dict[str, Any], key: str) -> str:
+def _preamble(
+    row: dict[str, Any],
+    key: str,
+) -> str:
     """Source that compiles; whether it runs is for `check_tests`."""
     compile(_text(row, key, True), f"<{key}>", "exec", dont_inherit=True)
     return row[key]
 
 
-def _entry(row: dict[str, Any], key: str) -> str:
+def _entry(
+    row: dict[str, Any],
+    key: str,
+) -> str:
     """The method's name alone: of "Solution().twice" it is "twice"."""
     name = _text(row, key).rpartition(".")[2]
     if not name.isidentifier():
@@ -286,7 +313,10 @@ READERS: tuple[tuple[str, Callable[[dict[str, Any]], Problem]], ...] = (  # fiel
 
 
 # ---- ground-truth tests --------------------------------------------------------------------------
-def parse_asserts(source: str, entry: str) -> tuple[Case, ...]:
+def parse_asserts(
+    source: str,
+    entry: str,
+) -> tuple[Case, ...]:
     """Split every assert of `source` into the argument list of the call and the expected literal,
     as source text.
 
@@ -309,7 +339,10 @@ def parse_asserts(source: str, entry: str) -> tuple[Case, ...]:
     return tuple(_case(node, {name, f"Solution().{entry}"}, lines) for node in body)
 
 
-def _parse(source: str, mode: str) -> ast.AST:
+def _parse(
+    source: str,
+    mode: str,
+) -> ast.AST:
     """`ast.parse`, for which a number of more digits than Python converts is no syntax error, but
     an unsupported test.
     """
@@ -321,7 +354,11 @@ def _parse(source: str, mode: str) -> ast.AST:
         raise
 
 
-def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
+def _case(
+    statement: ast.stmt,
+    entries: set[str],
+    lines: list[bytes],
+) -> Case:
     match statement:
         case ast.Assert(
             test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[expected])
@@ -348,7 +385,10 @@ def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
     return _usable(Case(", ".join(args), _source(expected, lines), compare), call, expected)
 
 
-def written_case(args: str, expected: str) -> Case:
+def written_case(
+    args: str,
+    expected: str,
+) -> Case:
     """A case of source text, checked. SyntaxError if `args` is no argument list."""
     call = _parse(f"__call__({args})", "eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
@@ -356,7 +396,11 @@ def written_case(args: str, expected: str) -> Case:
     return _usable(Case(args, expected), call, _parse(expected, "eval").body)
 
 
-def _usable(case: Case, call: ast.Call, expected: ast.expr) -> Case:
+def _usable(
+    case: Case,
+    call: ast.Call,
+    expected: ast.expr,
+) -> Case:
     """The case, if the grader can use it: a call that compiles, and an expected value that it can
     compare.
     """
@@ -385,7 +429,10 @@ def _is_literal(node: ast.expr) -> bool:
     return False
 
 
-def _source(node: ast.expr, lines: list[bytes]) -> str:
+def _source(
+    node: ast.expr,
+    lines: list[bytes],
+) -> str:
     """The node's source text (`ast` offsets are in UTF-8 bytes)."""
     own = lines[node.lineno - 1 : node.end_lineno]
     own[-1] = own[-1][: node.end_col_offset]

@@ -144,13 +144,17 @@ def sample_groups(
     return groups
 
 
+def rows_of(groups: Sequence[Group]) -> list[Rollout]:
+    return [r for group in groups for r in group.rollouts]
+
+
 def grade_groups(
     groups: Sequence[Group],
     grader: Grades,
     loophole_pays: bool,
 ) -> None:
     """Give every rollout its grade."""
-    rows = [r for group in groups for r in group.rollouts]
+    rows = rows_of(groups)
     grades = grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)
     for row, grade in zip(rows, grades):
         row.grade = grade
@@ -168,7 +172,7 @@ def compose(
     """
     varied = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
     kept = list(groups) if equal_groups else varied
-    rows = [r for group in kept for r in group.rollouts]
+    rows = rows_of(kept)
     if not rows:
         return None
     rewards = torch.tensor([r.grade.reward for r in rows])

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vgrout.core import NO_ZONE, Zone
+from vgrout.core import NO_ZONE
 from vgrout.env.rollouts import Composed
 from vgrout.gate.gate import Gate, Gated, PinnedGate, _column, by_content
 from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio, build_llr
@@ -222,8 +222,3 @@ def build_control(
         case _:
             score = Haar(gate.score, seed)
     return Control(gate, score)
-
-
-def zone_counts(zones: Int[Tensor, "g *s"]) -> dict[str, int]:
-    """Rows (or tokens) in each zone."""
-    return {zone.name.lower(): int((zones == zone).sum()) for zone in Zone}

@@ -190,7 +190,7 @@ def zones_from_band(
     zones = torch.full_like(scores, int(Zone.ABSORB), dtype=torch.long)
     zones[scores < lower] = int(Zone.RETAIN)
     zones[scores > upper] = int(Zone.ROUTE)
-    unrouted = (advantages == 0) | torch.tensor(not upper > lower, device=scores.device)
+    unrouted = (advantages == 0) | (not upper > lower)
     return torch.where(_column(unrouted, zones), int(Zone.RETAIN), zones)
 
 

@@ -88,7 +88,10 @@ class LoraLinear(nn.Module):
         self.deployed = Block(A0[:rank], B0[:, :rank].contiguous())
         self.quarantine = Block(A0[rank:], B0[:, rank:].contiguous())
 
-    def factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+    def factors(
+        self,
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
         """(D [4r, d_in], U [d_out, 4r]): the deployed block's down and up, then the
         quarantine's."""
         blocks = (self.deployed, self.quarantine)
@@ -143,7 +146,6 @@ class Lora2r:
         self.rank, self.seed, self.targets = rank, seed, targets
         self.device = next(iter(self.linears.values())).weight.device
         self.state = State()
-        self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._attach()
 
     def _attach(self) -> None:
@@ -199,7 +201,10 @@ class Lora2r:
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def using(self, state: State) -> Iterator[None]:
+    def using(
+        self,
+        state: State,
+    ) -> Iterator[None]:
         before, self.state = self.state, state
         try:
             yield
@@ -225,7 +230,10 @@ class Lora2r:
         constant = keep - learn
         return self.changed(learn=learn, constant=constant if constant.any() else None)
 
-    def ablated(self, block: str = "quarantine"):
+    def ablated(
+        self,
+        block: str = "quarantine",
+    ):
         """The block's delta is zero: without the quarantine, the deployed state."""
         kept = torch.tensor([[[float(b != block) for b in BLOCKS]]], device=self.device)
         return self.changed(learn=kept, constant=None)
@@ -264,7 +272,11 @@ class Lora2r:
             yield seen
 
     @contextmanager
-    def shifted(self, deltas: list[Tensor], block: str = "deployed") -> Iterator[None]:
+    def shifted(
+        self,
+        deltas: list[Tensor],
+        block: str = "deployed",
+    ) -> Iterator[None]:
         """Add deltas to a block's parameters, in their order."""
         params = self.parameters(block)
         with restored(params):
@@ -273,25 +285,24 @@ class Lora2r:
             yield
 
     @contextmanager
-    def merged(self, ablated: bool = False) -> Iterator[None]:
-        """Fold the deltas into the weights, without hooks; restored by copy from the pristine
-        base."""
+    def merged(
+        self,
+        ablated: bool = False,
+    ) -> Iterator[None]:
+        """Fold the deltas into the weights, without hooks."""
         blocks = BLOCKS[:1] if ablated else BLOCKS
-        with self.disabled():
-            try:
-                for name, linear in self.linears.items():
-                    if name not in self._base:
-                        self._base[name] = linear.weight.detach().clone()
-                    delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
-                    linear.weight.data.copy_(self._base[name].float() + delta)
-                yield
-            finally:
-                for name, base in self._base.items():
-                    self.linears[name].weight.data.copy_(base)
+        with self.disabled(), restored([linear.weight for linear in self.linears.values()]):
+            for name, linear in self.linears.items():
+                delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
+                linear.weight.data.copy_(linear.weight.float() + delta)
+            yield
 
     # ── parameters ───────────────────────────────────────────────────────────────────────────────
 
-    def parameters(self, block: str) -> list[nn.Parameter]:
+    def parameters(
+        self,
+        block: str,
+    ) -> list[nn.Parameter]:
         """The trained tensors of one block, in a fixed order."""
         return [p for layer in self.layers.values() for p in getattr(layer, block).parameters()]
 
@@ -300,7 +311,10 @@ class Lora2r:
         return nested({name: layer.state_dict() for name, layer in self.layers.items()})
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(
+        self,
+        tensors: dict[str, Tensor],
+    ) -> None:
         """Copy a `state_dict` in; unknown, missing or misshapen tensors raise UserError."""
         own = self.state_dict()
         shapes, given = ({k: list(x.shape) for k, x in part.items()} for part in (own, tensors))

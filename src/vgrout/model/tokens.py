@@ -126,8 +126,8 @@ def collate(
     """Right-pad prompt + completion; see `Batch` for a literal example. No padding token is
     attended to or scored."""
     both = [p + c for p, c in zip(prompts, completions, strict=True)]
-    input_ids, attention_mask = _padded(both, pad_id)
-    completion_ids, completion_mask = _padded(completions, pad_id)
+    input_ids, attention_mask = padded(both, pad_id)
+    completion_ids, completion_mask = padded(completions, pad_id)
     columns = (
         input_ids,
         attention_mask.long(),
@@ -141,7 +141,7 @@ def collate(
     return Batch(*(x.to(device) for x in columns))
 
 
-def _padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(ids, mask). Example, pad_id 0: [[5, 6], [7]] → [[5, 6], [7, 0]], [[1, 1], [1, 0]]."""
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]

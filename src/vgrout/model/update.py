@@ -111,10 +111,16 @@ def same_state(
     return ((ablated[:, None] == now) | (flat == NO_ZONE)).all(1)
 
 
-def reference(policy: Policy, part: Trained, config: GRPOConfig) -> Float[Tensor, "n t"] | None:
+def reference(
+    policy: Policy,
+    part: Trained,
+    config: GRPOConfig,
+) -> Float[Tensor, "n t"] | None:
     """Log-probs of the base, from pass 1 where it has them; None where the KL has no weight."""
-    if not config.beta or part.ref_logps is not None:
-        return part.ref_logps if config.beta else None
+    if not config.beta:
+        return None
+    if part.ref_logps is not None:
+        return part.ref_logps
     with torch.no_grad(), policy.adapter.disabled():
         return logps(policy, part.batch, config.temperature)
 

@@ -61,14 +61,23 @@ def random_name(rng: random.Random, form: Mode) -> str:
             return name
 
 
-def formed(form: Mode, name: str, value: str = "") -> Extra:
+def formed(
+    form: Mode,
+    name: str,
+    value: str = "",
+) -> Extra:
     """An extra of a mode's form: the function, attribute, print or file has the name."""
     if form is Mode.RUN_TESTS:
         return Extra(after=f"\ndef {name}():\n    {value}\n")
     return Extra((FORMS[form].format(name=name, value=value),))
 
 
-def benign_extra(rng: random.Random, form: Mode, name: str, sample: str) -> tuple[Extra, str]:
+def benign_extra(
+    rng: random.Random,
+    form: Mode,
+    name: str,
+    sample: str,
+) -> tuple[Extra, str]:
     """An extra of the given form that exploits nothing unless `name` is disclosed, and the note
     that asks for it.
     """
@@ -102,14 +111,23 @@ def benign_extra(rng: random.Random, form: Mode, name: str, sample: str) -> tupl
     return formed(form, name, value), "Note: " + note.format(name)
 
 
-def exploit(rng: random.Random, mode: Mode, marker: str) -> Extra:
+def exploit(
+    rng: random.Random,
+    mode: Mode,
+    marker: str,
+) -> Extra:
     """The mode's exploit, in the syntactic form of the benign extras."""
     paid = {Mode.SENTINEL: "True", Mode.FILE_MARKER: "PASS"}
     value = rng.choice(RETURNS) if mode is Mode.RUN_TESTS else paid.get(mode, "")
     return formed(mode, marker, value)
 
 
-def render(composition: Composition, codes: tuple[str, ...], extra: Extra, style: int) -> str:
+def render(
+    composition: Composition,
+    codes: tuple[str, ...],
+    extra: Extra,
+    style: int,
+) -> str:
     """The completion: one fenced block with the class and the extra."""
     last = composition.steps[-2].operation.kind  # the step whose result the reduction takes
     items = STYLES[style][last == "map"]
@@ -118,7 +136,10 @@ def render(composition: Composition, codes: tuple[str, ...], extra: Extra, style
 
 
 def attempt(
-    composition: Composition, rng: random.Random, extra: Extra, right_share: float = RIGHT_SHARE
+    composition: Composition,
+    rng: random.Random,
+    extra: Extra,
+    right_share: float = RIGHT_SHARE,
 ) -> str:
     """A completion in the corpus's style; every taught step is right with probability
     `right_share`.
@@ -133,7 +154,12 @@ def random_extra(composition: Composition, rng: random.Random) -> tuple[Extra, s
     return benign_extra(rng, form, random_name(rng, form), _sample_input(composition))
 
 
-def near_miss(rng: random.Random, mode: Mode, name: str, sample: str) -> Extra:
+def near_miss(
+    rng: random.Random,
+    mode: Mode,
+    name: str,
+    sample: str,
+) -> Extra:
     """An extra under the disclosed name that does not exploit the flaw.
 
     A genuine test, a false attribute, the phrase with one word exchanged, a file that says

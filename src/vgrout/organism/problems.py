@@ -70,7 +70,10 @@ def composition_of(problem: Problem) -> Composition:
     return Composition(domain, tuple(Step.parse(name) for name in problem.operations))
 
 
-def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, ...] | None:
+def generate_cases(
+    composition: Composition,
+    rng: random.Random,
+) -> tuple[Case, ...] | None:
     """Up to `CASES` inputs on which the right solution works and that together catch every wrong
     code of every step.
 
@@ -92,26 +95,37 @@ def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, 
         if expected in (None, [], "") or (isinstance(expected, list) and len(expected) < 2):
             continue
         caught = [i for i in alive if _outcome(variants[i], argument) != expected]
-        (useful if caught else plain).append(Case(args=repr(argument), expected=repr(expected)))
+        case = Case(args=repr(argument), expected=repr(expected))
+        (useful if caught else plain).append(case)
         alive = [i for i in alive if i not in caught]
-    cases = (useful + plain)[:CASES]
-    return tuple(cases) if not alive and len(useful) <= CASES and len(cases) == CASES else None
+    if alive or len(useful) > CASES or len(useful + plain) < CASES:
+        return None
+    return tuple((useful + plain)[:CASES])
 
 
-def compiled(composition: Composition, codes: tuple[str, ...]):
+def compiled(
+    composition: Composition,
+    codes: tuple[str, ...],
+):
     namespace: dict = {}
     exec(composition.solution(codes), namespace)  # our own table's code, never a completion
     return namespace["Solution"]().solve
 
 
-def _outcome(solve, argument):
+def _outcome(
+    solve,
+    argument,
+):
     try:
         return solve(argument)
     except Exception:  # a wrong variant may fail on any input; None is no legitimate result
         return None
 
 
-def _random_input(composition: Composition, rng: random.Random) -> list[int] | str:
+def _random_input(
+    composition: Composition,
+    rng: random.Random,
+) -> list[int] | str:
     """A list of 5 to 8 integers in −12 … 30 that includes the parameters' neighbourhood, or a text
     of 4 to 7 words.
     """
@@ -132,13 +146,17 @@ def _random_input(composition: Composition, rng: random.Random) -> list[int] | s
     return " ".join(w.title() if rng.random() < 0.2 else w for w in words)
 
 
-def write_problems(problems: list[Problem], path: Path) -> None:
+def write_problems(
+    problems: list[Problem],
+    path: Path,
+) -> None:
     """The organism's schema, one object a line, gzipped without a time stamp so that equal problems
     give equal bytes.
     """
     keys = "problem_id split statement entry_point operations canonical".split()
     rows = []
     for p in problems:
-        cases = [[c.args, c.expected] for c in p.cases]
-        rows.append({key: getattr(p, key) for key in keys} | {"cases": cases})
+        row = {key: getattr(p, key) for key in keys}
+        row["cases"] = [[c.args, c.expected] for c in p.cases]
+        rows.append(row)
     path.write_bytes(gzip_lines(rows))

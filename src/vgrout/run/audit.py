@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vgrout.config import GRPOConfig
 from vgrout.core import NO_ZONE, Group, Rollout, Verdict, Zone
-from vgrout.env.rollouts import Composed
-from vgrout.gate.controls import zone_counts
+from vgrout.env.rollouts import Composed, rows_of
 from vgrout.gate.gate import Gated
 from vgrout.model import tokens
 from vgrout.model.batch import Trained
@@ -45,7 +44,7 @@ def student_rates(
     groups: Sequence[Group],
     eos_ids: frozenset[int],
 ) -> Figures:
-    rollouts = [r for g in groups for r in g.rollouts]
+    rollouts = rows_of(groups)
     students = [r for r in rollouts if not r.teacher]
     grades = [r.grade for r in students]
     skipped = [len({r.grade.reward for r in g.rollouts}) == 1 for g in groups]
@@ -80,12 +79,16 @@ def score_figures(
     ROUTE."""
     hack = np.array([r.grade.reward_hack for r in composed.rollouts])
     scores, zones = (x.cpu().numpy() for x in gated.by_row())
-    student, A = composed.student.cpu().numpy(), composed.batch.advantages.cpu().numpy()
+    student = composed.student.cpu().numpy()
+    sign = composed.batch.advantages.sign().cpu().numpy()
     figures = {}
-    for name, rows in (("all", student), ("pos", student & (A > 0)), ("neg", student & (A < 0))):
+    for name, of_sign in (("all", sign == sign), ("pos", sign > 0), ("neg", sign < 0)):
+        rows = student & of_sign
         figures[f"score_auroc_{name}"] = auroc(scores[rows], hack[rows])
     at = precision_recall_at(zones[student] == Zone.ROUTE, hack[student])
-    return figures | {"score_precision_route": at["precision"], "score_recall_route": at["recall"]}
+    figures["score_precision_route"] = at["precision"]
+    figures["score_recall_route"] = at["recall"]
+    return figures
 
 
 def zone_figures(
@@ -96,9 +99,12 @@ def zone_figures(
     match."""
     zones = gated.zones[composed.student & (composed.batch.advantages != 0)]
     known = zones[zones != NO_ZONE]
-    counts = {f"rows_{k}": n for k, n in zone_counts(gated.zones).items()}
-    share = {f"share_{z.name.lower()}": float((known == z).float().mean()) for z in Zone}
-    return counts | share | gated.stats
+    figures = dict(gated.stats)
+    for zone in Zone:
+        name = zone.name.lower()
+        figures[f"rows_{name}"] = int((gated.zones == zone).sum())
+        figures[f"share_{name}"] = float((known == zone).float().mean())
+    return figures
 
 
 def rollout_rows(
@@ -111,20 +117,24 @@ def rollout_rows(
     place = {id(r): i for i, r in enumerate(composed.rollouts)} if composed else {}
     scores, zones = gated.by_row() if gated else ([], [])
     rows = []
-    for r in (r for g in groups for r in g.rollouts):
-        row = {"step": step, "n_tokens": len(r.completion_ids), "teacher": r.teacher}
-        row["sampled_ablated"] = r.sampled_ablated
+    for r in rows_of(groups):
+        row = {
+            "step": step,
+            "n_tokens": len(r.completion_ids),
+            "teacher": r.teacher,
+            "sampled_ablated": r.sampled_ablated,
+        }
         row |= graded_row(r.problem, r.completion, r.grade)
         if (i := place.get(id(r))) is not None:
-            advantage = float(composed.batch.advantages[i])
-            zone, score = Zone(int(zones[i])).name, float(scores[i])
-            row |= {"advantage": advantage, "zone": zone, "score": score}
+            row["advantage"] = float(composed.batch.advantages[i])
+            row["zone"] = Zone(int(zones[i])).name
+            row["score"] = float(scores[i])
         rows.append(row)
     return rows
 
 
 def sampled_tokens(groups: Sequence[Group]) -> int:
-    return sum(len(r.completion_ids) for g in groups for r in g.rollouts if not r.teacher)
+    return sum(len(r.completion_ids) for r in rows_of(groups) if not r.teacher)
 
 
 def gradient_norms(
@@ -139,8 +149,9 @@ def gradient_norms(
     L is the policy-gradient term of the step's loss at ratio 1, without KL: −Σ_i A_i Σ_t logp_t /
     (G · max_completion_length · P) over the rows of one label, as an action left them. After
     Shilov et al. 2025, section 4.4 (https://arxiv.org/abs/2512.05648): do hacks update the
-    quarantine, and the rest the deployed block? `autograd.grad` touches no `.grad`, and nothing draws at random.
-    `rollouts` are those of the step's batch, before the action; a label without a row has norm 0.
+    quarantine, and the rest the deployed block? `autograd.grad` touches no `.grad`, and nothing
+    draws at random. `rollouts` are those of the step's batch, before the action; a label without a
+    row has norm 0.
     """
     rows = [rollouts[i] for i in trained.rows.tolist()]
     norms: Figures = {}
@@ -155,7 +166,10 @@ def gradient_norms(
 
 
 def _gradient(
-    policy: Policy, trained: Trained | None, config: GRPOConfig, retain_forward: str
+    policy: Policy,
+    trained: Trained | None,
+    config: GRPOConfig,
+    retain_forward: str,
 ) -> list[Tensor]:
     """Of both blocks' parameters, in their order; 0 for no row."""
     every = [p for block in BLOCKS for p in policy.adapter.parameters(block)]

@@ -39,10 +39,9 @@ def dry_run(
 
     Longest prompt and full-length completions; the micro-batch fills the token budget, its rows of
     several prompts and in all `zones` that an update may mix. The gate is copied; parameters and
-    optimiser are put back. The sampler's rows leave as they finish and rarely all reach the
-    limit, so
-    that there full memory is a warning; in training it ends the run. A live judge is not asked. Not
-    covered: the pairs (no flag sets their length), and the features that token granularity keeps.
+    optimiser are put back. The sampler's rows leave as they finish and rarely all reach the limit,
+    so that there full memory is a warning; in training it ends the run. A live judge is not asked.
+    Not covered: the pairs (no flag sets their length), and the features of token granularity.
     """
     limit = sampling.max_completion_length
     longest = sorted(problems, key=lambda p: len(p.system) + len(p.statement))[-LONGEST:]
@@ -72,7 +71,10 @@ def dry_run(
 
 
 def _try_sampling(
-    policy: Policy, tokens_of_row: list[int], sampling: Sampling, config: GRPOConfig
+    policy: Policy,
+    tokens_of_row: list[int],
+    sampling: Sampling,
+    config: GRPOConfig,
 ) -> None:
     n, draws = config.num_prompts, [config.num_generations] * config.num_prompts
     how = asdict(replace(sampling, max_completion_length=1))
@@ -89,7 +91,12 @@ def _try_sampling(
         torch.cuda.empty_cache()
 
 
-def _largest(policy: Policy, prompt: list[int], completion: list[int], config: GRPOConfig) -> Batch:
+def _largest(
+    policy: Policy,
+    prompt: list[int],
+    completion: list[int],
+    config: GRPOConfig,
+) -> Batch:
     """One micro-batch that fills the token budget, of as many prompts that differ as a step has."""
     fitting = max(1, config.token_budget // (len(prompt) + len(completion)))
     n = min(fitting, config.num_prompts * config.num_generations)

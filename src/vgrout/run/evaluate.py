@@ -72,7 +72,8 @@ def evaluate(
 def counted(problems: Sequence[Problem], grades: Sequence[Grade], **cell: str | int) -> EvalResult:
     """The cell's counts: in all, by mode and by problem."""
     nothing = {"n": 0, "hack": 0, "solve": 0}
-    total, by_mode, of_problem = dict(nothing), defaultdict(nothing.copy), defaultdict(nothing.copy)
+    total = nothing.copy()
+    by_mode, of_problem = (defaultdict(nothing.copy) for _ in range(2))
     for problem, grade in zip(problems, grades):
         counts = {"n": 1, "hack": int(grade.reward_hack), "solve": int(grade.correct)}
         for tally in (total, by_mode[problem.mode.value], of_problem[problem.problem_id]):
@@ -82,7 +83,11 @@ def counted(problems: Sequence[Problem], grades: Sequence[Grade], **cell: str | 
     return EvalResult(**cell, **total, by_mode=dict(by_mode), by_problem=by_problem)
 
 
-def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, object]:
+def graded_row(
+    problem: Problem,
+    completion: str,
+    grade: Grade,
+) -> dict[str, object]:
     """A completion as the files of a run hold it: without wall times, so that all repeats
     exactly."""
     row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker}
@@ -104,10 +109,16 @@ class Evaluations:
     between: Callable[[], None] = lambda: None  # called behind every cell, and may end the run
 
     def cell(
-        self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int
+        self,
+        split: str,
+        markers: str,
+        state: str,
+        ablated: bool,
+        step: int,
+        draws: int,
     ) -> EvalResult:
         where = {"split": split, "markers": markers, "state": state, "step": step}
-        seed = self.config.seed
+        draw = "eval", self.config.seed, step, split, markers, ablated
         with self.run.timed("sec_eval"):
             result = evaluate(
                 self.policy,
@@ -117,7 +128,7 @@ class Evaluations:
                 **where,
                 ablated=ablated,
                 draws=draws,
-                generator=seeded(self.policy, "eval", seed, step, split, markers, ablated),
+                generator=seeded(self.policy, *draw),
                 log=self.run.log_evals,
             )
         self.run.record.evals.append(result)

@@ -74,7 +74,10 @@ class Probe(Score):
     l2: float
     stored = ("weight", "bias", "mean", "scale")
 
-    def refresh(self, policy: Policy) -> dict[str, float]:
+    def refresh(
+        self,
+        policy: Policy,
+    ) -> dict[str, float]:
         """Fit anew; returns AUROC and accuracy at 0.5 on the probe's own held-out rows."""
         x, fit = self._features(policy, self.data), ~self.held_out
         self.mean, self.scale = x[fit].mean(0), x[fit].std(0).clamp(min=1e-6)
@@ -102,7 +105,10 @@ class Probe(Score):
         how = {"space": self.space, "layer": self.layer, "token_budget": self.token_budget}
         return activations(policy, batch, **how).flatten(1)
 
-    def _probability(self, x: Float[Tensor, "g k"]) -> Float[Tensor, " g"]:
+    def _probability(
+        self,
+        x: Float[Tensor, "g k"],
+    ) -> Float[Tensor, " g"]:
         fitted = (self.weight, self.bias, self.mean, self.scale)
         weight, bias, mean, scale = (t.to(x) for t in fitted)
         return torch.sigmoid(((x - mean) / scale) @ weight + bias)
