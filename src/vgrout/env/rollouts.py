@@ -119,9 +119,8 @@ def sample_groups(
 ) -> list[Group]:
     """One group for each prompt: student rows and its demonstrations.
 
-    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine
-    ablated. A
-    demonstration takes the place of a student row: every group has `num_generations` rows.
+    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine ablated.
+    A demonstration takes the place of a student row: every group has `num_generations` rows.
     """
     tokenizer = policy.tokenizer
     ids = [tokens.encode_prompt(tokenizer, messages(p.problem)) for p in prompts]

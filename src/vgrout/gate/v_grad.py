@@ -135,16 +135,16 @@ def probe_gradients(
     """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length.
 
     The gradient at another advantage is A times this one. c multiplies the bottleneck at the
-    positions
-    that predict the completion, so that rows of one prompt share its keys and values, or with
-    positions "all" the prompt's too. s is 1, or with `by_token` the sequence (all positions; a
-    token's
-    gradient includes its effect on later tokens; padding is 0). No `.grad` is touched.
+    positions that predict the completion, so that rows of one prompt share its keys and values, or
+    with positions "all" the prompt's too. s is 1, or with `by_token` the sequence (all positions; a
+    token's gradient includes its effect on later tokens; padding is 0). No `.grad` is touched.
     """
     adapter = policy.adapter
     everywhere = by_token or options.positions == "all"
     shared = policy.share_prompts and not everywhere
-    gradients: Tensor | None = None
+    width = batch.input_ids.shape[1] if by_token else 1
+    shape = len(batch.advantages), width, len(adapter.linears), adapter.rank
+    gradients = torch.zeros(shape, device=policy.device)
     for rows in micro_batches(batch, options.token_budget, by_prompt=shared):
         part = select(batch, rows)
         length = part.input_ids.shape[1]
@@ -161,11 +161,7 @@ def probe_gradients(
                 limit = options.max_completion_length
                 loss = scored_loss(lp, part.completion_mask, ones, limit).sum()
                 grads = torch.autograd.grad(loss, list(c.values()))
-        stacked = rearrange(list(grads), "m g s r -> g s m r")
-        if gradients is None:
-            width = batch.input_ids.shape[1] if by_token else 1
-            gradients = stacked.new_zeros(len(batch.advantages), width, *stacked.shape[2:])
-        gradients[rows, :s] = stacked
+        gradients[rows, :s] = rearrange(list(grads), "m g s r -> g s m r")
     return gradients
 
 
@@ -181,9 +177,8 @@ def activations(
     """Mean over the completion's tokens but its last (no token is predicted there).
 
     Of the deployed bottleneck A x (space "bottleneck": m = Linears, k = r) or of the residual
-    stream
-    after each layer ("residual": m = layers or 1, k = width; the last one behind the final norm, as
-    transformers gives it). Both blocks on, unmasked.
+    stream after each layer ("residual": m = layers or 1, k = width; the last one behind the final
+    norm, as transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
     for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
