@@ -109,7 +109,9 @@ class Haar(ControlScore):
     real: Score
     seed: int
     stored = ("draws",)
-    draws = torch.tensor(0)
+
+    def __post_init__(self):
+        self.draws = torch.tensor(0)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         self.draws = self.draws + 1
