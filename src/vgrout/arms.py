@@ -158,10 +158,7 @@ def arm_of(name: str) -> Arm:
 # ── an arm's phases as options, which flags edit ─────────────────────────────────────────────────
 
 
-def defaults(
-    preset: str,
-    intervention: str,
-) -> Config:
+def defaults(preset: str, intervention: str) -> Config:
     """The preset with the arm's phases written into its options; an unknown arm changes nothing."""
     config = with_options(PRESETS[preset], {"intervention": intervention})
     name, changed = resolved(intervention)
@@ -194,10 +191,7 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
     return tuple(_cut_at(whole, until))
 
 
-def _cut_at(
-    phases: tuple[Phase, ...],
-    until: int,
-) -> Iterator[Phase]:
+def _cut_at(phases: tuple[Phase, ...], until: int) -> Iterator[Phase]:
     """The phases with demonstrations before step `until` and none from it on."""
     start = 0
     for phase in phases:
@@ -360,10 +354,7 @@ READERS: dict[str, tuple[Reads, str]] = {  # options → who reads them, and in 
 }
 
 
-def unread(
-    preset: str,
-    config: Config,
-) -> Iterator[str]:
+def unread(preset: str, config: Config) -> Iterator[str]:
     """One line for each option that differs from its default and that the arm does not read."""
     usual, given = options_of(defaults(preset, config.run.intervention)), options_of(config)
     for names, (reads, readers) in READERS.items():
