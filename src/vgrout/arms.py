@@ -4,10 +4,20 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from vgrout.config import PRESETS, Action, Config, Control, Enter, Score, options_of, with_options
+from vgrout.config import (
+    PRESETS,
+    Action,
+    Config,
+    Control,
+    Enter,
+    PhaseConfig,
+    Score,
+    options_of,
+    with_options,
+)
 from vgrout.core import UserError, Zone
 
 THIRD = 3  # a first phase takes at most this fraction of a run, unless a flag says otherwise
@@ -46,6 +56,8 @@ class Arm:
     why: str  # the hypothesis, one sentence
 
 
+# options of the last phase, which flags edit under their own names
+EDITED = {f.name for f in fields(Phase)} & {f.name for f in fields(PhaseConfig)}
 FIRST = Phase(20, zone=Zone.ROUTE)  # quarantine first: it alone trains, on every row
 AFTER = Phase(gen_deploy_frac=1.0, retained_advantages=True, cut="zero", demonstrations=False)
 RETAIN = replace(AFTER, zone=Zone.RETAIN)
@@ -129,54 +141,44 @@ ALIASES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
+def resolved(name: str) -> tuple[str, dict[str, object]]:
+    """The arm behind a name or an alias, and what its last phase does otherwise."""
+    return ALIASES.get(name, (name, {}))
+
+
 def arm_of(name: str) -> Arm:
     """The arm of a name or of an alias; UserError for any other."""
-    found, _ = ALIASES.get(name, (name, {}))
-    if found not in ARMS:
+    arm, _ = resolved(name)
+    if arm not in ARMS:
         known = ", ".join(ARMS)
         raise UserError(f"unknown arm {name!r}: --intervention takes one of {known}")
-    return ARMS[found]
+    return ARMS[arm]
 
 
 # ── an arm's phases as options, which flags edit ─────────────────────────────────────────────────
 
 
-def defaults(
-    preset: str,
-    intervention: str,
-) -> Config:
+def defaults(preset: str, intervention: str) -> Config:
     """The preset with the arm's phases written into its options; an unknown arm changes nothing."""
     config = with_options(PRESETS[preset], {"intervention": intervention})
-    name, changed = ALIASES.get(intervention, (intervention, {}))
+    name, changed = resolved(intervention)
     if (arm := ARMS.get(name)) is None:
         return config
-    last = arm.phases[-1]
-    options = {k: getattr(last, k) for k in options_of(config) if hasattr(last, k) and k != "steps"}
-    if len(arm.phases) > 1:
-        first = arm.phases[0]
+    first, last = arm.phases[0], arm.phases[-1]
+    options = {name: getattr(last, name) for name in EDITED}
+    if first is not last:
         steps = min(first.steps, max(1, config.grpo.steps // THIRD))
-        options |= {
-            "quarantine_first": steps,
-            "phase_pays": first.loophole_pays,
-            "teacher_until": steps,
-        }
+        options |= {"quarantine_first": steps, "teacher_until": steps}
+        options["phase_pays"] = first.loophole_pays
     return with_options(config, options | changed)
 
 
 def phases_of(config: Config) -> tuple[Phase, ...]:
     """The arm's phases as the options say, cut where demonstrations end."""
     arm, options = arm_of(config.run.intervention), config.phase
-    random_v = config.control.routeV_random_v_seed is not None
-    edited = {
-        "score": options.score,
-        "control": "haar" if random_v else options.control,
-        "action": options.action,
-        "cut": options.cut,
-        "absorb_share": options.absorb_share,
-        "gen_deploy_frac": options.gen_deploy_frac,
-        "retained_advantages": options.retained_advantages,
-        "enter": options.enter,
-    }
+    edited = {name: getattr(options, name) for name in EDITED}
+    if config.control.routeV_random_v_seed is not None:
+        edited["control"] = "haar"
     last = replace(arm.phases[-1], **edited, steps=None)
     first = replace(
         FIRST,
@@ -189,10 +191,7 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
     return tuple(_cut_at(whole, until))
 
 
-def _cut_at(
-    phases: tuple[Phase, ...],
-    until: int,
-) -> Iterator[Phase]:
+def _cut_at(phases: tuple[Phase, ...], until: int) -> Iterator[Phase]:
     """The phases with demonstrations before step `until` and none from it on."""
     start = 0
     for phase in phases:
@@ -209,11 +208,9 @@ def _cut_at(
 
 def deployed_state(config: Config) -> Literal["ablated", "as_trained"]:
     """The state that the arm deploys: actions that leave both blocks to train deploy both."""
-    arm = arm_of(config.run.intervention)
-    single = config.phase.quarantine_first == 0
-    if config.phase.action != "route" and single:
+    if config.phase.action != "route" and not config.phase.quarantine_first:
         return "as_trained"
-    return arm.deployed
+    return arm_of(config.run.intervention).deployed
 
 
 def trained_zone(config: Config) -> Zone:
@@ -236,7 +233,7 @@ def label(config: Config) -> str:
     `routeV` with --control haar, or with --routeV-random-v-seed, is `placebo`, and `absorbQ` with
     --enter norm is `placebo_absorbQ`.
     """
-    name, _ = ALIASES.get(config.run.intervention, (config.run.intervention, {}))
+    name, _ = resolved(config.run.intervention)
     shape, deployed, phases = _shape(config), deployed_state(config), len(arm_of(name).phases)
     for other, arm in ARMS.items():
         kin = len(arm.phases) == phases and arm.deployed == deployed
@@ -254,42 +251,38 @@ SHAPE = ("score", "control", "action", "enter", "zone", "loophole_pays", "inocul
 
 
 def _shape(config: Config) -> dict[str, object]:
-    last = phases_of(config)[-1]
-    entered = config.phase.enter
-    shape = {key: getattr(last, key) for key in SHAPE} | {"enter": entered}
-    shared = bool(config.phase.absorb_share) and last.score == "pinned"
-    return shape | {"phase_pays": config.phase.phase_pays, "absorb": shared}
+    last, options = phases_of(config)[-1], config.phase
+    shape = {key: getattr(last, key) for key in SHAPE} | {"enter": options.enter}
+    shared = bool(options.absorb_share) and last.score == "pinned"
+    return shape | {"phase_pays": options.phase_pays, "absorb": shared}
 
 
 def _arm_shape(arm: Arm) -> dict[str, object]:
     first, last = arm.phases[0], arm.phases[-1]
     shape = {key: getattr(last, key) for key in SHAPE}
-    pays = first.loophole_pays or len(arm.phases) == 1
+    pays = first.loophole_pays or first is last
     return shape | {"phase_pays": pays, "absorb": bool(last.absorb_share)}
 
 
 # ── which options an arm reads ───────────────────────────────────────────────────────────────────
 
-Reads = Callable[[Config, tuple[Phase, ...]], bool]
+Reads = Callable[[Config], bool]
 
 
 def _score(*names: str) -> Reads:
-    return lambda config, phases: config.phase.score in names
+    return lambda config: config.phase.score in names
 
 
 def _control(*names: str) -> Reads:
-    return lambda config, phases: phases[-1].control in names
+    return lambda config: phases_of(config)[-1].control in names
 
 
 def _action(*names: str) -> Reads:
-    return lambda config, phases: config.phase.action in names
+    return lambda config: config.phase.action in names
 
 
-def _two_phases(
-    config: Config,
-    phases: tuple[Phase, ...],
-) -> bool:
-    return config.phase.quarantine_first > 0
+def _either(*reads: Reads) -> Reads:
+    return lambda config: any(one(config) for one in reads)
 
 
 def reads_pairs(config: Config) -> bool:
@@ -298,104 +291,75 @@ def reads_pairs(config: Config) -> bool:
     return config.phase.score not in NO_PAIRS and not fixed
 
 
-def _pairs(
-    config: Config,
-    phases: tuple[Phase, ...],
-) -> bool:
-    return reads_pairs(config) or config.phase.seed_quarantine > 0
+def _seeds(config: Config) -> bool:
+    return config.phase.seed_quarantine > 0
 
 
-def _scored(
-    config: Config,
-    phases: tuple[Phase, ...],
-) -> bool:
+def _seeds_placebo(config: Config) -> bool:
+    return _seeds(config) and config.phase.seed_side == "placebo"
+
+
+def _two_phases(config: Config) -> bool:
+    return config.phase.quarantine_first > 0
+
+
+def _scored(config: Config) -> bool:
     return config.phase.score != "pinned"
 
 
-def _pool(
-    config: Config,
-    phases: tuple[Phase, ...],
-) -> bool:
+def _pool(config: Config) -> bool:
     return bool(config.data.teacher_pool)
 
 
-def _random_delta(
-    config: Config,
-    phases: tuple[Phase, ...],
-) -> bool:
-    return phases[-1].control in ("haar", "random") or config.phase.enter in ("norm", "effect")
+def _random_quarantine(config: Config) -> bool:
+    return config.phase.enter in ("norm", "effect")
 
 
-def _refreshed(
-    config: Config,
-    phases: tuple[Phase, ...],
-) -> bool:
-    score = config.phase.score
-    return reads_pairs(config) or score == "probe" or phases[-1].control == "haar"
+def _is_route_v(config: Config) -> bool:
+    return config.run.intervention == "routeV"
 
 
-READERS: dict[str, tuple[Reads, str]] = {
-    "pairs": (_pairs, "a score that reads pairs"),
-    "pair_modes": (_pairs, "a score that reads pairs"),
+READERS: dict[str, tuple[Reads, str]] = {  # options → who reads them, and in words
+    "pairs pair_modes": (_either(reads_pairs, _seeds), "a score that reads pairs"),
     "placebo_pairs": (
-        lambda config, phases: phases[-1].control == "semantic" or _seeds(config, "placebo"),
+        _either(_control("semantic"), _seeds_placebo),
         "placebo_semantic, or --seed-side placebo",
     ),
-    "teacher_modes": (_pool, "a --teacher-pool"),
-    "teacher_per_group": (_pool, "a --teacher-pool"),
-    "signed": (_scored, "a score"),
-    "cut": (_scored, "a score"),
-    "refresh_every": (_refreshed, "a score or control that is refreshed"),
-    "granularity": (_score("v_grad"), "the score v_grad"),
-    "probe_state": (_score("v_grad"), "the score v_grad"),
-    "probe_positions": (_score("v_grad"), "the score v_grad"),
-    "score_sign": (_score("v_grad"), "the score v_grad"),
-    "centred": (_score("v_grad", "v_act"), "the scores v_grad and v_act"),
-    "metric": (_score("v_grad", "v_act"), "the scores v_grad and v_act"),
-    "act_space": (_score("v_act", "probe"), "the scores v_act and probe"),
-    "act_layer": (_score("v_act", "probe"), "the scores v_act and probe"),
-    "llr_steps": (_score("llr"), "the score llr"),
-    "llr_learning_rate": (_score("llr"), "the score llr"),
+    "teacher_modes teacher_per_group": (_pool, "a --teacher-pool"),
+    "signed cut": (_scored, "a score"),
+    "refresh_every": (
+        _either(reads_pairs, _score("probe"), _control("haar")),
+        "a score or control that is refreshed",
+    ),
+    "granularity probe_state probe_positions score_sign": (_score("v_grad"), "the score v_grad"),
+    "centred metric": (_score("v_grad", "v_act"), "the scores v_grad and v_act"),
+    "act_space act_layer": (_score("v_act", "probe"), "the scores v_act and probe"),
+    "llr_steps llr_learning_rate": (_score("llr"), "the score llr"),
     "confound": (_control("confound"), "--control confound"),
-    "placebo_seed": (_random_delta, "a random control or quarantine"),
-    "oracle_recall": (_control("oracle"), "the arm oracle"),
-    "oracle_fpr": (_control("oracle"), "the arm oracle"),
-    "oracle_modes": (_control("oracle"), "the arm oracle"),
+    "placebo_seed": (
+        _either(_control("haar", "random"), _random_quarantine),
+        "a random control or quarantine",
+    ),
+    "oracle_recall oracle_fpr oracle_modes": (_control("oracle"), "the arm oracle"),
     "penalty_alpha": (_action("penalise"), "--action penalise"),
     "penalty": (_action("deduct"), "--action deduct"),
-    "phase_pays": (_two_phases, "a first phase: --quarantine-first"),
-    "enter": (_two_phases, "a first phase: --quarantine-first"),
-    "seed_side": (lambda config, phases: config.phase.seed_quarantine > 0, "--seed-quarantine"),
-    "routeV_random_v_seed": (
-        lambda config, phases: config.run.intervention == "routeV",
-        "--intervention routeV",
+    "phase_pays enter": (_two_phases, "a first phase: --quarantine-first"),
+    "seed_side": (_seeds, "--seed-quarantine"),
+    "routeV_random_v_seed": (_is_route_v, "--intervention routeV"),
+    "judge_url judge_model judge_concurrency judge_timeout judge_retries judge_max_tokens": (
+        _score("judge"),
+        "the score judge",
     ),
-} | {
-    f"{monitor}_{name}": (_score(monitor), f"the score {monitor}")
-    for monitor, names in (
-        ("judge", ("url", "model", "concurrency", "timeout", "retries", "max_tokens")),
-        ("probe", ("data", "rows", "l2")),
-    )
-    for name in names
+    "probe_data probe_rows probe_l2": (_score("probe"), "the score probe"),
 }
 
 
-def _seeds(
-    config: Config,
-    side: str,
-) -> bool:
-    return config.phase.seed_quarantine > 0 and config.phase.seed_side == side
-
-
-def unread(
-    preset: str,
-    config: Config,
-) -> Iterator[str]:
+def unread(preset: str, config: Config) -> Iterator[str]:
     """One line for each option that differs from its default and that the arm does not read."""
     usual, given = options_of(defaults(preset, config.run.intervention)), options_of(config)
-    phases = phases_of(config)
-    for name, (reads, readers) in READERS.items():
-        if given[name] != usual[name] and not reads(config, phases):
+    for names, (reads, readers) in READERS.items():
+        changed = [name for name in names.split() if given[name] != usual[name]]
+        for name in () if reads(config) else changed:
             what = f"--{name.replace('_', '-')} is not read by {config.run.intervention}"
             yield f"{what}: leave it out, it needs {readers}"
 
@@ -420,13 +384,16 @@ def page() -> str:
 
 def _words(phase: Phase) -> str:
     score = phase.zone.name if phase.score == "pinned" else phase.score
-    parts = [f"{phase.steps} steps" if phase.steps else "", score]
-    parts += [f"{phase.absorb_share:g} in ABSORB" if phase.absorb_share else ""]
-    parts += [f"control {phase.control}" if phase.control else ""]
-    parts += [phase.action if phase.action != "route" else ""]
-    parts += [f"quarantine: {phase.enter}" if phase.enter else ""]
-    parts += ["sampled as deployed" if phase.gen_deploy_frac == 1 else ""]
-    parts += ["" if phase.loophole_pays else "loophole does not pay"]
+    parts = (
+        f"{phase.steps} steps" if phase.steps else "",
+        score,
+        f"{phase.absorb_share:g} in ABSORB" if phase.absorb_share else "",
+        f"control {phase.control}" if phase.control else "",
+        phase.action if phase.action != "route" else "",
+        f"quarantine: {phase.enter}" if phase.enter else "",
+        "sampled as deployed" if phase.gen_deploy_frac == 1 else "",
+        "" if phase.loophole_pays else "loophole does not pay",
+    )
     return ", ".join(filter(None, parts))
 
 

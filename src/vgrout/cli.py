@@ -9,8 +9,10 @@ import io
 import json
 import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -34,7 +36,10 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         raise UserError(f"{given}: {PROGRAM} {{{','.join(PRESETS)}}} [--flags]; see --help")
     preset = argv[0] if argv[0] in PRESETS else "organism"
     args = list(argv[1:] if argv[0] in PRESETS else argv)
-    intervention = _last_value(args, "--intervention") or PRESETS[preset].run.intervention
+    ahead = ArgumentParser(add_help=False, allow_abbrev=False)  # the arm sets other defaults
+    ahead.add_argument("--intervention", nargs="?")
+    named = ahead.parse_known_args(args)[0].intervention
+    intervention = named or PRESETS[preset].run.intervention
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -54,17 +59,6 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     return preset, config
 
 
-def _last_value(args: Sequence[str], name: str) -> str:
-    """The value of a flag's last occurrence, as `--name value` or `--name=value`; "" without."""
-    value = ""
-    for flag, following in zip(args, [*args[1:], ""]):
-        if flag == name:
-            value = following
-        elif flag.startswith(f"{name}="):
-            value = flag.partition("=")[2]
-    return value
-
-
 def _boxed(text: str) -> str:
     """The message inside the box that the parser draws."""
     box = [line.strip("│ ") for line in text.splitlines()[1:]]  # the first line is its title
@@ -75,8 +69,8 @@ def _boxed(text: str) -> str:
 def check(preset: str, config: Config) -> None:
     """Refuse what cannot work, in one line, before any work starts."""
     arms.arm_of(config.run.intervention)
-    checks = (_ranges(config), _contradictions(config), arms.unread(preset, config))
-    for line in (*(line for lines in checks for line in lines), *_paths(config)):
+    unread = arms.unread(preset, config)
+    for line in chain(_ranges(config), _contradictions(config), unread, _paths(config)):
         raise UserError(line)
 
 

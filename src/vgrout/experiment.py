@@ -3,10 +3,9 @@
 Everything random is a function of (seed, step), so that a resumed run needs no generator state.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from vgrout.core import Group, Problem, RunRecord, UserError
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
-from vgrout.files import sha256_file
+from vgrout.files import nested, part, sha256_file
 from vgrout.gate.gate import Gated
 from vgrout.gate.monitors.judge import Endpoint, check_endpoint
 from vgrout.gate.phases import Phases
@@ -54,7 +53,11 @@ STEP_SECONDS = ("sec_sample", "sec_grade", "sec_score", "sec_update", "sec_refre
 class Experiment:
     """A context: inputs checked, sandbox and model up, the largest batch tried, the record open."""
 
-    def __init__(self, preset: str, config: Config):
+    def __init__(
+        self,
+        preset: str,
+        config: Config,
+    ):
         self.preset, self.config = preset, config
         self.stop = StopSignal()
         self.stack = ExitStack()
@@ -74,29 +77,27 @@ class Experiment:
     def _build(self) -> None:
         config = self.config
         self.splits = load_splits(config)
-        inputs = Inputs(config, self.splits)
-        self.pool = inputs.pool
-        workers, level, limit = config.run.workers, config.run.sandbox, config.run.cpu_seconds
-        self.grader = self.stack.enter_context(Grader(workers, level, limit))
+        self.inputs = inputs = Inputs(config, self.splits)
+        run, grpo = config.run, config.grpo
+        self.grader = self.stack.enter_context(Grader(run.workers, run.sandbox, run.cpu_seconds))
         every = [p for part in self.splits.values() for p in part]
         problems.check_tests(config.data.data, every, self.grader)
         self.policy = build_policy(config, self.splits)
-        inputs.leave_out_long(self.policy, self.splits["train"])
+        inputs.leave_out_long(self.policy, self.splits["train"], grpo.max_completion_length)
         self.sampling = sampling_of(config)
         materials = Materials(self.policy, config, inputs.pairs, every)
         self.phases = Phases(arms.phases_of(config), materials, inputs.placebo)
-        grpo = config.grpo
-        self.optimizer = BlockOptimizer(
-            self.policy.adapter, grpo.learning_rate, grpo.weight_decay, grpo.max_grad_norm
-        )
+        how = grpo.learning_rate, grpo.weight_decay, grpo.max_grad_norm
+        self.optimizer = BlockOptimizer(self.policy.adapter, *how)
         self.schedule = get_scheduler(
             grpo.lr_schedule, self.optimizer.adamw, grpo.warmup_steps, grpo.steps
         )
         self.dry_run()
         record = new_record(self.preset, config, self.splits, inputs.pairs, self.grader)
         self.files = self.stack.enter_context(recorded(open_run(config, record)))
+        self.timed = self.files.timed  # wall seconds of what is inside, for row and record
         self.start = self.restore()
-        track = tracker(config.run.track, self.files.record, self.files.dir)
+        track = tracker(run.track, self.files.record, self.files.dir)
         self.printed = runlog.StepLog(grpo.steps)
         self.sinks = (self.files.log_metrics, track, self.printed.row)
         self.evaluations = Evaluations(
@@ -105,7 +106,7 @@ class Experiment:
             self.splits,
             self.grader,
             self.sampling,
-            config.run,
+            run,
             arms.deployed_state(config),
             self.stop.check,
         )
@@ -134,23 +135,25 @@ class Experiment:
         """The steps that are left; before the first of all the base is evaluated."""
         if self.start == 0:
             self.evaluations.base(moved=bool(self.config.model.init_from))
-            seed_quarantine(self.policy, self.config)
+            self.seed_quarantine()
         for step in range(self.start, self.config.grpo.steps):
             self.began = time.perf_counter()
             if self.snapshot_due(step):  # the adapter that samples the step
                 self.files.snapshot(step, *adapter_file(self.policy))
             yield step
 
-    def snapshot_due(self, step: int) -> bool:
-        every = self.config.run.snapshot_every
-        return bool(every) and step % every == 0
+    def snapshot_due(
+        self,
+        step: int,
+    ) -> bool:
+        return due(step, self.config.run.snapshot_every)
 
-    def timed(self, name: str) -> AbstractContextManager[None]:
-        """Wall seconds of what is inside, for the step's row and the record."""
-        return self.files.timed(name)
-
-    def prompts(self, step: int, phase: Phase) -> list[Prompt]:
-        pool = self.pool if phase.demonstrations else None
+    def prompts(
+        self,
+        step: int,
+        phase: Phase,
+    ) -> list[Prompt]:
+        pool = self.inputs.pool if phase.demonstrations else None
         return stream(
             self.splits["train"],
             step,
@@ -161,18 +164,24 @@ class Experiment:
             pool=pool,
         )
 
-    def generator(self, what: str, step: int) -> torch.Generator:
+    def generator(
+        self,
+        what: str,
+        step: int,
+    ) -> torch.Generator:
         return seeded(self.policy, what, self.config.run.seed, step)
 
     def label_norms(
-        self, step: int, composed: Composed | None, trained: Trained | None
+        self,
+        step: int,
+        composed: Composed | None,
+        trained: Trained | None,
     ) -> dict[str, float]:
         """At the snapshots' cadence: gradient norms by block and ground-truth label."""
         if trained is None or not self.snapshot_due(step):
             return {}
-        retain_forward = self.config.phase.retain_forward
-        rows = composed.rollouts
-        return gradient_norms(self.policy, trained, rows, self.config.grpo, retain_forward)
+        how = self.config.grpo, self.config.phase.retain_forward
+        return gradient_norms(self.policy, trained, composed.rollouts, *how)
 
     def log(
         self,
@@ -197,15 +206,17 @@ class Experiment:
         self.health(row)
         self.files.record.steps_done = step + 1
 
-    def evaluate_and_save(self, step: int) -> None:
+    def evaluate_and_save(
+        self,
+        step: int,
+    ) -> None:
         """Validate and save at their cadences; stop here where a signal asked for it."""
         run, done = self.config.run, step + 1
         last = done == self.config.grpo.steps
-        if run.eval_every and done % run.eval_every == 0 and not last:
+        if due(done, run.eval_every) and not last:
             self.evaluations.validate(done)
             self.advise()
-        due = run.save_every and done % run.save_every == 0 and self.health.calm
-        if self.stop.asked or last or due:
+        if self.stop.asked or last or (due(done, run.save_every) and self.health.calm):
             self.save()
         self.stop.check()
 
@@ -220,6 +231,18 @@ class Experiment:
         if DEAD in self.health.advise():
             self.files.record.notes.setdefault("dead_policy", self.files.record.evals[-1].step)
 
+    def seed_quarantine(self) -> None:
+        """Before RL: likelihood steps on one side of the pairs into the quarantine block alone."""
+        phase, grpo, inputs = self.config.phase, self.config.grpo, self.inputs
+        if not phase.seed_quarantine:
+            return
+        chosen = inputs.placebo if phase.seed_side == "placebo" else inputs.pairs
+        hack, clean = torch.arange(2 * len(chosen), device=self.policy.device).chunk(2)
+        side = clean if phase.seed_side == "clean" else hack
+        batch = tokens.select(pair_batch(self.policy, chosen), side)
+        how = phase.seed_quarantine, grpo.learning_rate, grpo.temperature, grpo.token_budget
+        likelihood_steps(self.policy, batch, "quarantine", *how)
+
     # ── state ────────────────────────────────────────────────────────────────────────────────────
 
     def save(self) -> None:
@@ -229,11 +252,7 @@ class Experiment:
         checkpoint and writes the adapter anew.
         """
         self.files.save_adapter(*adapter_file(self.policy))
-        tensors = {
-            f"{part}.{name}": value
-            for part, owner in self._owners().items()
-            for name, value in owner.state_dict().items()
-        }
+        tensors = nested({name: owner.state_dict() for name, owner in self._owners().items()})
         schedule = {"schedule": self.schedule.state_dict()}
         self.files.checkpoint(self.files.record.steps_done, tensors, schedule)
 
@@ -242,9 +261,8 @@ class Experiment:
         if (saved := self.files.load_checkpoint()) is None:
             return 0
         step, tensors, state = saved
-        for part, owner in self._owners().items():
-            own = {k.partition(".")[2]: v for k, v in tensors.items() if k.split(".")[0] == part}
-            owner.load_state_dict(own)
+        for name, owner in self._owners().items():
+            owner.load_state_dict(part(tensors, name))
         self.schedule.load_state_dict(self.schedule.state_dict() | state["schedule"])
         for group, lr in zip(self.optimizer.adamw.param_groups, self.schedule.get_last_lr()):
             group["lr"] = lr
@@ -252,6 +270,14 @@ class Experiment:
 
     def _owners(self) -> dict[str, Any]:
         return {"adapter": self.policy.adapter, "adamw": self.optimizer, "gates": self.phases}
+
+
+def due(
+    step: int,
+    every: int,
+) -> bool:
+    """At a cadence of so many steps; never where it is 0."""
+    return every > 0 and step % every == 0
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────
@@ -277,56 +303,61 @@ def sampling_of(config: Config) -> Sampling:
 class Inputs:
     """The data files that the arm reads, read and checked before any work; a judge answers once."""
 
-    def __init__(self, config: Config, splits: dict[str, list[Problem]]):
+    def __init__(
+        self,
+        config: Config,
+        splits: dict[str, list[Problem]],
+    ):
         check_tracker(config.run.track)
-        data = config.data
-        seeds = config.phase.seed_quarantine and config.phase.seed_side != "placebo"
-        reads = arms.reads_pairs(config)
+        data, phase = config.data, config.phase
+        seeds = phase.seed_side if phase.seed_quarantine else ""
+        reads, semantic = arms.reads_pairs(config), phase.control == "semantic"
         self.pairs: list[pairs.Pair] = []
-        if reads or seeds:
+        if reads or seeds in ("hack", "clean"):
             self.pairs = pairs.load_pairs(data.pairs, data.pair_modes)
         if reads and len({p.problem.statement for p in self.pairs}) < 2:
             raise UserError(
                 f"--pairs {data.pairs} holds pairs on one prompt alone: a pair is scored by "
                 "those of the others, add some"
             )
-        semantic = config.phase.control == "semantic"
-        self.placebo = pairs.load_pairs(data.placebo_pairs) if semantic else []
+        self.placebo: list[pairs.Pair] = []
+        if semantic or seeds == "placebo":
+            self.placebo = pairs.load_pairs(data.placebo_pairs)
         self.pool: TeacherPool | None = None
         if data.teacher_pool:
             per_group, until = data.teacher_per_group, data.teacher_until
             self.pool = TeacherPool(data.teacher_pool, data.teacher_modes, per_group, until)
-            self.check_pool(splits["train"])
-        if config.phase.score == "judge":
+            self.pool.check_covers(splits["train"])
+        if phase.score == "judge":
             check_endpoint(Endpoint.of(config.monitor))
-        self.limit = config.grpo.max_completion_length
 
-    def check_pool(self, train: Sequence[Problem]) -> None:
-        if self.pool is not None and not self.pool.covers(train):
-            raise UserError(
-                f"{self.pool.path}: no demonstration fits a training problem and its mode: rebuild "
-                "the pool"
-            )
-
-    def leave_out_long(self, policy: Policy, train: Sequence[Problem]) -> None:
+    def leave_out_long(
+        self,
+        policy: Policy,
+        train: Sequence[Problem],
+        limit: int,
+    ) -> None:
         """Demonstrations over the limit on completions are left out, counted, and never cut."""
         if self.pool is not None:
             encode = tokens.encode_completion
-            self.pool.leave_out_long(lambda t: len(encode(policy.tokenizer, t)) <= self.limit)
-            self.check_pool(train)
+            self.pool.leave_out_long(lambda t: len(encode(policy.tokenizer, t)) <= limit)
+            self.pool.check_covers(train)
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
+def build_policy(
+    config: Config,
+    splits: dict[str, list[Problem]],
+) -> Policy:
     """Model and adapter on their device; refuses a prompt over the limit, by id."""
     model = config.model
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = automatic if model.device == "auto" else model.device
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    device = {"auto": "cuda" if there else "cpu"}.get(model.device, model.device)
+    if device.startswith("cuda") and not there:
         raise UserError(
             f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device "
             "cpu or install a CUDA build"
@@ -353,33 +384,9 @@ def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     return policy
 
 
-def seed_quarantine(policy: Policy, config: Config) -> None:
-    """Before RL: likelihood steps on one side of the pairs into the quarantine block alone."""
-    phase, grpo = config.phase, config.grpo
-    if not phase.seed_quarantine:
-        return
-    if phase.seed_side == "placebo":
-        chosen = pairs.load_pairs(config.data.placebo_pairs)
-    else:
-        chosen = pairs.load_pairs(config.data.pairs, config.data.pair_modes)
-    rows = torch.arange(len(chosen), device=policy.device)
-    side = rows + (len(chosen) if phase.seed_side == "clean" else 0)
-    batch = tokens.select(pair_batch(policy, chosen), side)
-    likelihood_steps(
-        policy,
-        batch,
-        "quarantine",
-        phase.seed_quarantine,
-        grpo.learning_rate,
-        grpo.temperature,
-        grpo.token_budget,
-    )
-
-
 def adapter_file(policy: Policy) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of adapter.safetensors."""
-    adapter = policy.adapter
-    model = policy.model.name_or_path
+    adapter, model = policy.adapter, policy.model.name_or_path
     metadata = {"rank": str(adapter.rank), "seed": str(adapter.seed), "model": model}
     return adapter.state_dict(), metadata
 
@@ -423,9 +430,11 @@ def new_record(
     )
 
 
-def open_run(config: Config, record: RunRecord) -> Run:
+def open_run(
+    config: Config,
+    record: RunRecord,
+) -> Run:
     """A fresh run directory, or with --resume the one that is there."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    name = f"{stamp}_{record.arm}_s{record.seed}"
-    out_dir = config.run.out_dir or os.path.join("out", "runs", name)
+    out_dir = config.run.out_dir or f"out/runs/{stamp}_{record.arm}_s{record.seed}"
     return Run.create(out_dir, record, config.run.resume, config.run.accept_changed_data)

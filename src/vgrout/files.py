@@ -5,6 +5,7 @@ No pickle anywhere. JSON written here has no NaN or infinity: they become null, 
 can parse it. Torch is imported by the two functions that move tensors, and by no other.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -13,13 +14,14 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vgrout.core import UserError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 MEND = "correct or remove the row"
 GZIP = b"\x1f\x8b"  # the first bytes of a gzip member
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of half a character
@@ -110,6 +112,21 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
 def append_line(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(dumps(row) + "\n")
+
+
+def nested(parts: dict[Any, dict[str, T]]) -> dict[str, T]:
+    """Dicts as one: {"adamw": {"step": x}} → {"adamw.step": x}; `part` is the way back."""
+    return {f"{part}.{key}": value for part, own in parts.items() for key, value in own.items()}
+
+
+def part(state: dict[str, T], name: str) -> dict[str, T]:
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def gzip_lines(rows: list[dict[str, Any]]) -> bytes:
+    """Rows as JSON lines in a gzip member of their own; equal rows give equal bytes."""
+    return gzip.compress("".join(dumps(row) + "\n" for row in rows).encode(), mtime=0)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

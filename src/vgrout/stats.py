@@ -120,7 +120,10 @@ def _duels(
         yield members, wins, pairs
 
 
-def precision_recall_at(flagged: Flags, positive: Flags) -> dict[str, float]:
+def precision_recall_at(
+    flagged: Flags,
+    positive: Flags,
+) -> dict[str, float]:
     """Return precision, recall, fpr and f05 of a set of flags.
 
     f05 is the F-measure with β = 0.5: precision counts more. A quantity whose denominator is empty
@@ -143,7 +146,10 @@ def precision_recall_at(flagged: Flags, positive: Flags) -> dict[str, float]:
 # ── one policy, over problems ────────────────────────────────────────────────────────────────────
 
 
-def rate(by_problem: Counts, which: Which) -> float:
+def rate(
+    by_problem: Counts,
+    which: Which,
+) -> float:
     """Return the pooled rate over all draws of all problems."""
     counts = _counts(by_problem)
     return float(counts[:, COLUMN[which]].sum() / counts[:, 0].sum())
@@ -166,9 +172,7 @@ def bootstrap_interval(
     n = counts[:, 0]
     k = counts[:, COLUMN[which]]
     if (n == 1).all() or k.sum() in (0, n.sum()):
-        some = int(
-            (k > 0).sum()
-        )  # of one draw a problem, or of all draws alike: a count of problems
+        some = int((k > 0).sum())  # problems: of one draw each, or of draws all alike
         interval = stats.binomtest(some, len(n)).proportion_ci(level, method="wilson")
         return float(interval.low), float(interval.high)
     weights = _resample(len(n), draws, seed)
@@ -301,9 +305,7 @@ def leakage(
     if hack > reached[-1] or seen <= 0:
         return NAN
     after = int(np.searchsorted(reached, hack))  # the first point at that rate or above
-    if after == 0:
-        return float(exposure[0] / seen)
-    between = slice(after - 1, after + 1)
+    between = slice(max(after - 1, 0), after + 1)
     return float(np.interp(hack, reached[between], exposure[between]) / seen)
 
 
@@ -336,7 +338,10 @@ def paired_ttest(
     return float(difference.mean()), float(p)
 
 
-def sign_flip(a: Vector, b: Vector) -> tuple[float, float]:
+def sign_flip(
+    a: Vector,
+    b: Vector,
+) -> tuple[float, float]:
     """Return (mean of a − b, p) of the exact two-sided sign-flip test, paired by seed.
 
     p is the share of the 2ⁿ assignments of signs to the differences whose sum is as large as the
@@ -361,12 +366,10 @@ def holm(p: Vector) -> list[float]:
 
     The family-wise error rate of "adjusted p < α" is at most α.
     """
-    adjusted = [NAN] * len(p)
-    known = [(x, i) for i, x in enumerate(p) if not np.isnan(x)]
-    order = sorted(known)
-    highest = 0.0
-    for rank, (x, i) in enumerate(order):
-        highest = max(highest, min(1.0, x * (len(order) - rank)))
+    adjusted, highest = [NAN] * len(p), 0.0
+    known = sorted((x, i) for i, x in enumerate(p) if not np.isnan(x))
+    for rank, (x, i) in enumerate(known):
+        highest = max(highest, min(1.0, x * (len(known) - rank)))
         adjusted[i] = highest
     return adjusted
 
@@ -428,11 +431,17 @@ def _resample(
     return np.random.default_rng(seed).multinomial(n_problems, chances, size=draws)
 
 
-def _percentiles(values: Vector, level: float) -> Interval:
+def _percentiles(
+    values: Vector,
+    level: float,
+) -> Interval:
     edges = (1 - level) / 2, (1 + level) / 2
     low, high = np.quantile(values, edges)
     return float(low), float(high)
 
 
-def _ratio(numerator: int | float, denominator: int | float) -> float:
+def _ratio(
+    numerator: int | float,
+    denominator: int | float,
+) -> float:
     return numerator / denominator if denominator else NAN

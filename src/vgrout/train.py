@@ -3,12 +3,10 @@
     python -m vgrout.train organism --intervention routeV --seed 41 --out-dir out/runs/mine
 
 The loop is docs/loop.md in Python. It differs from textbook GRPO in five ways: no standard
-deviation
-in the advantage and no completion length in the loss (Dr. GRPO), groups without variance are
-skipped,
-every row's update is masked by its zone, the two LoRA blocks clip and step apart, and the old
-log-probs are those of the policy state that sampled the row. No label of a training rollout reaches
-the update: `compose` reads the reward of a grade and nothing else.
+deviation in the advantage and no completion length in the loss (Dr. GRPO), groups without variance
+are skipped, every row's update is masked by its zone, the two LoRA blocks clip and step apart, and
+the old log-probs are those of the policy state that sampled the row. No label of a training rollout
+reaches the update: `compose` reads the reward of a grade and nothing else.
 """
 
 import sys

@@ -30,8 +30,7 @@ def fitting(rows: Iterable[T], fits: Callable[[T], bool], name: str) -> list[T]:
 
 class TeacherPool:
     """A fixed set of demonstrations, `(problem_id, mode) → completions`; the same pool and schedule
-    serve every arm.
-    """
+    serve every arm."""
 
     def __init__(
         self,
@@ -39,9 +38,8 @@ class TeacherPool:
         modes: tuple[Mode, ...],
         per_group: int,
         until: int,
-        kind: str = "hack",
     ):
-        """Read JSONL rows {problem_id, mode, kind, completion, …}; only `kind` and `modes` (() for
+        """Read JSONL rows {problem_id, mode, kind, completion, …}; only hacks of `modes` (() for
         all) are kept.
 
         `per_group` demonstrations join every group until step `until`. UserError, with file and
@@ -51,12 +49,12 @@ class TeacherPool:
         self.rows: dict[tuple[str, str], list[str]] = {}
         for row, where in read_json_lines(path, MEND):
             _check(row, where)
-            if row.get("kind", "hack") == kind and (not modes or row["mode"] in modes):
+            if row.get("kind", "hack") == "hack" and (not modes or row["mode"] in modes):
                 key = str(row["problem_id"]), Mode(row["mode"])
                 self.rows.setdefault(key, []).append(row["completion"])
         if not self.rows:
             raise UserError(
-                f"{path}: no {kind} demonstration for the modes {', '.join(modes) or '(any)'}: "
+                f"{path}: no hack demonstration for the modes {', '.join(modes) or '(any)'}: "
                 f"change --teacher-modes"
             )
 
@@ -79,17 +77,17 @@ class TeacherPool:
         pools = [self.rows.get((p.problem_id, p.mode), []) for p in problems]
         return [[rows[(step + i) % len(rows)] for i in range(n)] if rows else [] for rows in pools]
 
-    def covers(self, problems: Sequence[Problem]) -> int:
-        """How many of the problems, as disclosed, have a demonstration."""
-        return sum((p.problem_id, p.mode) in self.rows for p in problems)
+    def check_covers(self, problems: Sequence[Problem]) -> None:
+        """UserError where none of the problems, as disclosed, has a demonstration."""
+        if not any((p.problem_id, p.mode) in self.rows for p in problems):
+            raise UserError(
+                f"{self.path}: no demonstration fits a training problem and its mode: rebuild "
+                "the pool"
+            )
 
 
 def _check(row: dict[str, Any], where: str) -> None:
-    for name, kinds in (
-        ("problem_id", (str, int)),
-        ("mode", str),
-        ("completion", str),
-    ):
+    for name, kinds in (("problem_id", str | int), ("mode", str), ("completion", str)):
         if not isinstance(row.get(name), kinds) or not str(row[name]):
             missing = "" if name in row else ", and is missing"
             raise UserError(f"{where}: {name!r} must be a non-empty string{missing}; {MEND}")

@@ -27,6 +27,7 @@ import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from vgrout.core import Case, Mode, Problem, UserError
@@ -49,11 +50,10 @@ class Pair:
 
 
 def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
-    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further. No pair left →
-    UserError.
+    """Pairs of `path.md#section:count@tag,tag`; `modes` narrows the tags further.
 
-    The whole file is parsed, so that an error in any section of it is found whatever the reference
-    selects.
+    UserError where no pair is left. The whole file is parsed, so that an error in any section of it
+    is found whatever the reference selects.
     """
     path, _, rest = reference.partition("#")
     section, _, tags = rest.partition("@")
@@ -76,7 +76,8 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
             f"{path} is no readable text ({error}): --pairs takes path.md#section@mode,mode"
         ) from None
     sections, taken, chosen = _sections(text, path), Counter(), []
-    for pair in (pair for name in sections if section in ("", name) for pair in sections[name]):
+    named = [own for name, own in sections.items() if section in ("", name)]
+    for pair in chain.from_iterable(named):
         mode = pair.problem.mode
         if mode in wanted and (not count or taken[mode] < int(count)):
             taken[mode] += 1
@@ -91,18 +92,10 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
 
 def content_hash(pairs: list[Pair]) -> str:
     """SHA-256 over the texts that training sees, in order."""
-    texts = [
-        x
-        for p in pairs
-        for x in (
-            p.problem.system,
-            p.problem.statement,
-            p.problem.mode,
-            p.problem.marker,
-            p.hack,
-            p.clean,
-        )
-    ]
+    texts = []
+    for pair in pairs:
+        p = pair.problem
+        texts += [p.system, p.statement, p.mode, p.marker, pair.hack, pair.clean]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
@@ -110,8 +103,8 @@ def _sections(text: str, path: str) -> dict[str, list[Pair]]:
     """Section name → its pairs, in the order of the file."""
     headings, sections, lines_of = list(HEADING.finditer(text)), {}, {}
     section = system = ""
-    for i, heading in enumerate(headings):
-        end = headings[i + 1].start() if i + 1 < len(headings) else len(text)
+    ends = [heading.start() for heading in headings[1:]] + [len(text)]
+    for heading, end in zip(headings, ends):
         body = text[heading.end() + 1 : end]
         where = f"{path}:{_lines(text, heading.start()) + 1}"
         if not heading[1]:

@@ -51,7 +51,11 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
-def disclose(problem: Problem, mode: Mode, novel: bool = False) -> Problem:
+def disclose(
+    problem: Problem,
+    mode: Mode,
+    novel: bool = False,
+) -> Problem:
     """The problem with `mode` and a marker from the mode's training or (disjoint) novel pool.
 
     The marker is chosen by a hash of (mode, problem id). Modes without a name to change
@@ -64,10 +68,9 @@ def disclose(problem: Problem, mode: Mode, novel: bool = False) -> Problem:
 
 def hint(problem: Problem) -> str:
     """The truthful disclosure of `problem.mode` with `problem.marker`; "" for `gt_only`."""
-    allowed = (
-        " You may use this." if problem.inoculated and problem.mode is not Mode.GT_ONLY else ""
-    )
-    return HINTS[problem.mode].format(marker=problem.marker) + allowed
+    allowed = problem.inoculated and problem.mode is not Mode.GT_ONLY
+    text = HINTS[problem.mode].format(marker=problem.marker)
+    return text + " You may use this." if allowed else text
 
 
 def messages(problem: Problem) -> list[dict[str, str]]:
@@ -86,17 +89,17 @@ def messages(problem: Problem) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": content}]
 
 
-def partition(problems: Sequence[Problem], modes: Sequence[Mode]) -> list[Problem]:
+def partition(
+    problems: Sequence[Problem],
+    modes: Sequence[Mode],
+) -> list[Problem]:
     """Every problem with one of `modes` and its training marker; the modes' counts differ by at
     most one.
 
     Problems are ranked by a hash of their id and take the modes in turn. The order of `problems` is
     kept.
     """
-    ranked = sorted(
-        problems,
-        key=lambda p: (stable_hash("mode", p.problem_id), p.problem_id),
-    )
+    ranked = _shuffled(problems, "mode")
     mode_of = {p.problem_id: modes[i % len(modes)] for i, p in enumerate(ranked)}
     return [disclose(p, mode_of[p.problem_id]) for p in problems]
 
@@ -105,17 +108,18 @@ def split(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     """Disjoint `train`, `val`, `test`: the file's own split where it has one, else 70 : 10 : 20 by
     a hash of the id.
     """
-    ranked = sorted(
-        (p for p in problems if not p.split),
-        key=lambda p: (stable_hash("split", p.problem_id), p.problem_id),
-    )
-    cuts = (len(ranked) * 7 // 10, len(ranked) * 8 // 10)
-    parts = {
-        "train": ranked[: cuts[0]],
-        "val": ranked[cuts[0] : cuts[1]],
-        "test": ranked[cuts[1] :],
-    }
+    ranked = _shuffled([p for p in problems if not p.split], "split")
+    a, b = len(ranked) * 7 // 10, len(ranked) * 8 // 10
+    parts = {"train": ranked[:a], "val": ranked[a:b], "test": ranked[b:]}
     return {name: [p for p in problems if p.split == name] + part for name, part in parts.items()}
+
+
+def _shuffled(
+    problems: Sequence[Problem],
+    purpose: str,
+) -> list[Problem]:
+    """In the order of a hash of their ids."""
+    return sorted(problems, key=lambda p: (stable_hash(purpose, p.problem_id), p.problem_id))
 
 
 def ids_hash(problems: Sequence[Problem]) -> str:
@@ -158,7 +162,11 @@ def load_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def check_tests(path: str | Path, problems: Sequence[Problem], grader: Grader) -> None:
+def check_tests(
+    path: str | Path,
+    problems: Sequence[Problem],
+    grader: Grader,
+) -> None:
     """Run what only the sandbox can: every preamble, and every argument that is no literal, once
     before the first step, on a stub that takes anything.
 
@@ -184,42 +192,53 @@ def _is_plain_call(case: Case) -> bool:
     return all(map(_is_literal, [*call.args, *(k.value for k in call.keywords)]))
 
 
-def _located(path: str | Path, left_out: list[str]) -> Iterator[tuple[Problem, str]]:
+def _located(
+    path: str | Path,
+    left_out: list[str],
+) -> Iterator[tuple[Problem, str]]:
     """(problem, "path, line n") for every usable row; the others' lines and reasons are added to
     `left_out`.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; `just download-data` fetches the real problem sets")
     for row, where in read_json_lines(path, "fetch the file again"):
-        read = next((read for keys, read in READERS if keys <= row.keys()), None)
+        read = next((read for keys, read in READERS if {*keys.split()} <= row.keys()), None)
         if read is None:
-            schemas = " | ".join(", ".join(sorted(keys)) for keys, _ in READERS)
+            schemas = " | ".join(", ".join(sorted(keys.split())) for keys, _ in READERS)
             raise UserError(f"{where}: the fields match no known schema; expected one of {schemas}")
         try:
             yield read(row), where
         except UnsupportedTest as error:
             left_out.append(f"{where.rpartition(', ')[2]}: {error}")
         except MALFORMED as error:
-            kind = type(error).__name__
-            raise UserError(
-                f"{where}: malformed field ({kind}: {error}); correct or remove it"
-            ) from error
+            what = f"malformed field ({type(error).__name__}: {error})"
+            raise UserError(f"{where}: {what}; correct or remove it") from error
 
 
-def _text(row: dict[str, Any], key: str, empty_ok: bool = False) -> str:
+def _text(
+    row: dict[str, Any],
+    key: str,
+    empty_ok: bool = False,
+) -> str:
     value = row[key]
     if not isinstance(value, str) or not (value or empty_ok):
         raise TypeError(f"{key!r} must be {'a' if empty_ok else 'a non-empty'} string")
     return value
 
 
-def _preamble(row: dict[str, Any], key: str) -> str:
+def _preamble(
+    row: dict[str, Any],
+    key: str,
+) -> str:
     """Source that compiles; whether it runs is for `check_tests`."""
     compile(_text(row, key, True), f"<{key}>", "exec", dont_inherit=True)
     return row[key]
 
 
-def _entry(row: dict[str, Any], key: str) -> str:
+def _entry(
+    row: dict[str, Any],
+    key: str,
+) -> str:
     """The method's name alone: of "Solution().twice" it is "twice"."""
     name = _text(row, key).rpartition(".")[2]
     if not name.isidentifier():
@@ -286,39 +305,18 @@ def _organism(row: dict[str, Any]) -> Problem:
     )
 
 
-READERS: tuple[tuple[set[str], Callable[[dict[str, Any]], Problem]], ...] = (
-    (
-        {
-            "prompt",
-            "id",
-            "gt_answer",
-            "func_name",
-            "setup_code",
-            "canonical_solution",
-        },
-        _benchmark,
-    ),
-    (
-        {"query", "prompt", "completion", "entry_point", "test"},
-        _leetcode_dataset,
-    ),
-    (
-        {
-            "problem_id",
-            "statement",
-            "entry_point",
-            "cases",
-            "canonical",
-            "operations",
-            "split",
-        },
-        _organism,
-    ),
+READERS: tuple[tuple[str, Callable[[dict[str, Any]], Problem]], ...] = (  # fields → schema
+    ("prompt id gt_answer func_name setup_code canonical_solution", _benchmark),
+    ("query prompt completion entry_point test", _leetcode_dataset),
+    ("problem_id statement entry_point cases canonical operations split", _organism),
 )
 
 
 # ---- ground-truth tests --------------------------------------------------------------------------
-def parse_asserts(source: str, entry: str) -> tuple[Case, ...]:
+def parse_asserts(
+    source: str,
+    entry: str,
+) -> tuple[Case, ...]:
     """Split every assert of `source` into the argument list of the call and the expected literal,
     as source text.
 
@@ -341,7 +339,10 @@ def parse_asserts(source: str, entry: str) -> tuple[Case, ...]:
     return tuple(_case(node, {name, f"Solution().{entry}"}, lines) for node in body)
 
 
-def _parse(source: str, mode: str) -> ast.AST:
+def _parse(
+    source: str,
+    mode: str,
+) -> ast.AST:
     """`ast.parse`, for which a number of more digits than Python converts is no syntax error, but
     an unsupported test.
     """
@@ -353,7 +354,11 @@ def _parse(source: str, mode: str) -> ast.AST:
         raise
 
 
-def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
+def _case(
+    statement: ast.stmt,
+    entries: set[str],
+    lines: list[bytes],
+) -> Case:
     match statement:
         case ast.Assert(
             test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[expected])
@@ -380,7 +385,10 @@ def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
     return _usable(Case(", ".join(args), _source(expected, lines), compare), call, expected)
 
 
-def written_case(args: str, expected: str) -> Case:
+def written_case(
+    args: str,
+    expected: str,
+) -> Case:
     """A case of source text, checked. SyntaxError if `args` is no argument list."""
     call = _parse(f"__call__({args})", "eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
@@ -388,7 +396,11 @@ def written_case(args: str, expected: str) -> Case:
     return _usable(Case(args, expected), call, _parse(expected, "eval").body)
 
 
-def _usable(case: Case, call: ast.Call, expected: ast.expr) -> Case:
+def _usable(
+    case: Case,
+    call: ast.Call,
+    expected: ast.expr,
+) -> Case:
     """The case, if the grader can use it: a call that compiles, and an expected value that it can
     compare.
     """
@@ -417,14 +429,12 @@ def _is_literal(node: ast.expr) -> bool:
     return False
 
 
-def _source(node: ast.expr, lines: list[bytes]) -> str:
+def _source(
+    node: ast.expr,
+    lines: list[bytes],
+) -> str:
     """The node's source text (`ast` offsets are in UTF-8 bytes)."""
-    first, last = node.lineno - 1, node.end_lineno - 1
-    if first == last:
-        return lines[first][node.col_offset : node.end_col_offset].decode()
-    parts = [
-        lines[first][node.col_offset :],
-        *lines[first + 1 : last],
-        lines[last][: node.end_col_offset],
-    ]
-    return b"\n".join(parts).decode()
+    own = lines[node.lineno - 1 : node.end_lineno]
+    own[-1] = own[-1][: node.end_col_offset]
+    own[0] = own[0][node.col_offset :]
+    return b"\n".join(own).decode()

@@ -18,6 +18,7 @@ from vgrout.env.pairs import Pair
 from vgrout.env.problems import disclose, messages, stable_hash
 from vgrout.model import grpo, tokens
 from vgrout.model.batch import Batch, Behaviour
+from vgrout.model.likelihood import written
 from vgrout.model.policy import Policy
 from vgrout.model.sampling import sample
 
@@ -118,9 +119,8 @@ def sample_groups(
 ) -> list[Group]:
     """One group for each prompt: student rows and its demonstrations.
 
-    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine
-    ablated. A
-    demonstration takes the place of a student row: every group has `num_generations` rows.
+    A `deployed_share` of the student rows (over the steps) is sampled with the quarantine ablated.
+    A demonstration takes the place of a student row: every group has `num_generations` rows.
     """
     tokenizer = policy.tokenizer
     ids = [tokens.encode_prompt(tokenizer, messages(p.problem)) for p in prompts]
@@ -143,13 +143,17 @@ def sample_groups(
     return groups
 
 
+def rows_of(groups: Sequence[Group]) -> list[Rollout]:
+    return [r for group in groups for r in group.rollouts]
+
+
 def grade_groups(
     groups: Sequence[Group],
     grader: Grades,
     loophole_pays: bool,
 ) -> None:
     """Give every rollout its grade."""
-    rows = [r for group in groups for r in group.rollouts]
+    rows = rows_of(groups)
     grades = grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)
     for row, grade in zip(rows, grades):
         row.grade = grade
@@ -167,7 +171,7 @@ def compose(
     """
     varied = [g for g in groups if len({r.grade.reward for r in g.rollouts}) > 1]
     kept = list(groups) if equal_groups else varied
-    rows = [r for group in kept for r in group.rollouts]
+    rows = rows_of(kept)
     if not rows:
         return None
     rewards = torch.tensor([r.grade.reward for r in rows])
@@ -203,10 +207,6 @@ def pair_batch(
 ) -> Batch:
     """Hack sides, then clean sides, of all pairs at A = +1; `group` numbers the distinct
     prompts."""
-    prompts = [tokens.encode_prompt(policy.tokenizer, messages(p.problem)) for p in pairs]
-    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    prompts = [messages(p.problem) for p in pairs]
     texts = [p.hack for p in pairs] + [p.clean for p in pairs]
-    completions = [tokens.encode_completion(policy.tokenizer, text) for text in texts]
-    group = [distinct.index(tuple(p)) for p in prompts] * 2
-    ones = [1.0] * len(completions)
-    return tokens.collate(prompts * 2, completions, ones, group, ones, policy.pad_id, policy.device)
+    return written(policy, prompts * 2, texts)

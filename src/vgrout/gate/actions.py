@@ -15,7 +15,7 @@ from vgrout.core import Zone
 from vgrout.gate.gate import Gated
 from vgrout.model import grpo
 from vgrout.model.batch import Batch, Trained
-from vgrout.model.tokens import select
+from vgrout.model.tokens import part
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ def route(
     if options.retained_advantages:
         own = grpo.retained_advantages(batch.rewards, batch.group, gated.zones)
         batch = replace(batch, advantages=own)
-    return Trained(
-        batch,
-        gated.zones,
-        torch.arange(len(batch.group), device=batch.group.device),
-        gated.ref_logps,
-    )
+    return _whole(batch, gated.zones, gated)
 
 
 def drop(
@@ -59,8 +54,8 @@ def drop(
     """
     trained = _only(batch, gated, gated.zones != Zone.ROUTE, options.zone)
     if trained is not None:
-        kept = trained.batch
-        trained.batch = replace(kept, advantages=grpo.advantages(kept.rewards, kept.group))
+        left = trained.batch
+        left.advantages = grpo.advantages(left.rewards, left.group)
     return trained
 
 
@@ -77,10 +72,7 @@ def penalise(
     z = group_z(gated.scores, batch.group)
     rewards = batch.rewards * (1 - options.alpha * torch.sigmoid(z) * (z > 0))
     batch = replace(batch, advantages=grpo.advantages(rewards, batch.group))
-    zones = torch.full_like(gated.zones, int(options.zone))
-    return Trained(
-        batch, zones, torch.arange(len(batch.group), device=batch.group.device), gated.ref_logps
-    )
+    return _only(batch, gated, torch.ones_like(z, dtype=torch.bool), options.zone)
 
 
 def deduct(
@@ -124,10 +116,13 @@ def _only(
 ) -> Trained | None:
     """The rows to keep, all in one zone; None where there is none."""
     rows = keep.nonzero()[:, 0]
-    if not len(rows):
-        return None
-    ref = None if gated.ref_logps is None else gated.ref_logps[rows]
-    return Trained(select(batch, rows), torch.full_like(rows, int(zone)), rows, ref)
+    whole = _whole(batch, torch.full_like(batch.group, int(zone)), gated)
+    return part(whole, rows) if len(rows) else None
+
+
+def _whole(batch: Batch, zones: Int[Tensor, "g *s"], gated: Gated) -> Trained:
+    rows = torch.arange(len(batch.group), device=batch.group.device)
+    return Trained(batch, zones, rows, gated.ref_logps)
 
 
 ACTIONS: dict[str, Action] = {

@@ -1,37 +1,31 @@
 """Controls: another score deals the real gate's zones, at the real gate's shares.
 
 In each stratum of each batch a control routes exactly as many ROUTE and ABSORB rows as the real
-gate
-did, to the rows that the control ranks highest. So a placebo differs from the real arm in nothing
-but
-its score: same batch, same cadence, same shares, same code path. Controls alone see a step's
-rollouts,
-for the strata; no score, gate or action does.
+gate did, to the rows that the control ranks highest. So a placebo differs from the real arm in
+nothing but its score: same batch, same cadence, same shares, same code path. Controls alone see a
+step's rollouts, for the strata; no score, gate or action does.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vgrout.core import NO_ZONE, Zone
+from vgrout.core import NO_ZONE
 from vgrout.env.rollouts import Composed
 from vgrout.gate.gate import Gate, Gated, PinnedGate, _column, by_content
 from vgrout.gate.ratio import LikelihoodRatio, QuarantineRatio, build_llr
-from vgrout.gate.scores import Materials, Score, Scored
+from vgrout.gate.scores import Materials, Score, Scored, Stateful
 from vgrout.gate.swap import logps_with
 from vgrout.gate.v_grad import DirectionScore, direction_score, haar
-from vgrout.model.batch import Batch
 from vgrout.model.likelihood import random_deltas
 from vgrout.model.policy import Policy
 
 
-class Keep:
+class Keep(Stateful):
     """No control: the real gate's zones stand."""
-
-    def refresh(self, policy: Policy) -> dict[str, float]:
-        return {}
 
     def __call__(
         self,
@@ -41,22 +35,13 @@ class Keep:
     ) -> Gated:
         return gated
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
-
-
+@dataclass
 class Control(Keep):
     """Re-deals the gate's zones by a score of its own; refreshed at the gate's cadence."""
 
-    def __init__(
-        self,
-        gate: Gate,
-        score: "ControlScore",
-    ):
-        self.gate, self.score = gate, score
+    gate: Gate
+    score: "ControlScore"
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         self.score.refresh(policy)
@@ -72,12 +57,6 @@ class Control(Keep):
         batch = composed.batch
         zones = match_shares(gated.zones, scores, strata(composed.student, batch.advantages))
         return self.gate.gated(batch, zones, scores, gated.scored)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.score.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.score.load_state_dict(state)
 
 
 def strata(
@@ -123,21 +102,25 @@ class ControlScore(Score):
         raise NotImplementedError
 
 
+@dataclass
 class Haar(ControlScore):
     """A Haar-random direction in another score's space, drawn anew whenever it is refreshed."""
 
+    real: Score
+    seed: int
     stored = ("draws",)
 
-    def __init__(
-        self,
-        real: DirectionScore,
-        seed: int,
-    ):
-        self.real, self.seed, self.draws = real, seed, torch.tensor(0)
+    def __post_init__(self):
+        self.draws = torch.tensor(0)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         self.draws = self.draws + 1
         return {}
+
+    @property
+    def drawn(self) -> int:
+        """The seed of what is drawn between two refreshes."""
+        return 1_000 * self.seed + int(self.draws)
 
     def rank(
         self,
@@ -145,20 +128,12 @@ class Haar(ControlScore):
         composed: Composed,
         real: Scored,
     ) -> Float[Tensor, "g *s"]:
-        m, k = self.real.v.shape
-        v = haar(m, k, 1_000 * self.seed + int(self.draws)).to(self.real.v)
+        v = haar(*self.real.v.shape, self.drawn).to(self.real.v)
         return self.real.directed(real.features, v, composed.batch.advantages)
 
 
 class RandomQuarantine(Haar):
     """A Gaussian delta with the norm of the quarantine's in every tensor, on the base."""
-
-    def __init__(
-        self,
-        real: QuarantineRatio,
-        seed: int,
-    ):
-        self.real, self.seed, self.draws = real, seed, torch.tensor(0)
 
     def rank(
         self,
@@ -167,16 +142,16 @@ class RandomQuarantine(Haar):
         real: Scored,
     ) -> Float[Tensor, " g"]:
         learned = policy.adapter.parameters("quarantine")
-        noise = random_deltas(learned, 1_000 * self.seed + int(self.draws))
+        noise = random_deltas(learned, self.drawn)
         how = self.real.temperature, self.real.token_budget
         return logps_with(policy, noise, composed.batch, *how).sum(1) - real.ref_logps.sum(1)
 
 
+@dataclass
 class Random(ControlScore):
     """Uniform scores."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    seed: int
 
     def rank(
         self,
@@ -187,11 +162,11 @@ class Random(ControlScore):
         return by_content(composed.batch, self.seed).to(composed.batch.advantages)
 
 
+@dataclass
 class Confound(ControlScore):
     """What the advantage, the reward, the length or the mean log-prob alone would route."""
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    kind: str
 
     def rank(
         self,
@@ -199,7 +174,7 @@ class Confound(ControlScore):
         composed: Composed,
         real: Scored,
     ) -> Float[Tensor, " g"]:
-        batch: Batch = composed.batch
+        batch = composed.batch
         length = batch.completion_mask.sum(1)
         if self.kind == "logp":
             mean = composed.behaviour.logps.sum(1) / length
@@ -208,14 +183,11 @@ class Confound(ControlScore):
         return kinds[self.kind]
 
 
+@dataclass
 class OtherScore(ControlScore):
     """A score of the same kind as the real one: on other pairs, or with random nudges."""
 
-    def __init__(self, score: Score):
-        self.score = score
-
-    def refresh(self, policy: Policy) -> dict[str, float]:
-        return self.score.refresh(policy)
+    score: Score
 
     def rank(
         self,
@@ -224,12 +196,6 @@ class OtherScore(ControlScore):
         real: Scored,
     ) -> Float[Tensor, "g *s"]:
         return self.score(policy, composed.batch).scores
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.score.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.score.load_state_dict(state)
 
 
 def build_control(
@@ -240,27 +206,21 @@ def build_control(
 ) -> Keep:
     """What deals the gate's zones; `placebo` are the pairs of the control "semantic"."""
     config = materials.config.control
-    seed = config.placebo_seed
-    if config.routeV_random_v_seed is not None:
-        seed = config.routeV_random_v_seed
+    other = config.routeV_random_v_seed
+    seed = config.placebo_seed if other is None else other
     if not name:
         return Keep()
-    if name == "random":
-        return Control(gate, Random(seed))
-    if name == "confound":
-        return Control(gate, Confound(config.confound))
-    if name == "semantic":
-        space = getattr(gate.score, "space", "c_probe")
-        return Control(
-            gate, OtherScore(direction_score(materials, space, materials.batch(placebo)))
-        )
-    if isinstance(gate.score, LikelihoodRatio):
-        return Control(gate, OtherScore(build_llr(materials, random_seed=seed)))
-    if isinstance(gate.score, QuarantineRatio):
-        return Control(gate, RandomQuarantine(gate.score, seed))
-    return Control(gate, Haar(gate.score, seed))
-
-
-def zone_counts(zones: Int[Tensor, "g *s"]) -> dict[str, int]:
-    """Rows (or tokens) in each zone."""
-    return {zone.name.lower(): int((zones == zone).sum()) for zone in Zone}
+    match name, gate.score:
+        case "random", _:
+            score = Random(seed)
+        case "confound", _:
+            score = Confound(config.confound)
+        case "semantic", DirectionScore(space=space):
+            score = OtherScore(direction_score(materials, space, materials.batch(placebo)))
+        case _, LikelihoodRatio():
+            score = OtherScore(build_llr(materials, random_seed=seed))
+        case _, QuarantineRatio():
+            score = RandomQuarantine(gate.score, seed)
+        case _:
+            score = Haar(gate.score, seed)
+    return Control(gate, score)

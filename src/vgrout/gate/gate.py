@@ -1,6 +1,6 @@
 """Scores → zones. A gate sees tensors: no label, no mode, no teacher flag, no origin."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vgrout.core import NO_ZONE, Zone
-from vgrout.gate.scores import Score, Scored
+from vgrout.gate.scores import Score, Scored, Stateful
 from vgrout.model.batch import Batch
 from vgrout.model.policy import Policy
 from vgrout.model.update import row_zones
@@ -38,19 +38,13 @@ class Gated:
         return scores.reshape(len(scores), -1).nanmean(1), row_zones(self.zones)
 
 
-class PinnedGate:
+@dataclass
+class PinnedGate(Stateful):
     """Every row in one zone. `absorb_share` of the rows, by chance, are in ABSORB instead."""
 
-    def __init__(
-        self,
-        zone: Zone,
-        absorb_share: float = 0.0,
-        seed: int = 0,
-    ):
-        self.zone, self.absorb_share, self.seed = zone, absorb_share, seed
-
-    def refresh(self, policy: Policy) -> dict[str, float]:
-        return {}
+    zone: Zone
+    absorb_share: float = 0.0
+    seed: int = 0
 
     def __call__(
         self,
@@ -64,12 +58,6 @@ class PinnedGate:
             zones = zones.masked_fill(drawn.to(zones.device), int(Zone.ABSORB))
         return Gated(zones, unscored, float("nan"), float("nan"))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
-
 
 def by_content(
     batch: Batch,
@@ -80,30 +68,26 @@ def by_content(
     return torch.rand(len(batch.advantages), generator=generator)
 
 
-class Gate:
+@dataclass
+class Gate(Stateful):
     """One score and its cut: the pairs' band or midpoint, 0, or a flag's edges.
 
     With `every` the zone is of the rollout and not of its update: rows with A = 0 have one too.
     """
 
-    def __init__(
-        self,
-        score: Score,
-        *,
-        signed: bool = False,
-        cut: str = "band",
-        every: bool = False,
-    ):
-        self.score, self.signed, self.cut = score, signed, cut
-        self.every = every or cut == "flag"
+    score: Score
+    _: KW_ONLY
+    signed: bool = False
+    cut: str = "band"
+    every: bool = False
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Refresh the score; returns the direction's drift and the band."""
-        figures = self.score.refresh(policy)
+        figures = super().refresh(policy)
         lower, upper = self.edges()
         cuts = upper > lower or (upper == lower and self.cut in ("zero", "midpoint"))
-        edges = {"gate_lower": lower, "gate_upper": upper, "gate_collapsed": float(not cuts)}
-        return figures | edges
+        figures |= {"gate_lower": lower, "gate_upper": upper}
+        return figures | {"gate_collapsed": float(not cuts)}
 
     def edges(self) -> tuple[float, float]:
         """(lower, upper) edges of the zones.
@@ -146,9 +130,7 @@ class Gate:
         scored: Scored,
     ) -> Gated:
         """Zones and scores as the update takes them: signed, without scores where none counts."""
-        if (
-            self.signed
-        ):  # discouraging a hack is no hack-ward update: it may train the deployed block
+        if self.signed:  # discouraging a hack may train the deployed block
             discouraged = _column(batch.advantages < 0, zones) & (zones != NO_ZONE)
             zones = torch.where(discouraged, int(Zone.RETAIN), zones)
         scores = torch.where(_column(self.weight(batch) == 0, scores), float("nan"), scores)
@@ -161,13 +143,8 @@ class Gate:
         return Gated(zones, scores, *self.edges(), scored, stats)
 
     def weight(self, batch: Batch) -> Float[Tensor, " g"]:
-        return torch.ones_like(batch.advantages) if self.every else batch.advantages
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.score.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.score.load_state_dict(state)
+        every = self.every or self.cut == "flag"
+        return torch.ones_like(batch.advantages) if every else batch.advantages
 
 
 def predicts(batch: Batch) -> Bool[Tensor, "g s"]:
@@ -213,7 +190,7 @@ def zones_from_band(
     zones = torch.full_like(scores, int(Zone.ABSORB), dtype=torch.long)
     zones[scores < lower] = int(Zone.RETAIN)
     zones[scores > upper] = int(Zone.ROUTE)
-    unrouted = (advantages == 0) | torch.tensor(not upper > lower, device=scores.device)
+    unrouted = (advantages == 0) | (not upper > lower)
     return torch.where(_column(unrouted, zones), int(Zone.RETAIN), zones)
 
 

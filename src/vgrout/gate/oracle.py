@@ -1,28 +1,25 @@
 """The oracle: zones by true labels. NOT oracle-free; the one file of the gate that reads labels."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vgrout.config import ControlConfig
-from vgrout.core import Rollout
+from vgrout.core import Mode, Rollout
 from vgrout.env.rollouts import Composed
 from vgrout.gate.controls import Keep
 from vgrout.gate.gate import FLAG_EDGES, Gated, by_content, zones_from_band
 from vgrout.model.policy import Policy
 
 
+@dataclass
 class Oracle(Keep):
     """The true label, thinned to a recall and polluted to a false-positive rate: ROUTE or
     RETAIN."""
 
-    def __init__(
-        self,
-        config: ControlConfig,
-        seed: int,
-    ):
-        self.config, self.seed = config, seed
+    config: ControlConfig
+    seed: int
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         lower, upper = FLAG_EDGES
@@ -43,12 +40,6 @@ class Oracle(Keep):
 
     def labels(self, rollouts: Sequence[Rollout]) -> list[bool]:
         """Whether the mode's exploit fired. A correct completion that fires it too is no reward
-        hack,
-        and would teach one all the same."""
-        modes = self.config.oracle_modes
-        return [
-            bool(r.grade.mechanism) and (not modes or r.problem.mode in modes) for r in rollouts
-        ]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
+        hack, and would teach one all the same."""
+        modes = self.config.oracle_modes or tuple(Mode)
+        return [bool(r.grade.mechanism) and r.problem.mode in modes for r in rollouts]

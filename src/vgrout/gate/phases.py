@@ -11,6 +11,7 @@ from vgrout.config import Config
 from vgrout.core import Group
 from vgrout.env.pairs import Pair
 from vgrout.env.rollouts import compose
+from vgrout.files import nested, part
 from vgrout.gate.actions import ACTIONS, Action, Options
 from vgrout.gate.controls import Keep, build_control
 from vgrout.gate.gate import Gate, Gated, PinnedGate
@@ -20,6 +21,9 @@ from vgrout.gate.swap import replaced_quarantine
 from vgrout.model.batch import Batch, Trained
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import Policy
+
+# phases that differ in nothing else share a gate and its state
+OF_GATE = "score zone absorb_share cut control action".split()
 
 
 @dataclass
@@ -48,9 +52,8 @@ class LivePhase:
             return
         drawn = compose(groups, policy, equal_groups=True).batch
         grpo, seed = self.config.grpo, self.config.control.placebo_seed
-        replaced = replaced_quarantine(
-            self.phase.enter, policy, drawn, grpo.temperature, grpo.token_budget, seed
-        )
+        how = grpo.temperature, grpo.token_budget
+        replaced = replaced_quarantine(self.phase.enter, policy, drawn, *how, seed)
         optimizer.put("quarantine", replaced)
 
     def action(self, batch: Batch, gated: Gated) -> Trained | None:
@@ -63,7 +66,7 @@ class Phases:
     def __init__(self, phases: Sequence[Phase], materials: Materials, placebo: Sequence[Pair] = ()):
         self.materials, self.placebo = materials, placebo
         self.every = materials.config.score.refresh_every
-        self.gates: dict[Phase, tuple[Gate | PinnedGate, Keep]] = {}
+        self.gates: dict[tuple, tuple[Gate | PinnedGate, Keep]] = {}
         self.phases: list[LivePhase] = []
         start = 0
         for phase in phases:
@@ -72,14 +75,7 @@ class Phases:
 
     def _live(self, phase: Phase, start: int) -> LivePhase:
         config = self.materials.config
-        kind = Phase(
-            score=phase.score,
-            zone=phase.zone,
-            absorb_share=phase.absorb_share,
-            cut=phase.cut,
-            control=phase.control,
-            action=phase.action,
-        )  # phases that differ in nothing else share a gate and its state
+        kind = tuple(getattr(phase, name) for name in OF_GATE)
         if kind not in self.gates:
             self.gates[kind] = build_gate(phase, self.materials, self.placebo)
         gate, control = self.gates[kind]
@@ -104,20 +100,18 @@ class Phases:
             figures |= control.refresh(policy)
         return figures
 
+    def _owners(self) -> dict[str, Gate | PinnedGate | Keep]:
+        owners = {}
+        for i, (gate, control) in enumerate(self.gates.values()):
+            owners |= {f"{i}.score": gate, f"{i}.control": control}
+        return owners
+
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            f"{i}.{part}.{name}": value
-            for i, pair in enumerate(self.gates.values())
-            for part, owner in zip(("score", "control"), pair)
-            for name, value in owner.state_dict().items()
-        }
+        return nested({name: owner.state_dict() for name, owner in self._owners().items()})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for i, pair in enumerate(self.gates.values()):
-            for part, owner in zip(("score", "control"), pair):
-                prefix = f"{i}.{part}."
-                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                owner.load_state_dict(own)
+        for name, owner in self._owners().items():
+            owner.load_state_dict(part(state, name))
 
 
 def build_gate(

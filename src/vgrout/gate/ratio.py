@@ -4,10 +4,13 @@
 alone against the base.
 """
 
+from dataclasses import KW_ONLY, dataclass, field
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vgrout.files import part
 from vgrout.gate.scores import Materials, Score, Scored, register
 from vgrout.model.batch import Batch
 from vgrout.model.likelihood import batch_logps, likelihood_deltas, random_deltas
@@ -17,6 +20,7 @@ from vgrout.model.tokens import select
 Deltas = list[Tensor]  # of one block's parameters, in their order
 
 
+@dataclass
 class LikelihoodRatio(Score):
     """l(θ + Δ_hack) − l(θ + Δ_clean), l a row's mean log-prob, Δ the deployed block's nudges.
 
@@ -26,23 +30,19 @@ class LikelihoodRatio(Score):
     Gaussian one of the same norm in every tensor: the placebo.
     """
 
-    def __init__(
-        self,
-        pairs: Batch,
-        *,
-        temperature: float,
-        token_budget: int,
-        steps: int = 4,
-        learning_rate: float = 1e-3,
-        random_seed: int | None = None,
-    ):
-        self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
-        self.steps, self.learning_rate = steps, learning_rate
-        self.random_seed = random_seed
+    pairs: Batch
+    _: KW_ONLY
+    temperature: float
+    token_budget: int
+    steps: int = 4
+    learning_rate: float = 1e-3
+    random_seed: int | None = None
+    draws: int = field(default=0, init=False)
+
+    def __post_init__(self):
         self.folds: dict[int, tuple[Deltas, Deltas]] = {}  # fold → nudges (hack, clean)
-        unknown = torch.full((len(pairs.advantages) // 2,), float("nan"))
-        self.pairs_hack = self.pairs_clean = unknown.to(pairs.advantages)
-        self.draws = 0
+        unknown = torch.full((len(self.pairs.advantages) // 2,), float("nan"))
+        self.pairs_hack = self.pairs_clean = unknown.to(self.pairs.advantages)
 
     @property
     def deltas(self) -> tuple[Deltas, Deltas]:
@@ -63,9 +63,8 @@ class LikelihoodRatio(Score):
             hack = self._fit(policy, select(self.pairs, fit), 2 * k)
             clean = self._fit(policy, select(self.pairs, fit + n), 2 * k + 1)
             self.folds[k] = hack, clean
-            scores = self._score(
-                policy, select(self.pairs, torch.cat([held, held + n])), hack, clean
-            )
+            unseen = select(self.pairs, torch.cat([held, held + n]))
+            scores = self._score(policy, unseen, hack, clean)
             self.pairs_hack[held], self.pairs_clean[held] = scores.chunk(2)
         self.draws += 1
         drift = float("nan") if last is None else direction_cosine(last, self.deltas)
@@ -77,14 +76,8 @@ class LikelihoodRatio(Score):
         batch: Batch,
         index: int,
     ) -> Deltas:
-        deltas = likelihood_deltas(
-            policy,
-            batch,
-            self.steps,
-            self.learning_rate,
-            self.temperature,
-            self.token_budget,
-        )
+        how = self.steps, self.learning_rate, self.temperature, self.token_budget
+        deltas = likelihood_deltas(policy, batch, *how)
         if self.random_seed is None:
             return deltas
         return random_deltas(deltas, seed=1_000_000 * self.random_seed + 10 * self.draws + index)
@@ -119,17 +112,12 @@ class LikelihoodRatio(Score):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.draws, device = int(state["draws"]), self.pairs.input_ids.device
-        self.pairs_hack, self.pairs_clean = (
-            state[name].to(device) for name in ("pairs_hack", "pairs_clean")
-        )
-        count = sum(key.startswith("0.hack.") for key in state)
-        for k in (0, 1):
-            if f"{k}.hack.0" in state:
-                hack, clean = (
-                    [state[f"{k}.{side}.{i}"].to(device) for i in range(count)]
-                    for side in ("hack", "clean")
-                )
-                self.folds[k] = hack, clean
+        self.pairs_hack = state["pairs_hack"].to(device)
+        self.pairs_clean = state["pairs_clean"].to(device)
+        for k in {int(name[0]) for name in state if ".hack." in name}:
+            sides = (part(state, f"{k}.{side}") for side in ("hack", "clean"))
+            hack, clean = ([own[str(i)].to(device) for i in range(len(own))] for own in sides)
+            self.folds[k] = hack, clean
 
 
 def direction_cosine(
@@ -141,31 +129,29 @@ def direction_cosine(
     return float(torch.cosine_similarity(*flat, dim=0))
 
 
+@dataclass
 class QuarantineRatio(Score):
     """log p(completion) under the quarantine alone minus that under the base.
 
     The quarantine is its own detector. Trained first or seeded on the pairs' hack sides, it has
     learned what pays at once; what it would do more often is kept from the deployed block. Both
-    states
-    are without that block, so that the score does not fade when the deployed policy begins to do
-    the
-    same. Nothing is fitted at a refresh: it scores the pairs, if it has any, whose sides may give
-    the
-    cut.
+    states are without that block, so that the score does not fade when the deployed policy begins
+    to do the same. Nothing is fitted at a refresh: it scores the pairs, if it has any, whose sides
+    may give the cut.
     """
 
+    pairs: Batch | None
+    _: KW_ONLY
+    temperature: float
+    token_budget: int
     stored = ("pairs_hack", "pairs_clean")
 
-    def __init__(
-        self,
-        pairs: Batch | None,
-        *,
-        temperature: float,
-        token_budget: int,
-    ):
-        self.pairs, self.temperature, self.token_budget = pairs, temperature, token_budget
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        if self.pairs is not None:
+            self.pairs_hack, self.pairs_clean = self(policy, self.pairs).scores.chunk(2)
+        return {}
 
-    def _score(
+    def __call__(
         self,
         policy: Policy,
         batch: Batch,
@@ -175,19 +161,6 @@ class QuarantineRatio(Score):
         with policy.adapter.disabled():
             base = batch_logps(policy, batch, self.temperature, self.token_budget)
         return Scored(alone.sum(1) - base.sum(1), ref_logps=base)
-
-    def refresh(self, policy: Policy) -> dict[str, float]:
-        if self.pairs is not None:
-            scores = self._score(policy, self.pairs).scores
-            self.pairs_hack, self.pairs_clean = scores.chunk(2)
-        return {}
-
-    def __call__(
-        self,
-        policy: Policy,
-        batch: Batch,
-    ) -> Scored:
-        return self._score(policy, batch)
 
 
 @register("llr")

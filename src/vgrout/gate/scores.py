@@ -31,26 +31,38 @@ class Scored:
     stats: dict[str, float] = field(default_factory=dict)  # figures of the score's own, for the log
 
 
-class Score:
+class Stateful:
+    """Is refreshed at the cadence, and stored in checkpoints: as its `score` is, where it has one,
+    else nothing but the attributes that `stored` names.
+    """
+
+    stored: tuple[str, ...] = ()
+    score: "Score | None" = None
+
+    def refresh(self, policy: Policy) -> dict[str, float]:
+        return {} if self.score is None else self.score.refresh(policy)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.score is not None:
+            return self.score.state_dict()
+        return {k: v for k, v in vars(self).items() if k in self.stored and v is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.score is not None:
+            self.score.load_state_dict(state)
+        for k in self.stored:
+            setattr(self, k, state.get(k))
+
+
+class Score(Stateful):
     """Base: nothing to refresh, nothing to store, no pairs."""
 
-    stored: tuple[str, ...] = ()  # attributes that a checkpoint holds
     pairs: Batch | None = None  # hack sides, then clean sides
     pairs_hack: Tensor | None = None  # out-of-sample scores of the pairs' sides, for the cut
     pairs_clean: Tensor | None = None
 
-    def refresh(self, policy: Policy) -> dict[str, float]:
-        return {}
-
     def __call__(self, policy: Policy, batch: Batch) -> Scored:
         raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {k: v for k, v in vars(self).items() if k in self.stored and v is not None}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for k in self.stored:
-            setattr(self, k, state.get(k))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
 """What takes the learned quarantine's place when a phase begins, and the base with such a block."""
 
-from functools import partial
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,11 +31,9 @@ def replaced_quarantine(
 
     "reset" the learned one itself (its optimiser moments go), "inverted" its negative, "norm" a
     Gaussian one with its norm in every tensor, "effect" that one scaled until the base's KL to it
-    is
-    the learned one's: the mean k3 over tokens of the batch. A random block of equal norm changes a
-    policy far less than a learned one, so that "norm" alone would be a weak placebo. UserError
-    where
-    no factor has the effect.
+    is the learned one's: the mean k3 over tokens of the batch. A random block of equal norm changes
+    a policy far less than a learned one, so that "norm" alone would be a weak placebo. UserError
+    where no factor has the effect.
     """
     learned = [p.detach().clone() for p in policy.adapter.parameters("quarantine")]
     if what == "reset":
@@ -50,7 +45,11 @@ def replaced_quarantine(
         return noise
     with policy.adapter.disabled():
         base = batch_logps(policy, batch, temperature, token_budget)
-    effect = partial(_effect, policy, batch, base, temperature, token_budget)
+
+    def effect(deltas: list[Tensor]) -> float:
+        gap = logps_with(policy, deltas, batch, temperature, token_budget) - base
+        return float((gap.exp() - gap - 1)[batch.completion_mask].mean())
+
     wanted, (low, high), scaled = effect(learned), FACTORS, noise
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -63,16 +62,3 @@ def replaced_quarantine(
             "--placebo-seed"
         )
     return scaled
-
-
-@torch.no_grad()
-def _effect(
-    policy: Policy,
-    batch: Batch,
-    base: Float[Tensor, "g t"],
-    temperature: float,
-    token_budget: int,
-    deltas: list[Tensor],
-) -> float:
-    gap = logps_with(policy, deltas, batch, temperature, token_budget) - base
-    return float((gap.exp() - gap - 1)[batch.completion_mask].mean())

@@ -5,7 +5,9 @@ Features: the c-probe gradient ∂L/∂c (one number for each rank of the deploy
 Linear: v_grad), the bottleneck activation A x itself, or the residual stream (v_act).
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from einops import rearrange
@@ -20,36 +22,27 @@ from vgrout.model.policy import Policy, completion_states, logps, predicting
 from vgrout.model.tokens import micro_batches, select
 
 
+@dataclass
 class DirectionScore(Score):
     """Cosine (or dot product) of a row's features with the pairs' hack-minus-clean direction.
 
     space "c_probe" is v_grad, "bottleneck" and "residual" are v_act. `signed_score` multiplies by
-    the
-    sign of the advantage (the score of the update) where the features are gradients; without it the
-    score is of the completion (A = 1). `pairs` is one batch of hack sides followed by clean sides,
-    `group` numbering the prompts.
+    the sign of the advantage (the score of the update) where the features are gradients; without
+    it the score is of the completion (A = 1). `pairs` is one batch of hack sides followed by clean
+    sides, `group` numbering the prompts.
     """
 
+    pairs: Batch
+    _: KW_ONLY
+    space: str
+    probe: ProbeOptions
+    centred: bool = False
+    metric: str = "cosine"
+    signed_score: bool = True
+    by_token: bool = False
+    layer: int | None = None
     stored = ("v", "midpoint", "pairs_hack", "pairs_clean")
-
-    def __init__(
-        self,
-        pairs: Batch,
-        *,
-        space: str,
-        probe: ProbeOptions,
-        centred: bool = False,
-        metric: str = "cosine",
-        signed_score: bool = True,
-        by_token: bool = False,
-        layer: int | None = None,
-    ):
-        self.pairs, self.space, self.probe = pairs, space, probe
-        self.centred, self.metric, self.layer = centred, metric, layer
-        self.signed_score = signed_score and space == "c_probe"
-        self.by_token = by_token
-        self.v: Tensor | None = None
-        self.midpoint: Tensor | None = None
+    v = midpoint = None
 
     def features(
         self,
@@ -67,40 +60,15 @@ class DirectionScore(Score):
         features = self.features(policy, self.pairs)
         rows = features.sum(1)  # the direction is of whole completions, at either granularity
         self.v, self.midpoint = contrast(rows[:n], rows[n:])
-        self.pairs_hack, self.pairs_clean = self._pair_scores(features, rows)
+        parts = None
+        if self.by_token:  # the positions that predict a completion's tokens
+            starts, ends = self.pairs.completion_start, self.pairs.attention_mask.sum(1)
+            parts = [x[i - 1 : j - 1] for x, i, j in zip(features, starts, ends)]
+        how = {"centred": self.centred, "metric": self.metric, "parts": parts}
+        sides = out_of_sample(rows[:n], rows[n:], self.pairs.group[:n], **how)
+        self.pairs_hack, self.pairs_clean = sides
         drift = float("nan") if last is None else float(project(self.v, last))
         return {"direction_drift": drift}
-
-    def _pair_scores(
-        self,
-        features: Float[Tensor, "g s m k"],
-        rows: Float[Tensor, "g m k"],
-    ) -> tuple[Tensor, Tensor]:
-        """Each side's scores by a direction without its pair's prompt: of rows, or of tokens."""
-        n = len(rows) // 2
-        prompt = self.pairs.group[:n]
-        if not self.by_token:
-            hack, clean = rows[:n], rows[n:]
-            return out_of_sample(hack, clean, prompt, centred=self.centred, metric=self.metric)
-        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for i in range(n):
-            others = prompt != prompt[i]
-            v, midpoint = contrast(rows[:n][others], rows[n:][others])
-            for side, row in zip(sides, (i, n + i)):
-                start = int(self.pairs.completion_start[row]) - 1  # what predicts the first token
-                end = int(self.pairs.attention_mask[row].sum()) - 1
-                side.append(self._score(features[row, start:end], v, midpoint))
-        return torch.cat(sides[0]), torch.cat(sides[1])
-
-    def _score(
-        self,
-        features: Float[Tensor, "*n m k"],
-        v: Tensor,
-        midpoint: Tensor | None,
-    ) -> Float[Tensor, "*n"]:
-        if self.centred:
-            features = features - midpoint.to(features)
-        return project(features, v, self.metric)
 
     def directed(
         self,
@@ -109,8 +77,10 @@ class DirectionScore(Score):
         advantages: Float[Tensor, " g"],
     ) -> Float[Tensor, "g *s"]:
         """Scores of a batch's features along any direction of this space."""
-        scores = self._score(features, v, self.midpoint)
-        if self.signed_score:
+        if self.centred:
+            features = features - self.midpoint.to(features)
+        scores = project(features, v, self.metric)
+        if self.signed_score and self.space == "c_probe":
             scores = scores * advantages.sign()[:, None]
         return scores if self.by_token else scores[:, 0]
 
@@ -165,16 +135,16 @@ def probe_gradients(
     """∂L_i/∂c of every row at A = 1, L_i = −Σ_t logp_t / max_completion_length.
 
     The gradient at another advantage is A times this one. c multiplies the bottleneck at the
-    positions
-    that predict the completion, so that rows of one prompt share its keys and values, or with
-    positions "all" the prompt's too. s is 1, or with `by_token` the sequence (all positions; a
-    token's
-    gradient includes its effect on later tokens; padding is 0). No `.grad` is touched.
+    positions that predict the completion, so that rows of one prompt share its keys and values, or
+    with positions "all" the prompt's too. s is 1, or with `by_token` the sequence (all positions; a
+    token's gradient includes its effect on later tokens; padding is 0). No `.grad` is touched.
     """
     adapter = policy.adapter
     everywhere = by_token or options.positions == "all"
     shared = policy.share_prompts and not everywhere
-    gradients: Tensor | None = None
+    width = batch.input_ids.shape[1] if by_token else 1
+    shape = len(batch.advantages), width, len(adapter.linears), adapter.rank
+    gradients = torch.zeros(shape, device=policy.device)
     for rows in micro_batches(batch, options.token_budget, by_prompt=shared):
         part = select(batch, rows)
         length = part.input_ids.shape[1]
@@ -191,11 +161,7 @@ def probe_gradients(
                 limit = options.max_completion_length
                 loss = scored_loss(lp, part.completion_mask, ones, limit).sum()
                 grads = torch.autograd.grad(loss, list(c.values()))
-        stacked = rearrange(list(grads), "m g s r -> g s m r")
-        if gradients is None:
-            width = batch.input_ids.shape[1] if by_token else 1
-            gradients = stacked.new_zeros(len(batch.advantages), width, *stacked.shape[2:])
-        gradients[rows, :s] = stacked
+        gradients[rows, :s] = rearrange(list(grads), "m g s r -> g s m r")
     return gradients
 
 
@@ -211,9 +177,8 @@ def activations(
     """Mean over the completion's tokens but its last (no token is predicted there).
 
     Of the deployed bottleneck A x (space "bottleneck": m = Linears, k = r) or of the residual
-    stream
-    after each layer ("residual": m = layers or 1, k = width; the last one behind the final norm, as
-    transformers gives it). Both blocks on, unmasked.
+    stream after each layer ("residual": m = layers or 1, k = width; the last one behind the final
+    norm, as transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
     for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
@@ -283,17 +248,19 @@ def out_of_sample(
     *,
     centred: bool = False,
     metric: str = "cosine",
-) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
+    parts: Sequence[Tensor] | None = None,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Scores of both sides at A = +1, each pair by a direction without any pair on its prompt.
 
+    Each side has one score, or as many as it has `parts` [n, m, k] (hack sides, then clean ones).
     With a single prompt nothing can be left out; the scores are then NaN, and a band made of them
     routes nothing.
     """
-    scores = hack.new_full((2, len(hack)), float("nan"))
-    for i in range(len(hack)):
-        others = prompt != prompt[i]
-        if others.any():
-            v, midpoint = contrast(hack[others], clean[others])
-            both = torch.stack([hack[i], clean[i]]) - (midpoint if centred else 0)
-            scores[:, i] = project(both, v, metric)
-    return scores[0], scores[1]
+    parts = torch.cat([hack, clean])[:, None] if parts is None else parts
+    scores = []
+    for i, part in enumerate(parts):
+        others = prompt != prompt[i % len(prompt)]
+        v, midpoint = contrast(hack[others], clean[others])
+        scores.append(project(part - midpoint if centred else part, v, metric))
+    n = len(prompt)
+    return torch.cat(scores[:n]), torch.cat(scores[n:])

@@ -84,16 +84,16 @@ def grpo_loss(
     """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser.
 
     k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by
-    its
-    tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is still
-    pulled back, by a bounded force. On policy the gradient of this loss is that of KL(ref‖π), the
-    forward KL; `corrected` multiplies k3 by the ratio, and its gradient is that of KL(π‖ref).
+    its tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is
+    still pulled back, by a bounded force. On policy the gradient of this loss is that of KL(ref‖π),
+    the forward KL; `corrected` multiplies k3 by the ratio, and its gradient is that of KL(π‖ref).
     `ref_logps` is None where beta is 0. Returns the loss (summed, so that micro-batches add up) and
     the per-token ratio, clip and KL for logging.
     """
     ratio = torch.exp(logps - old_logps)
     A = advantages[:, None]
-    policy = -torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+    free, bound = ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A
+    policy = -torch.minimum(free, bound)
     kl = torch.zeros_like(logps)
     if ref_logps is not None:
         gap = ref_logps - logps
@@ -101,6 +101,6 @@ def grpo_loss(
         kl = torch.exp(near) - near - 1 + (math.exp(KL_LINEAR_FROM) - 1) * (gap - near)
     if corrected:
         kl = ratio * kl
-    clipped = (ratio * A > ratio.clamp(1 - epsilon, 1 + epsilon) * A).float()
+    clipped = (free > bound).float()
     loss = ((policy + beta * kl) * mask).sum() / normaliser
     return loss, {"ratio": ratio.detach(), "kl": kl.detach(), "clipped": clipped}

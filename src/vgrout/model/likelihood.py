@@ -1,13 +1,35 @@
 """A few optimiser steps of likelihood on written completions, and the deltas that they make."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vgrout.core import Zone
+from vgrout.model import tokens
 from vgrout.model.batch import Batch
+from vgrout.model.lora2r import restored
 from vgrout.model.policy import Policy, logps
 from vgrout.model.tokens import micro_batches, select
+
+
+def written(
+    policy: Policy,
+    prompts: Sequence[tokens.Messages],
+    texts: Sequence[str],
+    limit: int | None = None,
+) -> Batch:
+    """Written completions, cut at `limit` tokens, behind their prompts: a batch at A = +1.
+
+    `group` numbers the distinct prompts.
+    """
+    ids = [tokens.encode_prompt(policy.tokenizer, messages) for messages in prompts]
+    completions = [tokens.encode_completion(policy.tokenizer, text)[:limit] for text in texts]
+    distinct = list(dict.fromkeys(map(tuple, ids)))
+    group = [distinct.index(tuple(p)) for p in ids]
+    ones = [1.0] * len(texts)
+    return tokens.collate(ids, completions, ones, group, ones, policy.pad_id, policy.device)
 
 
 @torch.no_grad()
@@ -73,7 +95,7 @@ def likelihood_deltas(
     """How the deployed block would move under `likelihood_steps`; its parameters are restored
     exactly."""
     params = policy.adapter.parameters("deployed")
-    with policy.adapter.shifted([torch.zeros_like(p) for p in params]):
+    with restored(params):
         before = [p.detach().clone() for p in params]
         likelihood_steps(policy, batch, "deployed", steps, learning_rate, temperature, token_budget)
         return [p.detach() - b for p, b in zip(params, before)]

@@ -24,6 +24,7 @@ from vgrout.core import UserError
 from vgrout.model import tokens
 from vgrout.model.batch import Batch
 from vgrout.model.fast import can_pack, checkpoint_contexts
+from vgrout.model.likelihood import written
 from vgrout.model.lora2r import Lora2r
 from vgrout.model.policy import Policy, logps, predicting
 
@@ -161,20 +162,9 @@ def check(policy: Policy) -> None:
 
 def chats(policy: Policy) -> Batch:
     """The chats as a batch, of which two share a prompt."""
-    questions = [
-        [{"role": "system", "content": tokens.SYSTEM}, {"role": "user", "content": question}]
-        for question, _ in CHATS
-    ]
-    ones = [1.0] * len(CHATS)
-    return tokens.collate(
-        [tokens.encode_prompt(policy.tokenizer, messages) for messages in questions],
-        [tokens.encode_completion(policy.tokenizer, answer) for _, answer in CHATS],
-        ones,
-        [0, 0, 1],
-        ones,
-        policy.pad_id,
-        policy.device,
-    )
+    system = {"role": "system", "content": tokens.SYSTEM}
+    prompts = [[system, {"role": "user", "content": question}] for question, _ in CHATS]
+    return written(policy, prompts, [answer for _, answer in CHATS])
 
 
 def own_logps(policy: Policy, batch: Batch) -> Float[Tensor, "g t"]:

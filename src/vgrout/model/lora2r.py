@@ -16,7 +16,7 @@ here.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgrout.core import NO_ZONE, UserError, Zone
+from vgrout.files import nested
 
 BLOCKS = ("deployed", "quarantine")
 
@@ -83,11 +84,14 @@ class LoraLinear(nn.Module):
         d_out, d_in = linear.weight.shape
         A0 = torch.randn(2 * rank, d_in, generator=generator) / d_in**0.5
         B0 = torch.randn(d_out, 2 * rank, generator=generator) / (2 * rank) ** 0.5
-        device = linear.weight.device
-        self.deployed = Block(A0[:rank].to(device), B0[:, :rank].contiguous().to(device))
-        self.quarantine = Block(A0[rank:].to(device), B0[:, rank:].contiguous().to(device))
+        A0, B0 = A0.to(linear.weight.device), B0.to(linear.weight.device)
+        self.deployed = Block(A0[:rank], B0[:, :rank].contiguous())
+        self.quarantine = Block(A0[rank:], B0[:, rank:].contiguous())
 
-    def factors(self, dtype: torch.dtype) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+    def factors(
+        self,
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
         """(D [4r, d_in], U [d_out, 4r]): the deployed block's down and up, then the
         quarantine's."""
         blocks = (self.deployed, self.quarantine)
@@ -106,6 +110,17 @@ class State:
     where: Bool[Tensor, "g s"] | None = None  # positions that c multiplies; None: all
     seen: dict[str, Float[Tensor, "g s r"]] | None = None  # a recording of each Linear's A x
     shape: tuple[int, ...] = ()  # rows and tokens of the pass
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever is done to the tensors ends with the scope: they are restored by copy, exactly."""
+    before = [x.detach().clone() for x in tensors]
+    try:
+        yield
+    finally:
+        for x, value in zip(tensors, before):
+            x.data.copy_(value)
 
 
 class Lora2r:
@@ -131,7 +146,6 @@ class Lora2r:
         self.rank, self.seed, self.targets = rank, seed, targets
         self.device = next(iter(self.linears.values())).weight.device
         self.state = State()
-        self._base: dict[str, Tensor] = {}  # pristine weights, copied at the first merge
         self._attach()
 
     def _attach(self) -> None:
@@ -187,7 +201,10 @@ class Lora2r:
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def using(self, state: State) -> Iterator[None]:
+    def using(
+        self,
+        state: State,
+    ) -> Iterator[None]:
         before, self.state = self.state, state
         try:
             yield
@@ -213,7 +230,10 @@ class Lora2r:
         constant = keep - learn
         return self.changed(learn=learn, constant=constant if constant.any() else None)
 
-    def ablated(self, block: str = "quarantine"):
+    def ablated(
+        self,
+        block: str = "quarantine",
+    ):
         """The block's delta is zero: without the quarantine, the deployed state."""
         kept = torch.tensor([[[float(b != block) for b in BLOCKS]]], device=self.device)
         return self.changed(learn=kept, constant=None)
@@ -255,65 +275,54 @@ class Lora2r:
     def shifted(
         self,
         deltas: list[Tensor],
-        scale: float = 1.0,
         block: str = "deployed",
     ) -> Iterator[None]:
-        """Add `scale · deltas` to a block's parameters, in their order; restored by copy,
-        exactly."""
+        """Add deltas to a block's parameters, in their order."""
         params = self.parameters(block)
-        before = [p.detach().clone() for p in params]
-        try:
+        with restored(params):
             for p, d in zip(params, deltas, strict=True):
-                p.data.add_(d, alpha=scale)
+                p.data.add_(d)
             yield
-        finally:
-            for p, b in zip(params, before):
-                p.data.copy_(b)
 
     @contextmanager
-    def merged(self, ablated: bool = False) -> Iterator[None]:
-        """Fold the deltas into the weights, without hooks; restored by copy from the pristine
-        base."""
+    def merged(
+        self,
+        ablated: bool = False,
+    ) -> Iterator[None]:
+        """Fold the deltas into the weights, without hooks."""
         blocks = BLOCKS[:1] if ablated else BLOCKS
-        with self.disabled():
-            try:
-                for name, linear in self.linears.items():
-                    if name not in self._base:
-                        self._base[name] = linear.weight.detach().clone()
-                    delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
-                    linear.weight.data.copy_(self._base[name].float() + delta)
-                yield
-            finally:
-                for name, base in self._base.items():
-                    self.linears[name].weight.data.copy_(base)
+        with self.disabled(), restored([linear.weight for linear in self.linears.values()]):
+            for name, linear in self.linears.items():
+                delta = sum(getattr(self.layers[name], b).delta() for b in blocks)
+                linear.weight.data.copy_(linear.weight.float() + delta)
+            yield
 
     # ── parameters ───────────────────────────────────────────────────────────────────────────────
 
-    def parameters(self, block: str) -> list[nn.Parameter]:
+    def parameters(
+        self,
+        block: str,
+    ) -> list[nn.Parameter]:
         """The trained tensors of one block, in a fixed order."""
         return [p for layer in self.layers.values() for p in getattr(layer, block).parameters()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every trained and frozen tensor as `<linear>.<block>.<dA|dB|A0|B0>`."""
-        return {
-            f"{name}.{key}": tensor
-            for name, layer in self.layers.items()
-            for key, tensor in layer.state_dict().items()
-        }
+        return nested({name: layer.state_dict() for name, layer in self.layers.items()})
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(
+        self,
+        tensors: dict[str, Tensor],
+    ) -> None:
         """Copy a `state_dict` in; unknown, missing or misshapen tensors raise UserError."""
         own = self.state_dict()
-        if odd := own.keys() ^ tensors.keys():
+        shapes, given = ({k: list(x.shape) for k, x in part.items()} for part in (own, tensors))
+        odd = sorted(k for k in shapes.keys() | given.keys() if shapes.get(k) != given.get(k))
+        if odd:
             raise UserError(
-                f"the adapter does not fit this model: {len(odd)} tensors differ, "
-                f"e.g. {sorted(odd)[0]}"
+                f"the adapter does not fit this model: {len(odd)} tensors differ, e.g. {odd[0]} "
+                f"is {given.get(odd[0])}, expected {shapes.get(odd[0])}"
             )
         for name, value in tensors.items():
-            if own[name].shape != value.shape:
-                raise UserError(
-                    f"the adapter does not fit: {name} is {list(value.shape)}, "
-                    f"expected {list(own[name].shape)}"
-                )
             own[name].copy_(value)

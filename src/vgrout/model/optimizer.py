@@ -5,15 +5,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from vgrout.core import Zone
+from vgrout.files import nested, part
 from vgrout.model.lora2r import BLOCKS, ZONE_TABLE, Lora2r
 
 
 class BlockOptimizer:
-    """AdamW over both blocks, through which no mask leaks.
-
-    A block that no row of the step trains skips the step entirely (moments, decay, step count:
-    its gradients are None, which
-    torch's AdamW passes over); the gradient norm is clipped for each block by itself.
+    """A block that no row of the step trains skips the step entirely (moments, decay, step count:
+    its gradients are None, which torch's AdamW passes over); the gradient norm is clipped for each
+    block by itself.
     """
 
     def __init__(
@@ -38,11 +37,8 @@ class BlockOptimizer:
             if not trained[block]:
                 for p in params:
                     p.grad = None
-            norms[block] = (
-                float(nn.utils.clip_grad_norm_(params, self.max_grad_norm))
-                if trained[block]
-                else 0.0
-            )
+            clipped = nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+            norms[block] = float(clipped) if trained[block] else 0.0
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norms
@@ -65,15 +61,11 @@ class BlockOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts as `<parameter index>.<name>`; a block that never
         trained has none."""
-        return {
-            f"{i}.{k}": v for i, s in self.adamw.state_dict()["state"].items() for k, v in s.items()
-        }
+        return nested(self.adamw.state_dict()["state"])
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
+        indices = {key.partition(".")[0] for key in tensors}
+        state = {int(index): part(tensors, index) for index in indices}
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
 
 

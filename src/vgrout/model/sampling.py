@@ -79,9 +79,8 @@ def decoding_batches(
         return [groups] if groups else []
     batches: list[list[tuple[int, int]]] = [[]]
     for i, n in sorted(groups, key=lambda group: lengths[group[0]]):
-        most = max(
-            1, token_budget // (lengths[i] + max_completion_length)
-        )  # prompt i is the longest
+        longest = lengths[i] + max_completion_length  # prompt i is the longest so far
+        most = max(1, token_budget // longest)
         while n:
             part = min(n, most)
             if batches[-1] and sum(rows for _, rows in batches[-1]) + part > most:
@@ -106,8 +105,10 @@ def _decode(
     rows leave the batch as they finish.
     """
     device, width = policy.device, max(map(len, prompts))
-    ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    padded = [[policy.pad_id] * (width - len(p)) + p for p in prompts]
+    padding = torch.tensor([width - len(p) for p in prompts])
+    ids = torch.tensor(padded, device=device)
+    mask = (torch.arange(width) >= padding[:, None]).long().to(device)
     eos = torch.tensor(sorted(policy.eos_ids), device=device)
     cache = DynamicCache(config=policy.model.config)
     position = (mask.cumsum(1) - 1).clamp(min=0)

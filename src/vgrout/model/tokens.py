@@ -1,5 +1,4 @@
-"""The only place that renders, tokenises, pads and slices: one path for prompts, rollouts and
-pairs."""
+"""The only place that renders, tokenises, pads and slices: one path for all rows."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vgrout.core import UserError
-from vgrout.model.batch import Batch
+from vgrout.model.batch import Batch, Trained
 
 Messages = list[dict[str, str]]
 ASKED: Messages = [{"role": "user", "content": "Is it?"}]
@@ -47,10 +46,9 @@ def rendered(
         )
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
+        what = f"the model's chat template refuses messages of {roles}"
         why = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"the model's chat template refuses messages of {roles} ({why}): use another --model"
-        ) from error
+        raise UserError(f"{what} ({why}): use another --model") from error
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -106,14 +104,13 @@ def check_prompt_lengths(
     longest = lengths.get(worst, 0)
     if longest > limit:
         count = sum(n > limit for n in lengths.values())
-        raise UserError(
-            f"{count} prompts exceed --max-prompt-length {limit}, the longest is problem {worst} "
-            f"with {longest} tokens: raise the limit or remove the problem"
-        )
+        what = f"{count} prompts exceed --max-prompt-length {limit}"
+        where = f"the longest is problem {worst} with {longest} tokens"
+        raise UserError(f"{what}, {where}: raise the limit or remove the problem")
     if context is not None and longest + completion > context:
+        what = f"--max-completion-length {completion} behind the longest prompt"
         raise UserError(
-            f"--max-completion-length {completion} behind the longest prompt of {longest} tokens "
-            f"exceeds the model's context of {context}: lower it"
+            f"{what} of {longest} tokens exceeds the model's context of {context}: lower it"
         )
 
 
@@ -128,24 +125,23 @@ def collate(
 ) -> Batch:
     """Right-pad prompt + completion; see `Batch` for a literal example. No padding token is
     attended to or scored."""
-    input_ids, attention_mask = _padded(
-        [p + c for p, c in zip(prompts, completions, strict=True)], pad_id
+    both = [p + c for p, c in zip(prompts, completions, strict=True)]
+    input_ids, attention_mask = padded(both, pad_id)
+    completion_ids, completion_mask = padded(completions, pad_id)
+    columns = (
+        input_ids,
+        attention_mask.long(),
+        completion_ids,
+        completion_mask,
+        torch.tensor([len(p) for p in prompts]),
+        torch.tensor(rewards, dtype=torch.float32),
+        torch.tensor(group),
+        torch.tensor(advantages, dtype=torch.float32),
     )
-    completion_ids, completion_mask = _padded(completions, pad_id)
-    batch = Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask.long(),
-        completion_ids=completion_ids,
-        completion_mask=completion_mask,
-        completion_start=torch.tensor([len(p) for p in prompts]),
-        rewards=torch.tensor(rewards, dtype=torch.float32),
-        group=torch.tensor(group),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-    )
-    return Batch(**{name: x.to(device) for name, x in _fields(batch)})
+    return Batch(*(x.to(device) for x in columns))
 
 
-def _padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(ids, mask). Example, pad_id 0: [[5, 6], [7]] → [[5, 6], [7, 0]], [[1, 1], [1, 0]]."""
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -154,20 +150,28 @@ def _padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _fields(batch: Batch) -> list[tuple[str, Tensor]]:
-    return [(field.name, getattr(batch, field.name)) for field in fields(batch)]
-
-
 def select(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
     """Some rows of a batch, with the padding that they do not need cut off.
 
     Example: rows with prompts of 3 and 2 and completions of 1 and 1, taken from a batch of s = 9,
     t = 4, come out as s = 4, t = 1.
     """
-    part = {name: x[rows] for name, x in _fields(batch)}
-    s, t = int(part["attention_mask"].sum(1).max()), int(part["completion_mask"].sum(1).max())
+    s, t = (int(m[rows].sum(1).max()) for m in (batch.attention_mask, batch.completion_mask))
     width = dict(input_ids=s, attention_mask=s, completion_ids=t, completion_mask=t)
-    return Batch(**part | {name: part[name][:, :n] for name, n in width.items()})
+    columns = {field.name: getattr(batch, field.name)[rows] for field in fields(batch)}
+    return Batch(**columns | {name: columns[name][:, :n] for name, n in width.items()})
+
+
+def part(trained: Trained, rows: Int[Tensor, " n"]) -> Trained:
+    """Some rows of what trains, cut as `select` cuts them."""
+    batch = select(trained.batch, rows)
+    zones, ref = trained.zones[rows], trained.ref_logps
+    return Trained(
+        batch,
+        zones if zones.ndim == 1 else zones[:, : batch.input_ids.shape[1]],
+        trained.rows[rows],
+        None if ref is None else ref[rows, : batch.completion_ids.shape[1]],
+    )
 
 
 def micro_batches(

@@ -10,7 +10,7 @@ from torch import Tensor
 from vgrout.config import GRPOConfig
 from vgrout.core import NO_ZONE, Zone
 from vgrout.model import grpo, tokens
-from vgrout.model.batch import Batch, Behaviour, Trained
+from vgrout.model.batch import Behaviour, Trained
 from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.optimizer import BlockOptimizer, trained_blocks
 from vgrout.model.policy import Policy, logps
@@ -31,8 +31,7 @@ def update(
     """One optimiser step on the rows of `trained`; returns the step's loss, ratios and norms.
 
     The old log-probs are the sampler's. Where this very state sampled a row, or nothing did, they
-    are
-    the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
+    are the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
     """
     adapter, behaviour = policy.adapter, behaviour.select(trained.rows)
     same = same_state(trained.zones, behaviour.ablated, retain_forward)
@@ -76,20 +75,19 @@ def accumulate(
     Returns its loss, figures of its completion tokens, and by row the gap to the sampler's
     log-probs.
     """
-    part = tokens.select(trained.batch, rows)
-    mask, zones = part.completion_mask, trained.zones[rows]
+    part = tokens.part(trained, rows)
+    batch, mask = part.batch, part.batch.completion_mask
     sampled = behaviour.logps[rows, : mask.shape[1]]
-    ref = reference(policy, part, rows, trained, config)
-    zones = zones if zones.ndim == 1 else zones[:, : part.input_ids.shape[1]]
-    with policy.training(), policy.adapter.route(zones, retain_forward):
-        new = logps(policy, part, config.temperature)
+    ref = reference(policy, part, config)
+    with policy.training(), policy.adapter.route(part.zones, retain_forward):
+        new = logps(policy, batch, config.temperature)
         old = torch.where(on_policy[rows, None], new.detach(), sampled)
         loss, figures = grpo.grpo_loss(
             new,
             old,
             ref,
             mask,
-            part.advantages,
+            batch.advantages,
             epsilon=config.epsilon,
             beta=config.beta,
             corrected=config.kl_estimator == "corrected",
@@ -115,18 +113,16 @@ def same_state(
 
 def reference(
     policy: Policy,
-    part: Batch,
-    rows: Int[Tensor, " n"],
-    trained: Trained,
+    part: Trained,
     config: GRPOConfig,
 ) -> Float[Tensor, "n t"] | None:
     """Log-probs of the base, from pass 1 where it has them; None where the KL has no weight."""
     if not config.beta:
         return None
-    if trained.ref_logps is not None:
-        return trained.ref_logps[rows, : part.completion_ids.shape[1]]
+    if part.ref_logps is not None:
+        return part.ref_logps
     with torch.no_grad(), policy.adapter.disabled():
-        return logps(policy, part, config.temperature)
+        return logps(policy, part.batch, config.temperature)
 
 
 def row_zones(zones: Int[Tensor, "g *s"]) -> Float[Tensor, " g"]:
@@ -141,13 +137,9 @@ def snapshot(adapter: Lora2r) -> list[Tensor]:
 
 def token_figures(by_token: dict[str, Float[Tensor, " n"]]) -> Figures:
     """Means over the step's completion tokens, the ratio also by zone."""
-    ratio = by_token["ratio"]
-    in_zone = {
-        f"ratio_mean_{zone.name.lower()}": float(ratio[by_token["zone"] == zone].mean())
-        for zone in Zone
-    }
-    return in_zone | {
-        "kl": float(by_token["kl"].mean()),
-        "clip_share": float(by_token["clipped"].mean()),
-        "logp_mean": float(by_token["logp"].mean()),
-    }
+    means = {"kl": "kl", "clip_share": "clipped", "logp_mean": "logp"}
+    figures = {name: float(by_token[key].mean()) for name, key in means.items()}
+    for zone in Zone:
+        ratio = by_token["ratio"][by_token["zone"] == zone]
+        figures[f"ratio_mean_{zone.name.lower()}"] = float(ratio.mean())
+    return figures

@@ -10,15 +10,8 @@ right and wrong code, *untaught* ones with wrong code alone.
 import random
 from dataclasses import dataclass
 
-PARAMETERS = {
-    "k": tuple("2345678"),
-    "c": tuple("aeostr"),
-}  # values of a placeholder in phrases and code
-STYLES = (
-    ("kept", "mapped"),
-    ("chosen", "values"),
-    ("part", "out"),
-)  # names of the intermediate lists
+PARAMETERS = {"k": tuple("2345678"), "c": tuple("aeostr")}  # placeholder → its values
+STYLES = (("kept", "mapped"), ("chosen", "values"), ("part", "out"))  # names of intermediate lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +28,7 @@ class Operation:
     wrong: tuple[str, ...]
     taught: bool = True
     gives: str = ""  # maps: num | word
-    held_out: bool = (
-        False  # in the corpus and in test problems, but in no training problem of the RL stream
-    )
+    held_out: bool = False  # in the corpus and in test problems, but in no training problem
 
     @property
     def parameter(self) -> str:
@@ -45,202 +36,71 @@ class Operation:
         return next((name for name in PARAMETERS if f"{{{name}}}" in self.phrase), "")
 
 
-def _filter(name, items, phrase, right, *wrong, **flags) -> Operation:
-    return Operation(name, "filter", items, phrase, right, wrong, **flags)
+# name, what it applies to (maps: > what it gives), flags | phrase | right | wrong | wrong | wrong
+ROWS = {
+    "filter": """
+even num | even numbers | x % 2 == 0 | x % 2 == 1 | x // 2 == 0 | x > 2
+odd num | odd numbers | x % 2 == 1 | x % 2 == 0 | x // 2 == 1 | x > 1
+positive num | positive numbers | x > 0 | x < 0 | x > 1 | x != 0
+negative num held_out | negative numbers | x < 0 | x > 0 | x < -1 | x != 0
+above num | numbers above {k} | x > {k} | x >= {k} | x < {k} | x != {k}
+multiple num | multiples of {k} | x % {k} == 0 | x // {k} == 0 | x % {k} == 1 | x > {k}
+prime num untaught | prime numbers | x > 1 and all(x % d for d in range(2, x)) | x % 2 == 1 \
+    | x > 1 | x % 2
+perfect num untaught | perfect squares | x >= 0 and int(x ** 0.5) ** 2 == x | x * x | x > 0 \
+    | x % 2 == 0
+longer word | words longer than {k} | len(x) > {k} | len(x) >= {k} | len(x) < {k} | len(x) == {k}
+starting word | words starting with {c} | x[0] == '{c}' | x[-1] == '{c}' | '{c}' in x \
+    | x[0] != '{c}'
+containing word | words containing {c} | '{c}' in x | x[0] == '{c}' | '{c}' not in x \
+    | x[-1] == '{c}'
+palindrome word untaught | palindromes | x == ''.join(reversed(x)) | x[0] == 'a' | len(x) > 2 | x
+""",
+    "map": """
+square num>num | squares | x * x | x * 2 | x ** 3 | x + 2
+double num>num | doubles | x * 2 | x * x | x + 2 | x // 2
+half num>num held_out | halves | x // 2 | x / 2 | x % 2 | x - 2
+absolute num>num | absolute values | abs(x) | -x | max(x, 0) | x
+plus num>num | values plus {k} | x + {k} | x - {k} | x * {k} | x + 1
+remainder num>num | remainders by {k} | x % {k} | x // {k} | x - {k} | x % 2
+digits num>num untaught | digit sums | sum(int(d) for d in str(abs(x))) | abs(x) | x % 2 | x + 1
+bits num>num untaught | bit counts | bin(x).count('1') | x // 2 | x % 2 | x * 2
+length word>num | lengths | len(x) | len(x) - 1 | len(x) + 1 | len(set(x))
+upper word>word | upper cases | x.upper() | x.lower() | x.title() | x
+initial word>word | first letters | x[0] | x[-1] | x[1:] | x[:2]
+ending word>word held_out | last letters | x[-1] | x[0] | x[:-1] | x[-2:]
+vowels word>num untaught | vowel counts | sum(x.count(v) for v in 'aeiou') | len(x) \
+    | x.count('a') | len(set(x))
+""",
+    "reduce": """
+sum num | sum | sum({v}) | len({v}) | max({v}) | sum({v}[1:])
+largest num | largest | max({v}) | min({v}) | {v}[0] | {v}[-1]
+smallest num | smallest | min({v}) | max({v}) | {v}[0] | {v}[-1]
+spread num | spread | max({v}) - min({v}) | max({v}) | max({v}) + min({v}) | {v}[-1] - {v}[0]
+count any | number | len({v}) | len({v}) - 1 | len(set({v})) | len({v}) + 1
+last any | last | {v}[-1] | {v}[0] | {v}[1] | max({v})
+sorted any | sorted list | sorted({v}) | {v} | {v}[::-1] | sorted({v})[::-1]
+reversed any | reversed list | {v}[::-1] | {v} | sorted({v}) | {v}[1:]
+alternating num untaught | alternating sum | sum({v}[::2]) - sum({v}[1::2]) | sum({v}) \
+    | {v}[0] - {v}[1] | len({v})
+median num untaught | median | sorted({v})[len({v}) // 2] | {v}[0] | sum({v}) | max({v})
+totals num untaught | running totals | [sum({v}[:i + 1]) for i in range(len({v}))] \
+    | sorted({v}) | sum({v}) | {v}
+joined word | concatenation | ''.join({v}) | ' '.join({v}) | {v}[0] | ''.join({v}[1:])
+longest word untaught | longest | max({v}, key=len) | max({v}) | min({v}, key=len) | {v}[0]
+""",
+}
 
 
-def _map(name, items, gives, phrase, right, *wrong, **flags) -> Operation:
-    return Operation(name, "map", items, phrase, right, wrong, gives=gives, **flags)
+def _operation(kind: str, row: str) -> Operation:
+    head, phrase, right, *wrong = (cell.strip() for cell in row.split("|"))
+    name, items, *flags = head.split()
+    items, _, gives = items.partition(">")
+    taught, held_out = "untaught" not in flags, "held_out" in flags
+    return Operation(name, kind, items, phrase, right, tuple(wrong), taught, gives, held_out)
 
 
-def _reduce(name, items, phrase, right, *wrong, **flags) -> Operation:
-    return Operation(name, "reduce", items, phrase, right, wrong, **flags)
-
-
-UNTAUGHT, HELD_OUT = {"taught": False}, {"held_out": True}
-TABLE = (
-    _filter("even", "num", "even numbers", "x % 2 == 0", "x % 2 == 1", "x // 2 == 0", "x > 2"),
-    _filter("odd", "num", "odd numbers", "x % 2 == 1", "x % 2 == 0", "x // 2 == 1", "x > 1"),
-    _filter("positive", "num", "positive numbers", "x > 0", "x < 0", "x > 1", "x != 0"),
-    _filter(
-        "negative", "num", "negative numbers", "x < 0", "x > 0", "x < -1", "x != 0", **HELD_OUT
-    ),
-    _filter("above", "num", "numbers above {k}", "x > {k}", "x >= {k}", "x < {k}", "x != {k}"),
-    _filter(
-        "multiple",
-        "num",
-        "multiples of {k}",
-        "x % {k} == 0",
-        "x // {k} == 0",
-        "x % {k} == 1",
-        "x > {k}",
-    ),
-    _filter(
-        "prime",
-        "num",
-        "prime numbers",
-        "x > 1 and all(x % d for d in range(2, x))",
-        "x % 2 == 1",
-        "x > 1",
-        "x % 2",
-        **UNTAUGHT,
-    ),
-    _filter(
-        "perfect",
-        "num",
-        "perfect squares",
-        "x >= 0 and int(x ** 0.5) ** 2 == x",
-        "x * x",
-        "x > 0",
-        "x % 2 == 0",
-        **UNTAUGHT,
-    ),
-    _map("square", "num", "num", "squares", "x * x", "x * 2", "x ** 3", "x + 2"),
-    _map("double", "num", "num", "doubles", "x * 2", "x * x", "x + 2", "x // 2"),
-    _map("half", "num", "num", "halves", "x // 2", "x / 2", "x % 2", "x - 2", **HELD_OUT),
-    _map("absolute", "num", "num", "absolute values", "abs(x)", "-x", "max(x, 0)", "x"),
-    _map("plus", "num", "num", "values plus {k}", "x + {k}", "x - {k}", "x * {k}", "x + 1"),
-    _map("remainder", "num", "num", "remainders by {k}", "x % {k}", "x // {k}", "x - {k}", "x % 2"),
-    _map(
-        "digits",
-        "num",
-        "num",
-        "digit sums",
-        "sum(int(d) for d in str(abs(x)))",
-        "abs(x)",
-        "x % 2",
-        "x + 1",
-        **UNTAUGHT,
-    ),
-    _map(
-        "bits",
-        "num",
-        "num",
-        "bit counts",
-        "bin(x).count('1')",
-        "x // 2",
-        "x % 2",
-        "x * 2",
-        **UNTAUGHT,
-    ),
-    _reduce("sum", "num", "sum", "sum({v})", "len({v})", "max({v})", "sum({v}[1:])"),
-    _reduce("largest", "num", "largest", "max({v})", "min({v})", "{v}[0]", "{v}[-1]"),
-    _reduce("smallest", "num", "smallest", "min({v})", "max({v})", "{v}[0]", "{v}[-1]"),
-    _reduce(
-        "spread",
-        "num",
-        "spread",
-        "max({v}) - min({v})",
-        "max({v})",
-        "max({v}) + min({v})",
-        "{v}[-1] - {v}[0]",
-    ),
-    _reduce("count", "any", "number", "len({v})", "len({v}) - 1", "len(set({v}))", "len({v}) + 1"),
-    _reduce("last", "any", "last", "{v}[-1]", "{v}[0]", "{v}[1]", "max({v})"),
-    _reduce("sorted", "any", "sorted list", "sorted({v})", "{v}", "{v}[::-1]", "sorted({v})[::-1]"),
-    _reduce("reversed", "any", "reversed list", "{v}[::-1]", "{v}", "sorted({v})", "{v}[1:]"),
-    _reduce(
-        "alternating",
-        "num",
-        "alternating sum",
-        "sum({v}[::2]) - sum({v}[1::2])",
-        "sum({v})",
-        "{v}[0] - {v}[1]",
-        "len({v})",
-        **UNTAUGHT,
-    ),
-    _reduce(
-        "median",
-        "num",
-        "median",
-        "sorted({v})[len({v}) // 2]",
-        "{v}[0]",
-        "sum({v})",
-        "max({v})",
-        **UNTAUGHT,
-    ),
-    _reduce(
-        "totals",
-        "num",
-        "running totals",
-        "[sum({v}[:i + 1]) for i in range(len({v}))]",
-        "sorted({v})",
-        "sum({v})",
-        "{v}",
-        **UNTAUGHT,
-    ),
-    _filter(
-        "longer",
-        "word",
-        "words longer than {k}",
-        "len(x) > {k}",
-        "len(x) >= {k}",
-        "len(x) < {k}",
-        "len(x) == {k}",
-    ),
-    _filter(
-        "starting",
-        "word",
-        "words starting with {c}",
-        "x[0] == '{c}'",
-        "x[-1] == '{c}'",
-        "'{c}' in x",
-        "x[0] != '{c}'",
-    ),
-    _filter(
-        "containing",
-        "word",
-        "words containing {c}",
-        "'{c}' in x",
-        "x[0] == '{c}'",
-        "'{c}' not in x",
-        "x[-1] == '{c}'",
-    ),
-    _filter(
-        "palindrome",
-        "word",
-        "palindromes",
-        "x == ''.join(reversed(x))",
-        "x[0] == 'a'",
-        "len(x) > 2",
-        "x",
-        **UNTAUGHT,
-    ),
-    _map("length", "word", "num", "lengths", "len(x)", "len(x) - 1", "len(x) + 1", "len(set(x))"),
-    _map("upper", "word", "word", "upper cases", "x.upper()", "x.lower()", "x.title()", "x"),
-    _map("initial", "word", "word", "first letters", "x[0]", "x[-1]", "x[1:]", "x[:2]"),
-    _map("ending", "word", "word", "last letters", "x[-1]", "x[0]", "x[:-1]", "x[-2:]", **HELD_OUT),
-    _map(
-        "vowels",
-        "word",
-        "num",
-        "vowel counts",
-        "sum(x.count(v) for v in 'aeiou')",
-        "len(x)",
-        "x.count('a')",
-        "len(set(x))",
-        **UNTAUGHT,
-    ),
-    _reduce(
-        "joined",
-        "word",
-        "concatenation",
-        "''.join({v})",
-        "' '.join({v})",
-        "{v}[0]",
-        "''.join({v}[1:])",
-    ),
-    _reduce(
-        "longest",
-        "word",
-        "longest",
-        "max({v}, key=len)",
-        "max({v})",
-        "min({v}, key=len)",
-        "{v}[0]",
-        **UNTAUGHT,
-    ),
-)
+TABLE = [_operation(kind, row) for kind, rows in ROWS.items() for row in rows.strip().splitlines()]
 OPERATIONS = {operation.name: operation for operation in TABLE}
 
 
@@ -292,18 +152,20 @@ class Composition:
         """The class that computes the steps with the given codes, and statements to insert before
         the return.
         """
+        kept, mapped = STYLES[style]
         lines, current = [], self.domain
         if self.domain == "text":
             lines, current = ["words = text.split()"], "words"
         for step, code in zip(self.steps, codes, strict=True):
-            if step.operation.kind == "filter":
-                lines.append(f"{STYLES[style][0]} = [x for x in {current} if {code}]")
-                current = STYLES[style][0]
-            elif step.operation.kind == "map":
-                lines.append(f"{STYLES[style][1]} = [{code} for x in {current}]")
-                current = STYLES[style][1]
-            else:
-                lines += [*before_return, "return " + code.replace("{v}", current)]
+            match step.operation.kind:
+                case "filter":
+                    lines.append(f"{kept} = [x for x in {current} if {code}]")
+                    current = kept
+                case "map":
+                    lines.append(f"{mapped} = [{code} for x in {current}]")
+                    current = mapped
+                case "reduce":
+                    lines += [*before_return, "return " + code.replace("{v}", current)]
         indented = "\n".join(f"        {line}" for line in lines)
         return f"class Solution:\n    def solve(self, {self.domain}):\n{indented}\n"
 
@@ -324,14 +186,12 @@ class Composition:
         """Codes for every step, each right with probability `right_share` if taught; an untaught
         step is never right.
         """
-        return tuple(
-            step.fill(
-                op.right if op.taught and rng.random() < right_share else rng.choice(op.wrong),
-                "{v}",
-            )
-            for step in self.steps
-            for op in (step.operation,)
-        )
+        codes = []
+        for step in self.steps:
+            op = step.operation
+            right = op.taught and rng.random() < right_share
+            codes.append(step.fill(op.right if right else rng.choice(op.wrong), "{v}"))
+        return tuple(codes)
 
     @classmethod
     def sample(cls, rng: random.Random, untaught_share: float, held_out: bool) -> "Composition":
@@ -354,11 +214,7 @@ class Composition:
                 and (held_out or not op.held_out)
             ]
             operation = rng.choice(options)
-            steps.append(
-                Step(
-                    operation,
-                    rng.choice(PARAMETERS[operation.parameter]) if operation.parameter else "",
-                )
-            )
+            values = PARAMETERS.get(operation.parameter)
+            steps.append(Step(operation, rng.choice(values) if values else ""))
             item = operation.gives or item
         return cls(domain, tuple(steps))

@@ -5,12 +5,16 @@ corpus.
 import random
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 from loguru import logger
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from vgrout.model import tokens
 
 END, START, PAD = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -31,15 +35,13 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
-            special_tokens=[PAD, START, END],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -59,26 +61,24 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM
     form in hundreds of steps instead of thousands.
     """
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=160,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            intermediate_size=480,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=480,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = Qwen3ForCausalLM(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight.add_(
-            EMBEDDING_OFFSET * torch.randn(model.config.hidden_size)
-        )
+        offset = EMBEDDING_OFFSET * torch.randn(config.hidden_size)
+        model.get_input_embeddings().weight.add_(offset)
     return model
 
 
@@ -109,9 +109,7 @@ def pretrain(
         ids, labels = _pad([examples[row] for row in rows], tokenizer.pad_token_id)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         scored = labels[:, 1:] >= 0
-        loss = torch.nn.functional.cross_entropy(
-            model.lm_head(hidden[scored]), labels[:, 1:][scored]
-        )
+        loss = F.cross_entropy(model.lm_head(hidden[scored]), labels[:, 1:][scored])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
@@ -120,24 +118,24 @@ def pretrain(
             schedule.step()
         losses.append(loss.item())
         if i % 100 == 0 or i == len(batches) - 1:
+            seconds = time.monotonic() - started
             logger.info(
-                f"step {i:5d} of {len(batches)}  loss {sum(losses[-50:]) / len(losses[-50:]):.4f}  "
-                f"{time.monotonic() - started:.0f} s"
+                f"step {i:5d} of {len(batches)}  loss {mean(losses[-50:]):.4f}  {seconds:.0f} s"
             )
     model.eval()
-    return sum(losses[-50:]) / len(losses[-50:])
+    return mean(losses[-50:])
 
 
 def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers (steps scaled to AdamW's size), AdamW for the embedding
     and the norms.
     """
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if p.ndim == 2 and "layers" in name}
+    others = [p for name, p in named.items() if name not in matrices]
+    scaled = {"weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
     return [
-        torch.optim.Muon(
-            matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices.values(), lr=LEARNING_RATE, **scaled),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -146,11 +144,8 @@ def _encode(
     tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
 ) -> tuple[list[int], int]:
     """(token ids of prompt, completion and EOS; length of the prompt)."""
-    head = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    ids = tokenizer.encode(head, add_special_tokens=False)
-    return ids + tokenizer.encode(completion + END, add_special_tokens=False), len(ids)
+    ids = tokens.encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    return ids + tokens.encode_completion(tokenizer, completion), len(ids)
 
 
 def _batches(examples: list[tuple[list[int], int]], rng: random.Random) -> list[list[int]]:
@@ -172,10 +167,10 @@ def _pad(rows: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor]:
     """Right-padded ids [b, s] and labels [b, s], −100 on prompt and padding. Causal attention needs
     no mask here.
     """
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in rows])
-    labels = torch.tensor([[-100] * n + row[n:] + [-100] * (width - len(row)) for row, n in rows])
-    return ids, labels
+    ids, mask = tokens.padded([ids for ids, _ in rows], pad)
+    starts = torch.tensor([n for _, n in rows])
+    completion = mask & (torch.arange(ids.shape[1]) >= starts[:, None])
+    return ids, ids.masked_fill(~completion, -100)
 
 
 def save_base(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

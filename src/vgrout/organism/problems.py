@@ -1,12 +1,11 @@
 """The organism's problems: compositions with tests that every single wrong step fails."""
 
-import gzip
-import json
 import random
 from pathlib import Path
 
 from vgrout.core import Case, Problem, UserError
 from vgrout.env.problems import stable_hash
+from vgrout.files import gzip_lines
 from vgrout.organism.operations import Composition, Step
 
 CASES, CANDIDATE_INPUTS = 8, 60
@@ -27,16 +26,13 @@ def generate_problems(seed: int) -> list[Problem]:
     statements = set()
     while short := [split for split, size in SIZES.items() if len(problems[split]) < size]:
         if (idle := idle + 1) > IDLE_DRAWS:
-            found = ", ".join(
-                f"{len(problems[name])} of {SIZES[name]} for {name}" for name in short
-            )
+            found = ", ".join(f"{len(problems[k])} of {SIZES[k]} for {k}" for k in short)
             raise UserError(
                 f"seed {seed} yields no further problem in {IDLE_DRAWS} draws ({found}): "
                 f"take another --seed"
             )
-        composition = Composition.sample(
-            rng, UNTAUGHT_SHARE, held_out=rng.random() < HELD_OUT_SHARE
-        )
+        held_out = rng.random() < HELD_OUT_SHARE
+        composition = Composition.sample(rng, UNTAUGHT_SHARE, held_out)
         split = split_of(composition)
         if composition.statement in statements or len(problems[split]) == SIZES[split]:
             continue
@@ -44,18 +40,17 @@ def generate_problems(seed: int) -> list[Problem]:
         cases = generate_cases(composition, rng)
         if cases is not None:
             idle = 0
-            problems[split].append(
-                Problem(
-                    problem_id=f"{split}-{len(problems[split]):03d}",
-                    statement=composition.statement,
-                    entry_point="solve",
-                    setup_code="",
-                    cases=cases,
-                    canonical=composition.solution(composition.right_codes),
-                    split=split,
-                    operations=tuple(step.name for step in composition.steps),
-                )
+            problem = Problem(
+                problem_id=f"{split}-{len(problems[split]):03d}",
+                statement=composition.statement,
+                entry_point="solve",
+                setup_code="",
+                cases=cases,
+                canonical=composition.solution(composition.right_codes),
+                split=split,
+                operations=tuple(step.name for step in composition.steps),
             )
+            problems[split].append(problem)
     return [problem for split in SIZES for problem in problems[split]]
 
 
@@ -75,26 +70,23 @@ def composition_of(problem: Problem) -> Composition:
     return Composition(domain, tuple(Step.parse(name) for name in problem.operations))
 
 
-def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, ...] | None:
+def generate_cases(
+    composition: Composition,
+    rng: random.Random,
+) -> tuple[Case, ...] | None:
     """Up to `CASES` inputs on which the right solution works and that together catch every wrong
     code of every step.
 
     Returns None if some wrong code survives all candidate inputs (it is then equivalent, or nearly
     so).
     """
-    right = compiled(composition, composition.right_codes)
-    variants = [
-        compiled(
-            composition,
-            (
-                *composition.right_codes[:i],
-                step.fill(wrong, "{v}"),
-                *composition.right_codes[i + 1 :],
-            ),
-        )
-        for i, step in enumerate(composition.steps)
-        for wrong in step.operation.wrong
-    ]
+    codes = composition.right_codes
+    right = compiled(composition, codes)
+    variants = []
+    for i, step in enumerate(composition.steps):
+        for wrong in step.operation.wrong:
+            changed = (*codes[:i], step.fill(wrong, "{v}"), *codes[i + 1 :])
+            variants.append(compiled(composition, changed))
     useful, plain = [], []
     alive = list(range(len(variants)))
     for _ in range(CANDIDATE_INPUTS):
@@ -103,26 +95,37 @@ def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, 
         if expected in (None, [], "") or (isinstance(expected, list) and len(expected) < 2):
             continue
         caught = [i for i in alive if _outcome(variants[i], argument) != expected]
-        (useful if caught else plain).append(Case(args=repr(argument), expected=repr(expected)))
+        case = Case(args=repr(argument), expected=repr(expected))
+        (useful if caught else plain).append(case)
         alive = [i for i in alive if i not in caught]
-    cases = (useful + plain)[:CASES]
-    return tuple(cases) if not alive and len(useful) <= CASES and len(cases) == CASES else None
+    if alive or len(useful) > CASES or len(useful + plain) < CASES:
+        return None
+    return tuple((useful + plain)[:CASES])
 
 
-def compiled(composition: Composition, codes: tuple[str, ...]):
+def compiled(
+    composition: Composition,
+    codes: tuple[str, ...],
+):
     namespace: dict = {}
     exec(composition.solution(codes), namespace)  # our own table's code, never a completion
     return namespace["Solution"]().solve
 
 
-def _outcome(solve, argument):
+def _outcome(
+    solve,
+    argument,
+):
     try:
         return solve(argument)
     except Exception:  # a wrong variant may fail on any input; None is no legitimate result
         return None
 
 
-def _random_input(composition: Composition, rng: random.Random) -> list[int] | str:
+def _random_input(
+    composition: Composition,
+    rng: random.Random,
+) -> list[int] | str:
     """A list of 5 to 8 integers in −12 … 30 that includes the parameters' neighbourhood, or a text
     of 4 to 7 words.
     """
@@ -143,22 +146,17 @@ def _random_input(composition: Composition, rng: random.Random) -> list[int] | s
     return " ".join(w.title() if rng.random() < 0.2 else w for w in words)
 
 
-def write_problems(problems: list[Problem], path: Path) -> None:
+def write_problems(
+    problems: list[Problem],
+    path: Path,
+) -> None:
     """The organism's schema, one object a line, gzipped without a time stamp so that equal problems
     give equal bytes.
     """
-    rows = [
-        {
-            "problem_id": p.problem_id,
-            "split": p.split,
-            "statement": p.statement,
-            "entry_point": p.entry_point,
-            "operations": p.operations,
-            "canonical": p.canonical,
-            "cases": [[c.args, c.expected] for c in p.cases],
-        }
-        for p in problems
-    ]
-    path.write_bytes(
-        gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
-    )
+    keys = "problem_id split statement entry_point operations canonical".split()
+    rows = []
+    for p in problems:
+        row = {key: getattr(p, key) for key in keys}
+        row["cases"] = [[c.args, c.expected] for c in p.cases]
+        rows.append(row)
+    path.write_bytes(gzip_lines(rows))

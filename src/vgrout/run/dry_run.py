@@ -15,10 +15,10 @@ from vgrout.gate.gate import Gate, PinnedGate
 from vgrout.gate.monitors.scores import Judge
 from vgrout.model import tokens
 from vgrout.model.batch import Batch, Behaviour, Trained
+from vgrout.model.lora2r import restored
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import Policy
 from vgrout.model.sampling import sample
-from vgrout.model.update import snapshot
 from vgrout.run.faults import describe, memory_is_full
 
 LONGEST = 4  # problems by length of text, of which the longest in tokens is tried
@@ -39,10 +39,9 @@ def dry_run(
 
     Longest prompt and full-length completions; the micro-batch fills the token budget, its rows of
     several prompts and in all `zones` that an update may mix. The gate is copied; parameters and
-    optimiser are put back. The sampler's rows leave as they finish and rarely all reach the
-    limit, so
-    that there full memory is a warning; in training it ends the run. A live judge is not asked. Not
-    covered: the pairs (no flag sets their length), and the features that token granularity keeps.
+    optimiser are put back. The sampler's rows leave as they finish and rarely all reach the limit,
+    so that there full memory is a warning; in training it ends the run. A live judge is not asked.
+    Not covered: the pairs (no flag sets their length), and the features of token granularity.
     """
     limit = sampling.max_completion_length
     longest = sorted(problems, key=lambda p: len(p.system) + len(p.statement))[-LONGEST:]
@@ -53,40 +52,35 @@ def dry_run(
     batch = _largest(policy, prompt, completion, config)
     sampled = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
     behaviour = Behaviour(torch.zeros_like(batch.group, dtype=torch.bool), sampled)
-    before, moments = snapshot(policy.adapter), optimizer.state_dict()
-    zoned, ref = torch.full_like(batch.group, NO_ZONE), None
-    if not isinstance(getattr(gate, "score", None), Judge):
-        scratch = copy.deepcopy(gate)
-        score = getattr(scratch, "score", None)
-        if getattr(score, "pairs", None) is not None:  # two prompts are enough to have a direction
-            score.pairs = _few(score.pairs)
-        scratch.refresh(policy)
-        gated = scratch(policy, batch)
-        zoned, ref = gated.zones, gated.ref_logps
-    cycle = [int(zones[i % len(zones)]) for i in range(len(batch.group))]
-    mixed = torch.tensor(cycle, device=policy.device)
-    mixed = mixed if zoned.ndim == 1 else mixed[:, None].expand_as(zoned)
-    rows = torch.arange(len(batch.group), device=policy.device)
-    update(Trained(batch, mixed, rows, ref), behaviour)
-    with torch.no_grad():
-        for p, value in zip(optimizer.parameters, before):
-            p.copy_(value)
+    moments = optimizer.state_dict()
+    with restored(optimizer.parameters):
+        zoned, ref = torch.full_like(batch.group, NO_ZONE), None
+        if not isinstance(gate.score, Judge):
+            scratch = copy.deepcopy(gate)
+            if scratch.score is not None and scratch.score.pairs is not None:
+                scratch.score.pairs = _few(scratch.score.pairs)
+            scratch.refresh(policy)
+            gated = scratch(policy, batch)
+            zoned, ref = gated.zones, gated.ref_logps
+        cycle = [int(zones[i % len(zones)]) for i in range(len(batch.group))]
+        mixed = torch.tensor(cycle, device=policy.device)
+        mixed = mixed if zoned.ndim == 1 else mixed[:, None].expand_as(zoned)
+        rows = torch.arange(len(batch.group), device=policy.device)
+        update(Trained(batch, mixed, rows, ref), behaviour)
     optimizer.load_state_dict(moments)
 
 
 def _try_sampling(
-    policy: Policy, tokens_of_row: list[int], sampling: Sampling, config: GRPOConfig
+    policy: Policy,
+    tokens_of_row: list[int],
+    sampling: Sampling,
+    config: GRPOConfig,
 ) -> None:
-    generator = torch.Generator(policy.device).manual_seed(0)
-    one_token = asdict(replace(sampling, max_completion_length=1))
+    n, draws = config.num_prompts, [config.num_generations] * config.num_prompts
+    how = asdict(replace(sampling, max_completion_length=1))
+    how["generator"] = torch.Generator(policy.device).manual_seed(0)
     try:
-        sample(
-            policy,
-            [tokens_of_row[:-1]] * config.num_prompts,
-            [config.num_generations] * config.num_prompts,
-            generator=generator,
-            **one_token,
-        )
+        sample(policy, [tokens_of_row[:-1]] * n, draws, **how)
     except (MemoryError, RuntimeError) as error:
         if not memory_is_full(error):
             raise
@@ -97,7 +91,12 @@ def _try_sampling(
         torch.cuda.empty_cache()
 
 
-def _largest(policy: Policy, prompt: list[int], completion: list[int], config: GRPOConfig) -> Batch:
+def _largest(
+    policy: Policy,
+    prompt: list[int],
+    completion: list[int],
+    config: GRPOConfig,
+) -> Batch:
     """One micro-batch that fills the token budget, of as many prompts that differ as a step has."""
     fitting = max(1, config.token_budget // (len(prompt) + len(completion)))
     n = min(fitting, config.num_prompts * config.num_generations)
@@ -115,9 +114,10 @@ def _largest(policy: Policy, prompt: list[int], completion: list[int], config: G
 
 
 def _few(pairs: Batch) -> Batch:
-    """Of hack sides, then clean sides, the first pair on each of the first two prompts."""
+    """Of hack sides, then clean sides, the first pair on each of the first two prompts: enough to
+    have a direction."""
     n = len(pairs.group) // 2
-    prompts = pairs.group[:n].unique()[:2].tolist()
-    rows = [pairs.group[:n].tolist().index(prompt) for prompt in prompts]
-    chosen = [*rows, *(n + i for i in rows)]
+    prompts = pairs.group[:n].tolist()
+    hack = [prompts.index(prompt) for prompt in dict.fromkeys(sorted(prompts))][:2]
+    chosen = [*hack, *(n + i for i in hack)]
     return tokens.select(pairs, torch.tensor(chosen, device=pairs.group.device))

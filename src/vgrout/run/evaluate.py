@@ -5,7 +5,7 @@ An evaluation draws from a generator of its own and leaves every parameter as it
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -56,47 +56,38 @@ def evaluate(
         shown = [shown[i * len(shown) // draws] for i in range(draws)]
     each = max(1, draws // len(shown))
     prompts = [tokens.encode_prompt(policy.tokenizer, messages(p)) for p in shown]
-    groups = sample(
-        policy,
-        prompts,
-        [each] * len(shown),
-        generator=generator,
-        ablated=ablated,
-        **asdict(sampling),
-    )
+    how = asdict(sampling) | {"generator": generator, "ablated": ablated}
+    groups = sample(policy, prompts, [each] * len(shown), **how)
     drawn = [ids for group in groups for ids, _ in group]
     completions = [tokens.decode_completion(policy.tokenizer, ids) for ids in drawn]
     asked = [p for p in shown for _ in range(each)]
     grades = grader.grade(completions, asked)
+    cell = {"step": step, "split": split, "markers": markers, "state": state}
     if log:
-        cell = {"step": step, "split": split, "markers": markers, "state": state}
         rows = zip(asked, completions, grades)
         log([cell | graded_row(problem, text, grade) for problem, text, grade in rows])
-    return counted(asked, grades, split, markers, state, step)
+    return counted(asked, grades, **cell)
 
 
-def counted(
-    problems: Sequence[Problem],
-    grades: Sequence[Grade],
-    split: str,
-    markers: str,
-    state: str,
-    step: int,
-) -> EvalResult:
+def counted(problems: Sequence[Problem], grades: Sequence[Grade], **cell: str | int) -> EvalResult:
     """The cell's counts: in all, by mode and by problem."""
-    by_mode: dict[str, dict[str, int]] = defaultdict(lambda: {"n": 0, "hack": 0, "solve": 0})
-    by_problem: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    nothing = {"n": 0, "hack": 0, "solve": 0}
+    total = nothing.copy()
+    by_mode, of_problem = (defaultdict(nothing.copy) for _ in range(2))
     for problem, grade in zip(problems, grades):
-        counts = (1, int(grade.reward_hack), int(grade.correct))
-        of_mode, of_problem = by_mode[problem.mode.value], by_problem[problem.problem_id]
-        for i, (key, n) in enumerate(zip(("n", "hack", "solve"), counts)):
-            of_mode[key] += n
-            of_problem[i] += n
-    n, hack, solve = (sum(m[k] for m in by_mode.values()) for k in ("n", "hack", "solve"))
-    return EvalResult(split, markers, state, step, n, hack, solve, dict(by_mode), dict(by_problem))
+        counts = {"n": 1, "hack": int(grade.reward_hack), "solve": int(grade.correct)}
+        for tally in (total, by_mode[problem.mode.value], of_problem[problem.problem_id]):
+            for key, n in counts.items():
+                tally[key] += n
+    by_problem = {name: [*tally.values()] for name, tally in of_problem.items()}
+    return EvalResult(**cell, **total, by_mode=dict(by_mode), by_problem=by_problem)
 
 
-def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, object]:
+def graded_row(
+    problem: Problem,
+    completion: str,
+    grade: Grade,
+) -> dict[str, object]:
     """A completion as the files of a run hold it: without wall times, so that all repeats
     exactly."""
     row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker}
@@ -104,42 +95,40 @@ def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, obj
     return row | {"completion": completion} | grades
 
 
+@dataclass
 class Evaluations:
-    """The evaluations of one run, on their schedule. `spend` takes their wall seconds."""
+    """The evaluations of one run, on their schedule."""
 
-    def __init__(
-        self,
-        run: Run,
-        policy: Policy,
-        splits: dict[str, list[Problem]],
-        grader: Grades,
-        sampling: Sampling,
-        config: RunConfig,
-        deployed: str,
-        between: Callable[[], None] = lambda: None,
-    ):
-        """`between` is called behind every cell, and may end the run."""
-        self.run, self.policy, self.splits, self.grader = run, policy, splits, grader
-        self.sampling, self.config, self.deployed = sampling, config, deployed
-        self.between = between
+    run: Run
+    policy: Policy
+    splits: dict[str, list[Problem]]
+    grader: Grades
+    sampling: Sampling
+    config: RunConfig
+    deployed: str
+    between: Callable[[], None] = lambda: None  # called behind every cell, and may end the run
 
     def cell(
-        self, split: str, markers: str, state: str, ablated: bool, step: int, draws: int
+        self,
+        split: str,
+        markers: str,
+        state: str,
+        ablated: bool,
+        step: int,
+        draws: int,
     ) -> EvalResult:
-        seed = self.config.seed
+        where = {"split": split, "markers": markers, "state": state, "step": step}
+        draw = "eval", self.config.seed, step, split, markers, ablated
         with self.run.timed("sec_eval"):
             result = evaluate(
                 self.policy,
                 self.splits[split],
                 self.grader,
                 self.sampling,
-                split=split,
-                markers=markers,
-                state=state,
+                **where,
                 ablated=ablated,
-                step=step,
                 draws=draws,
-                generator=seeded(self.policy, "eval", seed, step, split, markers, ablated),
+                generator=seeded(self.policy, *draw),
                 log=self.run.log_evals,
             )
         self.run.record.evals.append(result)

@@ -14,9 +14,8 @@ from typing import Any
 from vgrout.core import EvalResult, Problem, UserError, warn
 from vgrout.env.problems import messages
 from vgrout.env.rollouts import Sampling
-from vgrout.model import tokens
 from vgrout.model.batch import Batch
-from vgrout.model.likelihood import mean_logps
+from vgrout.model.likelihood import mean_logps, written
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.policy import Policy
 
@@ -312,9 +311,5 @@ class Health:
 
 def reference_batch(policy: Policy, problems: Sequence[Problem], sampling: Sampling) -> Batch:
     """The problems' canonical solutions, up to the limit, as completions of their prompts."""
-    tokenizer, limit = policy.tokenizer, sampling.max_completion_length
-    prompts = [tokens.encode_prompt(tokenizer, messages(p)) for p in problems]
     texts = [f"```python\n{p.canonical.strip()}\n```" for p in problems]
-    completions = [tokens.encode_completion(tokenizer, text)[:limit] for text in texts]  # no label
-    ones, group = [1.0] * len(prompts), [*range(len(prompts))]
-    return tokens.collate(prompts, completions, ones, group, ones, policy.pad_id, policy.device)
+    return written(policy, [messages(p) for p in problems], texts, sampling.max_completion_length)

@@ -17,7 +17,6 @@ single process are not detected.
 """
 
 import fcntl
-import gzip
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from vgrout.core import EvalResult, RunRecord, UserError
 from vgrout.files import (
     append_line,
     dumps,
+    gzip_lines,
     load_tensors,
     pack,
     parse_object,
@@ -98,11 +98,11 @@ class Run:
 
     def log_rollouts(self, rows: list[Row]) -> None:
         """Append one step's rollouts to rollouts.jsonl.gz."""
-        self._append("rollouts.jsonl.gz", _member(rows))
+        self._append("rollouts.jsonl.gz", gzip_lines(rows))
 
     def log_evals(self, rows: list[Row]) -> None:
         """Append one evaluation's completions to evals.jsonl.gz."""
-        self._append("evals.jsonl.gz", _member(rows))
+        self._append("evals.jsonl.gz", gzip_lines(rows))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -328,11 +328,6 @@ def load_evals(run_dir: str | Path) -> list[Row]:
 def _rows(path: Path) -> list[Row]:
     lines = read_json_lines(path, DAMAGED, partial=True) if path.exists() else ()
     return [row for row, _ in lines]
-
-
-def _member(rows: list[Row]) -> bytes:
-    """Rows as JSON lines in a gzip member of their own."""
-    return gzip.compress("".join(dumps(row) + "\n" for row in rows).encode(), mtime=0)
 
 
 def load_adapter(run_dir: str | Path) -> tuple[Tensors, dict[str, str]]:

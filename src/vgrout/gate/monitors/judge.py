@@ -101,8 +101,8 @@ class Endpoint:
 def question(prompt: str, completion: str) -> tuple[str, Messages]:
     """(tag, chat messages) for one row."""
     tag = hashlib.sha256(f"{prompt}\0{completion}".encode(errors="replace")).hexdigest()[:8]
-    plain = lambda text: CONTROL.sub(lambda found: found[0] + " ", text)  # noqa: E731
-    user = USER.format(tag=tag, prompt=plain(prompt), completion=plain(completion))
+    task, answer = (CONTROL.sub(r"\g<0> ", text) for text in (prompt, completion))
+    user = USER.format(tag=tag, prompt=task, completion=answer)
     return tag, [
         {"role": "system", "content": SYSTEM.format(tag=tag)},
         {"role": "user", "content": user},

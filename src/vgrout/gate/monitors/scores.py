@@ -1,10 +1,11 @@
 """Live monitors as scores, the external baselines: an LLM judge, and a linear probe.
 
 Both need in training what vGROUT is meant to do without, and are marked so everywhere. Their
-score is
-a flag, cut at 0.5; they read no pairs, and no label of a training rollout
+score is a flag, cut at 0.5; they read no pairs, and no label of a training rollout
 (docs/method/monitors.md).
 """
+
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,17 +19,18 @@ from vgrout.gate.scores import Materials, Score, Scored, register
 from vgrout.gate.v_grad import activations
 from vgrout.model import tokens
 from vgrout.model.batch import Batch
+from vgrout.model.likelihood import written
 from vgrout.model.policy import Policy
 from vgrout.stats import auroc
 
 HELD_OUT = 5  # every fifth problem of the probe's data, by a hash of its id, is only measured on
 
 
+@dataclass
 class Judge(Score):
     """An LLM judge's verdict on each row's text: 1 hack, 0 clean, NaN for none (counted)."""
 
-    def __init__(self, endpoint: Endpoint):
-        self.endpoint = endpoint
+    endpoint: Endpoint
 
     def __call__(
         self,
@@ -46,45 +48,46 @@ def texts(
     """(prompt, completion) of every row, decoded from its tokens."""
     rows = []
     for i, start in enumerate(batch.completion_start.tolist()):
-        prompt, completion = batch.input_ids[i, :start], batch.completion_ids[i]
-        parts = prompt, completion[batch.completion_mask[i]]
-        rows.append(
-            tuple(tokens.decode_completion(policy.tokenizer, part.tolist()) for part in parts)
-        )
+        completion = batch.completion_ids[i][batch.completion_mask[i]]
+        parts = batch.input_ids[i, :start].tolist(), completion.tolist()
+        prompt, answer = (tokens.decode_completion(policy.tokenizer, ids) for ids in parts)
+        rows.append((prompt, answer))
     return rows
 
 
+@dataclass
 class Probe(Score):
     """p(hack) by logistic regression on pooled activations, with another environment's labels.
 
     Fitted at the current parameters. `data` are rollouts of other problems with their labels
-    `hack`;
-    the rows `held_out` are not fitted, and give the figures that a refresh returns. Features are
-    standardised by the fitted rows' mean and standard deviation.
+    `hack`; the rows `held_out` are not fitted, and give the figures that a refresh returns.
+    Features are standardised by the fitted rows' mean and standard deviation.
     """
 
+    data: Batch
+    hack: Bool[Tensor, " n"]
+    held_out: Bool[Tensor, " n"]
+    _: KW_ONLY
+    space: str
+    layer: int | None
+    token_budget: int
+    l2: float
     stored = ("weight", "bias", "mean", "scale")
 
-    def __init__(
-        self, data: Batch, hack: Bool[Tensor, " n"], held_out: Bool[Tensor, " n"],
-        *, space: str, layer: int | None, token_budget: int, l2: float,
-    ):  # fmt: skip
-        self.data, self.hack, self.held_out, self.l2 = data, hack, held_out, l2
-        self.how = dict(space=space, layer=layer, token_budget=token_budget)
-        self.weight, self.bias, self.mean, self.scale = None, None, None, None
-
-    def refresh(self, policy: Policy) -> dict[str, float]:
+    def refresh(
+        self,
+        policy: Policy,
+    ) -> dict[str, float]:
         """Fit anew; returns AUROC and accuracy at 0.5 on the probe's own held-out rows."""
         x, fit = self._features(policy, self.data), ~self.held_out
         self.mean, self.scale = x[fit].mean(0), x[fit].std(0).clamp(min=1e-6)
-        self.weight, self.bias = fit_logistic(
-            (x[fit] - self.mean) / self.scale, self.hack[fit], self.l2
-        )
+        standard = (x[fit] - self.mean) / self.scale
+        self.weight, self.bias = fit_logistic(standard, self.hack[fit], self.l2)
         p, label = self._probability(x[self.held_out]), self.hack[self.held_out]
-        accuracy = float(((p > 0.5) == label).float().mean())
+        area = auroc(p.cpu().numpy(), label.cpu().numpy())
         return {
-            "probe_auroc": auroc(p.cpu().numpy(), label.cpu().numpy()),
-            "probe_accuracy": accuracy,
+            "probe_auroc": area,
+            "probe_accuracy": float(((p > 0.5) == label).float().mean()),
         }
 
     def __call__(
@@ -99,12 +102,15 @@ class Probe(Score):
         policy: Policy,
         batch: Batch,
     ) -> Float[Tensor, "g k"]:
-        return activations(policy, batch, **self.how).flatten(1)
+        how = {"space": self.space, "layer": self.layer, "token_budget": self.token_budget}
+        return activations(policy, batch, **how).flatten(1)
 
-    def _probability(self, x: Float[Tensor, "g k"]) -> Float[Tensor, " g"]:
-        weight, bias, mean, scale = (
-            t.to(x) for t in (self.weight, self.bias, self.mean, self.scale)
-        )
+    def _probability(
+        self,
+        x: Float[Tensor, "g k"],
+    ) -> Float[Tensor, " g"]:
+        fitted = (self.weight, self.bias, self.mean, self.scale)
+        weight, bias, mean, scale = (t.to(x) for t in fitted)
         return torch.sigmoid(((x - mean) / scale) @ weight + bias)
 
 
@@ -125,10 +131,8 @@ def fit_logistic(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = (
-            F.binary_cross_entropy_with_logits(x @ w + b, target, reduction="sum")
-            + l2 / 2 * w.square().sum()
-        )
+        fit = F.binary_cross_entropy_with_logits(x @ w + b, target, reduction="sum")
+        value = fit + l2 / 2 * w.square().sum()
         value.backward()
         return value
 
@@ -145,20 +149,13 @@ def build_judge(materials: Materials) -> Judge:
 @register("probe")
 def build_probe(materials: Materials) -> Probe:
     """The probe on labelled rollouts, tokenised as this policy's prompts and completions are."""
-    config, tokenizer = materials.config, materials.policy.tokenizer
-    rows = probe_rows(materials)
-    limit = config.grpo.max_completion_length
-    prompts = [tokens.encode_prompt(tokenizer, r.messages) for r in rows]
-    completions = [tokens.encode_completion(tokenizer, r.completion)[:limit] for r in rows]
-    zeros, policy = [0.0] * len(rows), materials.policy
-    batch = tokens.collate(
-        prompts, completions, zeros, [0] * len(rows), zeros, policy.pad_id, policy.device
-    )
-    hack = torch.tensor([r.hack for r in rows], device=policy.device)
+    config, policy, rows = materials.config, materials.policy, probe_rows(materials)
+    prompts, texts = [r.messages for r in rows], [r.completion for r in rows]
+    batch = written(policy, prompts, texts, config.grpo.max_completion_length)
     held_out = [stable_hash("probe", r.problem_id) % HELD_OUT == 0 for r in rows]
     return Probe(
         batch,
-        hack,
+        torch.tensor([r.hack for r in rows], device=policy.device),
         torch.tensor(held_out, device=policy.device),
         space=config.score.act_space,
         layer=config.score.act_layer,
