@@ -1,6 +1,7 @@
 """A tiny random Qwen3 policy and random batches, for gates that need a model and no tokenizer."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models
@@ -41,16 +42,13 @@ def tiny_policy(
     return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD)
 
 
-def trained(
-    policy: Policy,
-    blocks: tuple[str, ...] = BLOCKS,
-) -> list[torch.nn.Parameter]:
+def trained(policy: Policy, blocks: Sequence[str] = BLOCKS) -> list[torch.nn.Parameter]:
     return [p for block in blocks for p in policy.adapter.parameters(block)]
 
 
 @torch.no_grad()
 def perturb(
-    policy: Policy, scale: float = 0.2, seed: int = 0, blocks: tuple[str, ...] = BLOCKS
+    policy: Policy, scale: float = 0.2, seed: int = 0, blocks: Sequence[str] = BLOCKS
 ) -> None:
     """Plant a random delta in some blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,18 +63,11 @@ def draw(policy: Policy, prompts: list[list[int]], rows: list[int], **options) -
     return sampling.sample(policy, prompts, rows, **usual | seeded | options)
 
 
-def random_batch(
-    rows: int = 6,
-    seed: int = 0,
-    group_size: int = 3,
-) -> Batch:
+def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
     """Groups that share a prompt, completions of unlike lengths, advantages none of which is 0."""
     g = torch.Generator().manual_seed(seed)
 
-    def draw(
-        low: int,
-        high: int,
-    ) -> list[int]:
+    def draw(low: int, high: int) -> list[int]:
         length = int(torch.randint(low, high, (), generator=g))
         return torch.randint(2, VOCAB, (length,), generator=g).tolist()
 
@@ -86,6 +77,13 @@ def random_batch(
     A = torch.randn(rows, generator=g).tolist()
     completions = [draw(1, 8) for _ in group]
     return collate([prompts[i] for i in group], completions, rewards, group, A, PAD, "cpu")
+
+
+def planted(rows: int = 6, **options) -> tuple[Policy, Batch]:
+    """A policy with a random delta in both blocks, and a batch."""
+    policy = tiny_policy(**options)
+    perturb(policy)
+    return policy, random_batch(rows)
 
 
 def read_models_once() -> None:
