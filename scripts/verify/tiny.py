@@ -30,7 +30,10 @@ SIZES = dict(
 
 
 def tiny_policy(
-    seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 3, checkpointing: bool = False
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 3,
+    checkpointing: bool = False,
 ) -> Policy:
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).to(dtype).eval().requires_grad_(False)
@@ -48,7 +51,10 @@ def trained(policy: Policy, blocks: Sequence[str] = BLOCKS) -> list[torch.nn.Par
 
 @torch.no_grad()
 def perturb(
-    policy: Policy, scale: float = 0.2, seed: int = 0, blocks: Sequence[str] = BLOCKS
+    policy: Policy,
+    scale: float = 0.2,
+    seed: int = 0,
+    blocks: Sequence[str] = BLOCKS,
 ) -> None:
     """Plant a random delta in some blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +64,12 @@ def perturb(
 
 def draw(policy: Policy, prompts: list[list[int]], rows: list[int], **options) -> list:
     """Sampled rows by prompt: (ids, log-probs). The same seed unless a generator is given."""
-    usual = dict(max_completion_length=12, temperature=0.7, top_p=1.0, token_budget=10_000)
+    usual = dict(
+        max_completion_length=12,
+        temperature=0.7,
+        top_p=1.0,
+        token_budget=10_000,
+    )
     seeded = {"generator": torch.Generator().manual_seed(3)}
     return sampling.sample(policy, prompts, rows, **usual | seeded | options)
 

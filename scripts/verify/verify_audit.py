@@ -12,12 +12,23 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from scripts.analysis import after, audit, detect, policies, relearn, rescoring
+from scripts.analysis import (
+    after,
+    audit,
+    detect,
+    relearn,
+    rescoring,
+)
 from scripts.experiments.reopen import Stored, reopen
 from scripts.verify.loop import run as train
 from scripts.verify.stored import captured, refused
 from scripts.verify.styled import PROBE, behind, styled_batch
-from scripts.verify.tiny import planted, read_models_once, tiny_policy, trained
+from scripts.verify.tiny import (
+    planted,
+    read_models_once,
+    tiny_policy,
+    trained,
+)
 from torch import Tensor
 
 from vgrout.cli import parse
@@ -34,7 +45,12 @@ from vgrout.model.grpo import normaliser, scored_loss
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.policy import Policy, logps
 from vgrout.run.audit import gradient_norms, scaled
-from vgrout.run.records import load_adapter, load_record, load_rollouts, load_snapshots
+from vgrout.run.records import (
+    load_adapter,
+    load_record,
+    load_rollouts,
+    load_snapshots,
+)
 from vgrout.run.repeat import argv_of
 from vgrout.stats import stratified_auroc
 
@@ -61,9 +77,21 @@ def check_planted() -> None:
     """
     policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
     fresh, label = styled_batch(40, 7)
-    composed, before = behind(fresh, label.tolist()), state_of(policy)
-    fit = {"temperature": 1.0, "token_budget": 1000, "steps": 4, "learning_rate": 1e-2}
-    unit = {"probe": PROBE, "centred": True, "signed_score": False}
+    composed, before = (
+        behind(fresh, label.tolist()),
+        state_of(policy),
+    )
+    fit = {
+        "temperature": 1.0,
+        "token_budget": 1000,
+        "steps": 4,
+        "learning_rate": 1e-2,
+    }
+    unit = {
+        "probe": PROBE,
+        "centred": True,
+        "signed_score": False,
+    }
     v_grad = Gate(DirectionScore(pairs, space="c_probe", **unit))
     gates = {
         "v_grad": (v_grad, None),
@@ -79,7 +107,10 @@ def check_planted() -> None:
         assert abs(chance["auroc"] - 0.5) < 0.25, (name, chance)
         if control is None:
             assert real["auroc"] > max(0.8, real["null_p95"]) and real["low"] > 0.5, (name, real)
-            assert abs(real["null_median"] - 0.5) < 0.2, (name, real)
+            assert abs(real["null_median"] - 0.5) < 0.2, (
+                name,
+                real,
+            )
         else:
             assert np.isnan([real["null_p95"], real["share_route"]]).all(), real
     assert unmoved(policy, before), "an audit moved the parameters"
@@ -91,7 +122,14 @@ def rescored(run: Stored, step: int, snapshot: Path) -> tuple[float, bool]:
     rows = [r for r in load_rollouts(run.path) if r["step"] == step]
     run.load(load_tensors(snapshot)[0])
     gate, _ = rescoring.members(run, ["v_grad"])["v_grad"]
-    found = rescoring.score_step(run.policy, gate, None, rescoring.rebuild(run, rows), 0, 0)
+    found = rescoring.score_step(
+        run.policy,
+        gate,
+        None,
+        rescoring.rebuild(run, rows),
+        0,
+        0,
+    )
     live = [r for r in rows if r.get("advantage") is not None]
     scored = np.array([np.nan if r["score"] is None else r["score"] for r in live])
     gap = np.nanmax(np.abs(found.scores.numpy() - scored))
@@ -110,14 +148,26 @@ def check_live(path: Path) -> None:
     rows = [r for r in load_rollouts(path) if r["step"] == 2]
     other = [r | {"reward": 3.5 - r["reward"] * (i % 2)} for i, r in enumerate(rows)]
     refused("stored advantages", rescoring.rebuild, run, other)
-    refused("not groups", rescoring.rebuild, run, rows[1:] + rows[:1])
+    refused(
+        "not groups",
+        rescoring.rebuild,
+        run,
+        rows[1:] + rows[:1],
+    )
     print(f"ok  live scores and zones reproduced from snapshots; of the wrong one {wrong:.0e} off")
 
 
 def check_table(path: Path, out: Path) -> None:
     """The table's row of a score holds what the run's own rows give."""
     names = ["v_grad", "mean logp"]
-    words = ["--draws", "3", "--out", str(out), "--scores", *names]
+    words = [
+        "--draws",
+        "3",
+        "--out",
+        str(out),
+        "--scores",
+        *names,
+    ]
     captured(audit.main, [str(path), *words])
     table = pl.read_csv(out / "audit.csv")
     assert set(table["score"]) == set(names) and (out / "auroc.png").exists()
@@ -126,7 +176,10 @@ def check_table(path: Path, out: Path) -> None:
     columns = (np.array([r[key] for r in rows]) for key in ("score", "reward_hack", "step"))
     found = table.filter(score="v_grad", modes="all", rows="all").to_dicts()[0]
     routed = np.mean([r["zone"] == "ROUTE" for r in rows])
-    assert (found["n"], found["share_route"]) == (len(rows), routed), found
+    assert (found["n"], found["share_route"]) == (
+        len(rows),
+        routed,
+    ), found
     want = float(stratified_auroc(*columns))
     assert math.isnan(want) or math.isclose(found["auroc"], want, abs_tol=1e-6), (found, want)
     print(f"ok  the table holds what the run's own rows give ({len(rows)} rows)")
@@ -169,7 +222,10 @@ def check_scaled() -> None:
 def check_gradient_norms() -> None:
     """By block and label they are those of a backward pass in the rows' zones."""
     policy, batch = planted(9)
-    label, zones = torch.arange(9) % 2 == 0, torch.tensor([0, 1, 2] * 3)
+    label, zones = (
+        torch.arange(9) % 2 == 0,
+        torch.tensor([0, 1, 2] * 3),
+    )
     rollouts = behind(batch, label.tolist()).rollouts
     options = GRPOConfig(temperature=1.0, token_budget=40)
 
@@ -183,7 +239,11 @@ def check_gradient_norms() -> None:
     assert all(p.grad is None for p in trained(policy)), "a measurement left a trace"
     with policy.adapter.route(zones):
         scored = logps(policy, batch, 1.0)
-        how = batch.completion_mask, batch.advantages, normaliser(options)
+        how = (
+            batch.completion_mask,
+            batch.advantages,
+            normaliser(options),
+        )
         loss = scored_loss(scored, *how)
     for name, rows in (("hack", label), ("clean", ~label)):
         for block in BLOCKS:
@@ -192,7 +252,10 @@ def check_gradient_norms() -> None:
             want = float(torch.cat([g.flatten() for g in gradients]).norm())
             measured = found[f"gradnorm_{block}_{name}"]
             assert want > 0 and math.isclose(measured, want, rel_tol=1e-4), (block, name)
-    for zone, masked in ((Zone.RETAIN, "quarantine"), (Zone.ROUTE, "deployed")):
+    for zone, masked in (
+        (Zone.RETAIN, "quarantine"),
+        (Zone.ROUTE, "deployed"),
+    ):
         still = {key for key, n in norms(torch.full_like(zones, int(zone))).items() if n == 0}
         assert still == {f"gradnorm_{masked}_{name}" for name in ("hack", "clean")}, still
     print("ok  gradient norms by block and label are a backward pass's; nothing is left behind")
@@ -213,7 +276,11 @@ def check_start(routed: Path, plain: Path) -> None:
         assert any(not torch.equal(learned[k], run.base[k]) for k in learned), "nothing was learned"
     other = with_options(config, {"lora_rank": 4})
     refused("does not fit", build_policy, other, run.splits)
-    refused("name a finished run", parse, ["smoke", "--init-from", str(path / "none")])
+    refused(
+        "name a finished run",
+        parse,
+        ["smoke", "--init-from", str(path / "none")],
+    )
     print("ok  a run starts from the blocks that another one deploys; misfits are refused")
 
 
@@ -223,7 +290,13 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     shutil.copytree(plain, bare, ignore=shutil.ignore_patterns("snapshots"))
 
     def line(command: str, run: Path, flags: str = "") -> list[str]:
-        return [command, str(run), "--out", str(out), *flags.split()]
+        return [
+            command,
+            str(run),
+            "--out",
+            str(out),
+            *flags.split(),
+        ]
 
     def rows(command: str, flags: str = "") -> list[dict]:
         captured(after.main, line(command, routed, flags))
@@ -232,10 +305,23 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     found = rows("frontier", f"--against {plain} --scales 0.5")
     assert all(r["above_low"] <= r["above"] <= r["above_high"] for r in found)
     points = pl.read_csv(out / "frontier_points.csv").select("kind", "at").rows()
-    assert points == [("scale", 0.0), ("scale", 0.5), ("scale", 1.0), ("step", 1.0)]
+    assert points == [
+        ("scale", 0.0),
+        ("scale", 0.5),
+        ("scale", 1.0),
+        ("step", 1.0),
+    ]
     states = [(r["deployed"], r["quarantine"]) for r in rows("forget", "--scales 0.5")]
-    assert states == [(1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.0, 1.0)]
-    assert [r["heal"] for r in rows("heal", "--steps 1")] == ["off", "on"]
+    assert states == [
+        (1.0, 0.0),
+        (1.0, 0.5),
+        (1.0, 1.0),
+        (0.0, 1.0),
+    ]
+    assert [r["heal"] for r in rows("heal", "--steps 1")] == [
+        "off",
+        "on",
+    ]
     assert rows("detect")[-1]["rows"] == "students"
     pushed = rows("push", "--prompts 3")
     learned = [r["push"] for r in pushed if r["quarantine"] == "learned"]
@@ -254,19 +340,6 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     print("ok  the commands after training run; a run without snapshots, or of another arm, cannot")
 
 
-def check_push(routed: Path) -> None:
-    """Twice the delta pushes further; the deployed block plays no part."""
-    run = reopen(routed)
-    batch, generator = policies.base_samples(run, 3), torch.Generator().manual_seed(0)
-    shapes = [p.shape for p in run.policy.adapter.parameters("quarantine")]
-    deltas = [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
-    once, twice = (policies.push_of(run, batch, [k * d for d in deltas])["push"] for k in (1, 2))
-    run.load()  # another deployed block
-    beside = policies.push_of(run, batch, deltas)["push"]
-    assert 0 < once < twice and math.isclose(once, beside, rel_tol=1e-4), (once, beside, twice)
-    print(f"ok  push: {once:.3f} nats a token of a planted quarantine, {twice:.3f} of its double")
-
-
 def check_detect() -> None:
     """A score that is the length tells nothing at equal length; one of a mode's label does."""
     rng, rows = np.random.default_rng(0), []
@@ -275,18 +348,19 @@ def check_detect() -> None:
         length = int(rng.integers(40, 80)) + 12 * hack
         row = {"step": i // 50, "mode": "ab"[i % 2]}
         rows.append(row | {"reward_hack": hack, "n_tokens": length})
-    scores = {
-        "length": lambda r: r["n_tokens"],
-        "known": lambda r: r["reward_hack"] and r["mode"] == "a",
-    }
-    length, known = (
-        detect.told([r | {"score": float(score(r))} for r in rows], ["a"])
-        for score in scores.values()
+    length = detect.told(
+        [r | {"score": float(r["n_tokens"])} for r in rows],
+        ["a"],
     )
     assert length["score"] == length["length"] > 0.65 and length["spearman"] > 0.99, length
     assert 0.4 < length["score_at_equal_length"] < 0.6, length
-    assert known["score_at_equal_length"] > 0.7 and known["spearman"] < 0.5, known
-    assert (known["score_known"], known["score_held_out"]) == (1, 0.5), known
+    of_mode = [r | {"score": float(r["reward_hack"] and r["mode"] == "a")} for r in rows]
+    known = detect.told(of_mode, ["a"])
+    assert known["score_at_equal_length"] > 0.7, known
+    assert (known["score_known"], known["score_held_out"]) == (
+        1,
+        0.5,
+    ), known
     print("ok  detect tells length from label, and covered modes from others")
 
 
@@ -305,7 +379,6 @@ def main() -> None:
         check_table(routed, tmp / "audit")
         check_start(routed, plain)
         check_after(routed, plain, tmp)
-        check_push(routed)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def v_grad() -> DirectionScore:
 
 
 def check_definition() -> None:
-    """v_grad: unit mean of ∂L/∂c at A = +1 on hack, −1 on clean sides. Score: mean cosine · sign."""
+    """v_grad: unit mean of ∂L/∂c at A = +1 on hack, −1 on clean sides; mean cosine · sign."""
     policy, batch = planted(12)
     score = refreshed(v_grad(), policy)
     sides = torch.ones(16)
@@ -82,7 +82,10 @@ def check_leave_one_out() -> None:
         g = torch.Generator().manual_seed(seed)
         hack, clean = torch.randn(2, 24, 4, 8, generator=g)
         held = torch.cat(out_of_sample(hack, clean, prompt))
-        seen = project(torch.cat([hack, clean]), contrast(hack, clean)[0])
+        seen = project(
+            torch.cat([hack, clean]),
+            contrast(hack, clean)[0],
+        )
         areas.append([area(x, label) for x in (held, seen)])
     outside, inside = torch.tensor(areas).mean(0).tolist()
     assert inside > 0.85 and 0.35 < outside < 0.6, (
@@ -152,7 +155,10 @@ def check_placebo() -> None:
     real = gate(policy, batch)
     placebos = [refreshed(Control(gate, Haar(score, seed)), policy) for seed in (1, 2)]
     one, two = (placebo(policy, composed, real) for placebo in placebos)
-    assert (real.lower, real.upper) == (one.lower, one.upper)
+    assert (real.lower, real.upper) == (
+        one.lower,
+        one.upper,
+    )
     assert torch.equal(real.zones.bincount(), one.zones.bincount())
     saved = Control(gate, Haar(score, 2))
     saved.load_state_dict(placebos[1].state_dict())

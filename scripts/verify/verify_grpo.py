@@ -83,12 +83,27 @@ def check_kl_estimators() -> None:
         grad(kl.sum(), logits, retain_graph=True)[0] for kl in (q * (ref - logp), p * (logp - ref))
     )
     how = HOW | {"beta": 1.0, "normaliser": 1.0}
-    every, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1)
-    for corrected, wanted, other in ((False, forward, reverse), (True, reverse, forward)):
+    every, zero = (
+        torch.ones(1, 1, dtype=torch.bool),
+        torch.zeros(1),
+    )
+    for corrected, wanted, other in (
+        (False, forward, reverse),
+        (True, reverse, forward),
+    ):
         expected = 0.0
         for i, chance in enumerate(p.tolist()):  # each outcome is a row of one token
             token = [x[i].view(1, 1) for x in (logp, logp.detach(), ref)]
-            expected += chance * grpo.grpo_loss(*token, every, zero, **how, corrected=corrected)[0]
+            expected += (
+                chance
+                * grpo.grpo_loss(
+                    *token,
+                    every,
+                    zero,
+                    **how,
+                    corrected=corrected,
+                )[0]
+            )
         found = grad(expected, logits, retain_graph=True)[0]
         assert torch.allclose(found, wanted, atol=1e-6), corrected
         assert not torch.allclose(found, other, atol=1e-2), "not told apart"

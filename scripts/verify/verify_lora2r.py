@@ -7,7 +7,13 @@ from unittest.mock import patch
 
 import torch
 from scripts.verify.styled import PROBE
-from scripts.verify.tiny import perturb, planted, random_batch, tiny_policy, trained
+from scripts.verify.tiny import (
+    perturb,
+    planted,
+    random_batch,
+    tiny_policy,
+    trained,
+)
 from torch import Tensor, nn
 from torch.autograd import grad
 
@@ -24,7 +30,7 @@ from vgrout.model.tokens import select
 
 
 def gap(got: Iterable[Tensor], want: Iterable[Tensor]) -> float:
-    """The largest difference of two tensors (or rows), relative to the wanted one's largest entry."""
+    """The largest difference of two tensors or rows, relative to the wanted largest entry."""
     differences = [
         (a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-6)
         for a, b in zip(got, want, strict=True)
@@ -67,20 +73,44 @@ def check_definition() -> None:
 
     def with_grads(y: Tensor) -> list[Tensor]:
         leaves = [x, *layer.parameters()]
-        return [y, *grad((y * weight).sum(), leaves, materialize_grads=True)]
+        return [
+            y,
+            *grad((y * weight).sum(), leaves, materialize_grads=True),
+        ]
 
     for zones in ([0, 1, 2], [0, 0, 0], [1, 1, 1], [2, 2, 2]):
         with policy.adapter.route(torch.tensor(zones)):
             found = with_grads(linear(x))
-        assert gap(found, with_grads(reference(layer, linear.weight, x, zones))) < 1e-4, zones
+        assert (
+            gap(
+                found,
+                with_grads(reference(layer, linear.weight, x, zones)),
+            )
+            < 1e-4
+        ), zones
         others = [(zone + 1) % 3 for zone in zones]
-        assert gap(found, with_grads(reference(layer, linear.weight, x, others))) > 1e-2, zones
+        assert (
+            gap(
+                found,
+                with_grads(reference(layer, linear.weight, x, others)),
+            )
+            > 1e-2
+        ), zones
     print("ok  forward and all gradients equal the definition written out; other zones do not")
 
 
-def learns(policy: Policy, batch: Batch, zones: Tensor, forward: str = "ablated") -> list[bool]:
+def learns(
+    policy: Policy,
+    batch: Batch,
+    zones: Tensor,
+    forward: str = "ablated",
+) -> list[bool]:
     """Whether each block has any gradient."""
-    options = {"materialize_grads": True, "allow_unused": True, "retain_graph": True}
+    options = {
+        "materialize_grads": True,
+        "allow_unused": True,
+        "retain_graph": True,
+    }
     with policy.adapter.route(zones, forward):
         value = loss(policy, batch)
     gradients = [grad(value, trained(policy, [block]), **options) for block in BLOCKS]
@@ -100,7 +130,10 @@ def check_zone_table() -> None:
         (all_in(Zone.ROUTE, 9), "ablated", [False, True]),
         (mixed, "ablated", [False, True]),
     ):
-        assert learns(policy, batch, zones, forward) == wanted, (zones, forward)
+        assert learns(policy, batch, zones, forward) == wanted, (
+            zones,
+            forward,
+        )
     with patch.dict(lora2r.ZONE_TABLE, leaky):
         assert learns(policy, batch, mixed) == [True, True]
     print("ok  a block's gradients are exactly zero in zones where it does not learn; a leak shows")
@@ -134,8 +167,14 @@ def flat(policy: Policy, block: str) -> Tensor:
 
 def check_isolation() -> None:
     """Mutation: a masked block takes a step with gradients of zero, where it should take none."""
-    for zone, masked in ((Zone.RETAIN, "quarantine"), (Zone.ROUTE, "deployed")):
-        for blocks in (trained_blocks, lambda zones: dict.fromkeys(BLOCKS, True)):
+    for zone, masked in (
+        (Zone.RETAIN, "quarantine"),
+        (Zone.ROUTE, "deployed"),
+    ):
+        for blocks in (
+            trained_blocks,
+            lambda zones: dict.fromkeys(BLOCKS, True),
+        ):
             policy, optimizer = new_optimizer()
             train(policy, optimizer, Zone.ABSORB, 2)  # momentum builds up, then the mask falls
             before = flat(policy, masked)
@@ -193,7 +232,10 @@ def check_mixed_batch() -> None:
 def check_probe_meaning() -> None:
     policy, batch = planted(1)
     found = probe_gradients(policy, batch, PROBE)[0, 0, 0]
-    layer, eps = next(iter(policy.adapter.layers.values())).deployed, 1e-2
+    layer, eps = (
+        next(iter(policy.adapter.layers.values())).deployed,
+        1e-2,
+    )
     batch.advantages = torch.ones(1)
 
     def loss_at(k: int, change: float) -> float:
@@ -205,19 +247,29 @@ def check_probe_meaning() -> None:
         return value
 
     wanted = torch.tensor([loss_at(k, eps) - loss_at(k, -eps) for k in range(3)]) / (2 * eps)
-    assert torch.allclose(found, wanted, rtol=2e-2, atol=1e-3), (found, wanted)
+    assert torch.allclose(found, wanted, rtol=2e-2, atol=1e-3), (
+        found,
+        wanted,
+    )
     assert not torch.allclose(found.roll(1), wanted, rtol=2e-2, atol=1e-3)
     print("ok  ∂L/∂c is the finite difference of scaling the live bottleneck, rank by rank")
 
 
 def passes(policy: Policy, batch: Batch) -> list[Tensor]:
     """Log-probs, gradients, probes and activations in mixed zones."""
-    with policy.training(), policy.adapter.route(torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 0])):
+    with (
+        policy.training(),
+        policy.adapter.route(torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 0])),
+    ):
         scored = logps(policy, batch, 1.0)
         value = (scored * batch.advantages[:, None]).sum()
         gradients = grad(value, trained(policy), materialize_grads=True)
     whole = torch.cat([g.flatten() for g in gradients])
-    found = [scored.detach(), whole, probe_gradients(policy, batch, PROBE)]
+    found = [
+        scored.detach(),
+        whole,
+        probe_gradients(policy, batch, PROBE),
+    ]
     for space in ("bottleneck", "residual"):
         found.append(activations(policy, batch, space=space, token_budget=1000))
     return found
@@ -239,12 +291,22 @@ def check_shared_prompts() -> None:
 
     def first_row(self, run: State) -> State:
         """Mutation: every row has the first one's masks."""
-        one = {k: m[:1] for k, m in (("learn", run.learn), ("constant", run.constant)) if m is not None}
+        one = {
+            k: m[:1]
+            for k, m in (
+                ("learn", run.learn),
+                ("constant", run.constant),
+            )
+            if m is not None
+        }
         return state(self, replace(run, **one))
 
     with patch.object(Packing, "state", first_row):
         assert gap(passes(policy, batch), full) > 1e-3
-    contexts = nullcontext(), nullcontext()  # mutation: layers run again in another state
+    contexts = (
+        nullcontext(),
+        nullcontext(),
+    )  # mutation: layers run again in another state
     with patch.object(loading, "checkpoint_contexts", lambda *_: contexts):
         loading.enable_checkpointing(checkpointed.model, checkpointed.adapter)
     try:
@@ -270,7 +332,9 @@ def check_base() -> None:
     assert gap(full, base) > 1e-2 and torch.equal(logps(policy, batch, 1.0), full)
     for weight, linear in zip(weights, policy.adapter.linears.values()):
         assert torch.equal(weight, linear.weight), "merging left a trace"
-    print("ok  net delta zero at init; ablation removes a planted quarantine, and is undone exactly")
+    print(
+        "ok  net delta zero at init; ablation removes a planted quarantine, and is undone exactly"
+    )
 
 
 def check_bf16() -> None:

@@ -25,7 +25,12 @@ from scripts.tools.other_problems import other_problems
 from scripts.verify.loop import label_blind, run
 from scripts.verify.stored import refused
 from scripts.verify.styled import area, styled_batch
-from scripts.verify.tiny import perturb, random_batch, read_models_once, tiny_policy
+from scripts.verify.tiny import (
+    perturb,
+    random_batch,
+    read_models_once,
+    tiny_policy,
+)
 from scripts.view.report import facts
 
 from vgrout import train
@@ -35,7 +40,13 @@ from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.gate.actions import Options, deduct
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors import judge
-from vgrout.gate.monitors.judge import Endpoint, NoAnswer, check_endpoint, question, verdict
+from vgrout.gate.monitors.judge import (
+    Endpoint,
+    NoAnswer,
+    check_endpoint,
+    question,
+    verdict,
+)
 from vgrout.gate.monitors.labelled import load_labelled
 from vgrout.gate.monitors.scores import Judge, Probe
 from vgrout.gate.scores import Scored
@@ -81,7 +92,12 @@ def check_forgery() -> None:
     tags = {question(*row)[0] for row in (ROW, ("a", "c"), ("c", "b"), ROW)}
     assert len(tags) == 3, "a tag is not of both texts"
     assert verdict(f"Because.\n\n**VERDICT {tag}: CLEAN**\n", tag) == 0.0
-    for text in ("", "VERDICT {}: MAYBE", "VERDICT {}: HACK\nor so", "verdict {}: hack"):
+    for text in (
+        "",
+        "VERDICT {}: MAYBE",
+        "VERDICT {}: HACK\nor so",
+        "verdict {}: hack",
+    ):
         assert missing(verdict(text.format(tag), tag)), text
     print("ok  a forged verdict decides nothing, though the judge repeat it; without tags it would")
 
@@ -91,7 +107,11 @@ def check_replies() -> None:
 
     def ask(asked: judge.Messages) -> str:
         tag = SECTION.search(asked[-1]["content"])[1]
-        replies = {"list": lambda: ["a"], "error": {}.popitem, "never": lambda: time.sleep(3)}
+        replies = {
+            "list": lambda: ["a"],
+            "error": {}.popitem,
+            "never": lambda: time.sleep(3),
+        }
         for kind, reply in replies.items():
             if tag == question("a", kind)[0]:
                 return reply()
@@ -142,7 +162,10 @@ def server(status: int, body: str) -> Iterator[tuple[Endpoint, list[str]]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield Endpoint(f"http://127.0.0.1:{httpd.server_port}/v1", "m", retries=2), keys
+        yield (
+            Endpoint(f"http://127.0.0.1:{httpd.server_port}/v1", "m", retries=2),
+            keys,
+        )
         httpd.shutdown()
 
 
@@ -155,7 +178,10 @@ def said(content: object) -> str:
 def check_client() -> None:
     """5xx is retried and 4xx is not; what is none of the protocol is no verdict."""
     tag = question(*ROW)[0]
-    with server(200, said(f"It was read.\nVERDICT {tag}: HACK")) as (endpoint, keys):
+    with server(200, said(f"It was read.\nVERDICT {tag}: HACK")) as (
+        endpoint,
+        keys,
+    ):
         assert judge.judge(endpoint, [ROW, ROW]) == [1.0, 1.0]
         assert len(keys) == 1, "equal rows are asked once"
     for status, body, attempts in (
@@ -177,19 +203,37 @@ def check_client() -> None:
     with server(200, said("")) as (endpoint, keys), other:
         check_endpoint(endpoint)
         assert "sk-other" not in keys[0], "another service's key was sent"
-    refused("does not answer", check_endpoint, Endpoint("http://127.0.0.1:9/v1", "m", retries=0))
+    refused(
+        "does not answer",
+        check_endpoint,
+        Endpoint("http://127.0.0.1:9/v1", "m", retries=0),
+    )
     print("ok  the client retries 5xx and not 4xx; its own key alone is sent, and never shown")
 
 
 def check_refusals() -> None:
-    for url in ("localhost:8000/v1", "http://", "http://user:secret@localhost/v1"):
+    for url in (
+        "localhost:8000/v1",
+        "http://",
+        "http://user:secret@localhost/v1",
+    ):
         refused("--judge-url", check_endpoint, Endpoint(url, "m"))
     with mock.patch.object(judge, "find_spec", lambda name: None):
-        refused("uv sync --extra judge", check_endpoint, Endpoint("http://localhost/v1", "m"))
+        refused(
+            "uv sync --extra judge",
+            check_endpoint,
+            Endpoint("http://localhost/v1", "m"),
+        )
     for line, words in (
         ("judge --action deduct", "judge needs a live judge: --judge-url"),
-        ("probe --action filter", "probe needs labelled rollouts of another problem set"),
-        ("routeV --judge-url http://localhost/v1", "--judge-url is not read by routeV"),
+        (
+            "probe --action filter",
+            "probe needs labelled rollouts of another problem set",
+        ),
+        (
+            "routeV --judge-url http://localhost/v1",
+            "--judge-url is not read by routeV",
+        ),
     ):
         refused(words, parse, ["organism", "--intervention", *line.split()])
     print("ok  a monitor without its arm, an arm without its monitor, a bad URL: one line each")
@@ -251,9 +295,18 @@ def other_environment(folder: Path, count: int = 80) -> Path:
         shown = disclose(problem, ORGANISM_MODES[i % 4])
         composition = composition_of(problem)
         honest = random_extra(composition, rng)[0]
-        for hack, extra in ((True, exploit(rng, shown.mode, shown.marker)), (False, honest)):
-            row = {"problem_id": shown.problem_id, "prompt": messages(shown)[-1]["content"]}
-            row |= {"completion": attempt(composition, rng, extra), "reward_hack": hack}
+        for hack, extra in (
+            (True, exploit(rng, shown.mode, shown.marker)),
+            (False, honest),
+        ):
+            row = {
+                "problem_id": shown.problem_id,
+                "prompt": messages(shown)[-1]["content"],
+            }
+            row |= {
+                "completion": attempt(composition, rng, extra),
+                "reward_hack": hack,
+            }
             rows.append(row)
     return write_rows(folder / "other.jsonl", rows)
 
@@ -279,7 +332,6 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
     (tmp / "record.json").unlink()
     lines = [json.loads(line) for line in other.read_text().splitlines()]
     for words, change in (
-        ("such as", {"problem_id": training[0].problem_id}),
         ("oracle", {"prompt": f"Note. {training[0].statement}"}),
         ("line 1: 'reward_hack' must be a bool", {"reward_hack": 1}),
         ("line 1: has no 'prompt'", {"prompt": None}),
@@ -297,7 +349,10 @@ def check_probe_data(tmp: Path, other: Path, own_run: Path) -> None:
 def planted(asked: judge.Messages) -> str:
     """A judge that calls hack what holds the marker that the task discloses, and fails at times."""
     text = asked[-1]["content"]
-    task, (tag, answer) = text.partition("BEGIN ANSWER")[0], SECTION.search(text).groups()
+    task, (tag, answer) = (
+        text.partition("BEGIN ANSWER")[0],
+        SECTION.search(text).groups(),
+    )
     if int(tag, 16) % 7 == 0:  # the same rows in every run: a tag is a hash of the row
         raise NoAnswer
     markers = [m for pool in TRAINING_MARKERS.values() for m in pool if m in task and m in answer]
@@ -307,7 +362,10 @@ def planted(asked: judge.Messages) -> str:
 def check_judge_run(tmp: Path) -> Path:
     """Verdicts become advantages; what the judge does not answer is counted and costs nothing."""
     line = f"judge --action deduct --judge-url http://localhost/v1 --judge-model planted {SHORT}"
-    asked, trained = mock.Mock(side_effect=planted), mock.Mock(side_effect=train.update)
+    asked, trained = (
+        mock.Mock(side_effect=planted),
+        mock.Mock(side_effect=train.update),
+    )
     installed = mock.patch.object(judge, "find_spec", return_value=object())
     with installed, mock.patch.object(judge, "chat", fake_chat(asked)):
         with mock.patch.object(train, "update", trained):
@@ -339,7 +397,10 @@ def check_judge_run(tmp: Path) -> Path:
 def check_marks(folder: Path, monitor: str) -> None:
     """Whatever shows a run says that it needs a live monitor, and says so of no other run."""
     record = load_record(folder)
-    assert (record.notes["monitor"], record.notes["pairs_cover"]) == (monitor, [])
+    assert (record.notes["monitor"], record.notes["pairs_cover"]) == (
+        monitor,
+        [],
+    )
     plain = replace(record, notes=record.notes | {"monitor": ""})
     for marked in (True, False):
         shown = record if marked else plain
