@@ -410,7 +410,7 @@ def check_marks(folder: Path, monitor: str) -> None:
 
 
 def check_probe_run(tmp: Path, other: Path) -> Path:
-    line = f"probe --probe-data {other} --act-space residual --probe-rows 80 --refresh-every 2"
+    line = f"probe --probe-data {other} --act-space residual --probe-rows 120 --refresh-every 2"
     line += f" --max-completion-length 128 {SHORT}"  # longer labelled rows would be left out
     folder = run(tmp / "probed", line)
     figures = load_metrics(folder)
