@@ -82,7 +82,7 @@ def behind(batch: Batch, hacks: Sequence[bool] = (), teachers: int = 0) -> Compo
     n = len(batch.group)
     rollouts = []
     for i, hack in enumerate(hacks or [False] * n):
-        grade = replace(GRADE, mechanism="x" if hack else "")
+        grade = replace(GRADE, mechanism="x" if hack else "", reward_hack=bool(hack))
         rollouts.append(
             Rollout(
                 PROBLEM,

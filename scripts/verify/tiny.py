@@ -1,6 +1,7 @@
 """A tiny random Qwen3 policy and random batches, for gates that need a model and no tokenizer."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models
@@ -29,7 +30,10 @@ SIZES = dict(
 
 
 def tiny_policy(
-    seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 3, checkpointing: bool = False
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 3,
+    checkpointing: bool = False,
 ) -> Policy:
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES)).to(dtype).eval().requires_grad_(False)
@@ -41,16 +45,16 @@ def tiny_policy(
     return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD)
 
 
-def trained(
-    policy: Policy,
-    blocks: tuple[str, ...] = BLOCKS,
-) -> list[torch.nn.Parameter]:
+def trained(policy: Policy, blocks: Sequence[str] = BLOCKS) -> list[torch.nn.Parameter]:
     return [p for block in blocks for p in policy.adapter.parameters(block)]
 
 
 @torch.no_grad()
 def perturb(
-    policy: Policy, scale: float = 0.2, seed: int = 0, blocks: tuple[str, ...] = BLOCKS
+    policy: Policy,
+    scale: float = 0.2,
+    seed: int = 0,
+    blocks: Sequence[str] = BLOCKS,
 ) -> None:
     """Plant a random delta in some blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,23 +64,21 @@ def perturb(
 
 def draw(policy: Policy, prompts: list[list[int]], rows: list[int], **options) -> list:
     """Sampled rows by prompt: (ids, log-probs). The same seed unless a generator is given."""
-    usual = dict(max_completion_length=12, temperature=0.7, top_p=1.0, token_budget=10_000)
+    usual = dict(
+        max_completion_length=12,
+        temperature=0.7,
+        top_p=1.0,
+        token_budget=10_000,
+    )
     seeded = {"generator": torch.Generator().manual_seed(3)}
     return sampling.sample(policy, prompts, rows, **usual | seeded | options)
 
 
-def random_batch(
-    rows: int = 6,
-    seed: int = 0,
-    group_size: int = 3,
-) -> Batch:
+def random_batch(rows: int = 6, seed: int = 0, group_size: int = 3) -> Batch:
     """Groups that share a prompt, completions of unlike lengths, advantages none of which is 0."""
     g = torch.Generator().manual_seed(seed)
 
-    def draw(
-        low: int,
-        high: int,
-    ) -> list[int]:
+    def draw(low: int, high: int) -> list[int]:
         length = int(torch.randint(low, high, (), generator=g))
         return torch.randint(2, VOCAB, (length,), generator=g).tolist()
 
@@ -86,6 +88,13 @@ def random_batch(
     A = torch.randn(rows, generator=g).tolist()
     completions = [draw(1, 8) for _ in group]
     return collate([prompts[i] for i in group], completions, rewards, group, A, PAD, "cpu")
+
+
+def planted(rows: int = 6, **options) -> tuple[Policy, Batch]:
+    """A policy with a random delta in both blocks, and a batch."""
+    policy = tiny_policy(**options)
+    perturb(policy)
+    return policy, random_batch(rows)
 
 
 def read_models_once() -> None:

@@ -1,15 +1,12 @@
 """The audit and the probes after training: scores are reproduced, nothing leaves a trace.
 
-Stored scores are reproduced from snapshots, planted styles and pushes are found, and a measurement
-changes nothing.
-
-Run: python -m scripts.verify.verify_audit
+Run: python -m scripts.verify.verify_audit [--long]     (--long: also the attack by relearning)
 """
 
 import math
 import shutil
+import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,39 +16,34 @@ from scripts.analysis import (
     after,
     audit,
     detect,
-    policies,
     relearn,
     rescoring,
 )
 from scripts.experiments.reopen import Stored, reopen
-from scripts.verify.stored import captured, refused, trained
+from scripts.verify.loop import run as train
+from scripts.verify.stored import captured, refused
+from scripts.verify.styled import PROBE, behind, styled_batch
 from scripts.verify.tiny import (
-    EOS,
-    PAD,
-    VOCAB,
-    perturb,
-    random_batch,
+    planted,
     read_models_once,
     tiny_policy,
+    trained,
 )
 from torch import Tensor
 
 from vgrout.cli import parse
-from vgrout.config import with_options
-from vgrout.core import Grade, Problem, Rollout, Verdict, Zone
-from vgrout.env.rollouts import Composed
+from vgrout.config import GRPOConfig, with_options
+from vgrout.core import Zone
 from vgrout.experiment import build_policy
 from vgrout.files import load_tensors
 from vgrout.gate.controls import Control, Random
 from vgrout.gate.gate import Gate
 from vgrout.gate.ratio import LikelihoodRatio
-from vgrout.gate.scores import ProbeOptions
 from vgrout.gate.v_grad import DirectionScore
-from vgrout.model.batch import Batch, Behaviour, Trained
+from vgrout.model.batch import Trained
 from vgrout.model.grpo import normaliser, scored_loss
 from vgrout.model.lora2r import BLOCKS
 from vgrout.model.policy import Policy, logps
-from vgrout.model.tokens import collate
 from vgrout.run.audit import gradient_norms, scaled
 from vgrout.run.records import (
     load_adapter,
@@ -63,11 +55,8 @@ from vgrout.run.repeat import argv_of
 from vgrout.stats import stratified_auroc
 
 TOLERANCE = 1e-5  # of a cosine: a float32 of the same computation, which another machine may round
-PROBE = ProbeOptions(max_completion_length=8, temperature=1.0, token_budget=1000)
-SMALL = "--num-prompts 4 --num-generations 6 --max-completion-length 64 --save-every 0 "
-SMALL += "--final-draws 12 "
-ROUTED = "--steps 3 --refresh-every 2 --warmup-steps 0 --learning-rate 2e-3"
-PLAIN = "--steps 2 --intervention none2r --snapshot-every 1"
+ROUTED = "routeV --steps 3 --refresh-every 2 --warmup-steps 0 --learning-rate 2e-3"
+PLAIN = "none2r --steps 2 --snapshot-every 1"
 
 
 def state_of(policy: Policy) -> dict[str, Tensor]:
@@ -78,117 +67,54 @@ def unmoved(policy: Policy, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(x, before[name]) for name, x in policy.adapter.state_dict().items())
 
 
-def composed_of(batch: Batch, hack: Tensor) -> Composed:
-    """A batch of students with its rollouts, labelled."""
-    rollouts, problem = [], Problem("p", "", "f", "", (), "")
-    ends, starts = (
-        batch.attention_mask.sum(1).tolist(),
-        batch.completion_start.tolist(),
-    )
-    for ids, start, end, label in zip(batch.input_ids.tolist(), starts, ends, hack.tolist()):
-        grade = Grade(
-            3.5,
-            True,
-            True,
-            not label,
-            label,
-            "",
-            False,
-            Verdict.WRONG,
-            0.0,
-        )
-        rollouts.append(
-            Rollout(
-                problem,
-                ids[:start],
-                ids[start:end],
-                "",
-                grade=grade,
-            )
-        )
-    sampled = torch.zeros(len(hack), dtype=torch.bool)
-    return Composed(
-        rollouts,
-        batch,
-        Behaviour(sampled, torch.zeros(batch.completion_ids.shape)),
-    )
-
-
-def styled(rows: int, seed: int) -> Batch:
-    """Hack sides of six low tokens, then clean sides of six high ones, on shared prompts."""
-    g, n = torch.Generator().manual_seed(seed), rows // 2
-
-    def drawn(low: int, high: int, length: int) -> list[list[int]]:
-        return torch.randint(low, high, (n, length), generator=g).tolist()
-
-    prompts = drawn(2, VOCAB, 4) * 2
-    sides = [row + [EOS] for row in drawn(2, 8, 7) + drawn(32, 38, 7)]
-    ones, group = [1.0] * rows, [*range(n)] * 2
-    return collate(prompts, sides, ones, group, ones, PAD, "cpu")
-
-
 # ── scores ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_planted() -> None:
-    """A style that the pairs plant is found in fresh rows; random controls do not find it.
+    """A style that the pairs plant is found in fresh rows, beyond random controls.
 
     Mutation: against shuffled labels every score is at chance.
     """
-    policy, pairs, fresh = (
-        tiny_policy(rank=16),
-        styled(64, 1),
-        styled(40, 7),
+    policy, pairs = tiny_policy(rank=16), styled_batch(64, 1)[0]
+    fresh, label = styled_batch(40, 7)
+    composed, before = (
+        behind(fresh, label.tolist()),
+        state_of(policy),
     )
-    label = torch.arange(40) < 20
-    composed, before = composed_of(fresh, label), state_of(policy)
     fit = {
         "temperature": 1.0,
         "token_budget": 1000,
-        "steps": 8,
+        "steps": 4,
         "learning_rate": 1e-2,
     }
-    unit = {"space": "c_probe", "signed_score": False}
-    v_grad = Gate(DirectionScore(pairs, probe=PROBE, centred=True, **unit))
+    unit = {
+        "probe": PROBE,
+        "centred": True,
+        "signed_score": False,
+    }
+    v_grad = Gate(DirectionScore(pairs, space="c_probe", **unit))
     gates = {
         "v_grad": (v_grad, None),
-        "v_act": (
-            Gate(
-                DirectionScore(
-                    pairs,
-                    space="residual",
-                    probe=PROBE,
-                    centred=True,
-                )
-            ),
-            None,
-        ),
         "llr": (Gate(LikelihoodRatio(pairs, **fit)), None),
         "random": (v_grad, Control(v_grad, Random(1))),
     }
-    shuffled, told = (
-        np.random.default_rng(0).permutation(label.numpy()),
-        [],
-    )
+    shuffled = np.random.default_rng(0).permutation(label.numpy())
     for name, (gate, control) in gates.items():
-        found = rescoring.score_step(policy, gate, control, composed, 20, 0)
-        a = audit.with_score(audit.facts_of("run", 0, composed, ()), found)
-        f, chance = (
-            audit.ranking(a, a["student"]),
-            audit.ranking(a | {"hack": shuffled}, a["student"]),
-        )
+        found = rescoring.score_step(policy, gate, control, composed, 10, 0)
+        columns = audit.with_score(audit.facts_of("run", 0, composed, ()), found)
+        real = audit.ranking(columns, columns["student"])
+        chance = audit.ranking(columns | {"hack": shuffled}, columns["student"])
         assert abs(chance["auroc"] - 0.5) < 0.25, (name, chance)
-        told.append(f"{name} {f['auroc']:.2f} ({f['null_median']:.2f})")
         if control is None:
-            assert f["auroc"] > 0.8 and f["low"] > 0.5 and f["auroc"] > f["null_p95"], (name, f)
-            assert abs(f["null_median"] - 0.5) < 0.2, (name, f)
+            assert real["auroc"] > max(0.8, real["null_p95"]) and real["low"] > 0.5, (name, real)
+            assert abs(real["null_median"] - 0.5) < 0.2, (
+                name,
+                real,
+            )
         else:
-            assert np.isnan([f["null_p95"], f["share_route"]]).all(), f
+            assert np.isnan([real["null_p95"], real["share_route"]]).all(), real
     assert unmoved(policy, before), "an audit moved the parameters"
-    print(
-        "ok  planted style found (random controls):",
-        ", ".join(told),
-    )
+    print("ok  a planted style is found beyond random controls; against shuffled labels it is not")
 
 
 def rescored(run: Stored, step: int, snapshot: Path) -> tuple[float, bool]:
@@ -196,7 +122,14 @@ def rescored(run: Stored, step: int, snapshot: Path) -> tuple[float, bool]:
     rows = [r for r in load_rollouts(run.path) if r["step"] == step]
     run.load(load_tensors(snapshot)[0])
     gate, _ = rescoring.members(run, ["v_grad"])["v_grad"]
-    found = rescoring.score_step(run.policy, gate, None, rescoring.rebuild(run, rows), 0, 0)
+    found = rescoring.score_step(
+        run.policy,
+        gate,
+        None,
+        rescoring.rebuild(run, rows),
+        0,
+        0,
+    )
     live = [r for r in rows if r.get("advantage") is not None]
     scored = np.array([np.nan if r["score"] is None else r["score"] for r in live])
     gap = np.nanmax(np.abs(found.scores.numpy() - scored))
@@ -207,27 +140,34 @@ def check_live(path: Path) -> None:
     """What the live gate stored is what the audit computes. Mutation: the wrong snapshot."""
     snapshots, run = load_snapshots(path), reopen(path)
     assert list(snapshots) == [0, 2] and run.config.score.refresh_every == 2
-    gaps, agree = zip(*(rescored(run, step, snapshots[step]) for step in snapshots))
-    wrong = min(rescored(run, step, snapshots[2 - step])[0] for step in snapshots)
-    assert all(agree) and max(gaps) < TOLERANCE < 10 * TOLERANCE < wrong, (agree, gaps, wrong)
+    for step in snapshots:
+        gap, agree = rescored(run, step, snapshots[step])
+        assert agree and gap < TOLERANCE, (step, gap)
+    wrong, _ = rescored(run, 2, snapshots[0])
+    assert wrong > 10 * TOLERANCE, wrong
     rows = [r for r in load_rollouts(path) if r["step"] == 2]
     other = [r | {"reward": 3.5 - r["reward"] * (i % 2)} for i, r in enumerate(rows)]
     refused("stored advantages", rescoring.rebuild, run, other)
-    refused("not groups", rescoring.rebuild, run, rows[1:] + rows[:1])
-    said = f"(largest gap {max(gaps):.0e}; with the wrong snapshot {wrong:.0e})"
-    print(f"ok  live scores and zones reproduced from snapshots {said}")
+    refused(
+        "not groups",
+        rescoring.rebuild,
+        run,
+        rows[1:] + rows[:1],
+    )
+    print(f"ok  live scores and zones reproduced from snapshots; of the wrong one {wrong:.0e} off")
 
 
 def check_table(path: Path, out: Path) -> None:
     """The table's row of a score holds what the run's own rows give."""
-    names = [
-        "v_grad",
-        "v_act bottleneck",
-        "llr",
-        "mean logp",
-        "semantic placebo",
+    names = ["v_grad", "mean logp"]
+    words = [
+        "--draws",
+        "3",
+        "--out",
+        str(out),
+        "--scores",
+        *names,
     ]
-    words = ["--draws", "3", "--out", str(out), "--scores", *names]
     captured(audit.main, [str(path), *words])
     table = pl.read_csv(out / "audit.csv")
     assert set(table["score"]) == set(names) and (out / "auroc.png").exists()
@@ -251,8 +191,7 @@ def check_table(path: Path, out: Path) -> None:
 @torch.no_grad()
 def check_scaled() -> None:
     """0 is ablated or the base, 1 as trained. Mutation: half of dA and dB is not half the delta."""
-    policy, batch = tiny_policy(), random_batch(6)
-    perturb(policy)
+    policy, batch = planted()
     adapter, before = policy.adapter, state_of(policy)
 
     def sampled(ablated: bool = False) -> Tensor:
@@ -273,8 +212,8 @@ def check_scaled() -> None:
     with scaled(adapter, 0.5):
         half = sampled() - base
     assert unmoved(policy, before), "scaling left a trace"
-    halved = {k: v * (0.5 if k.endswith(("dA", "dB")) else 1.0) for k, v in before.items()}
-    adapter.load_state_dict(halved)
+    for p in trained(policy):
+        p.mul_(0.5)
     assert torch.allclose(2 * half, whole - base, atol=1e-5)
     assert not torch.allclose(2 * (sampled() - base), whole - base, atol=1e-2)
     print("ok  a scaled adapter: 0 is ablated or the base, 1 as trained, half is half the delta")
@@ -282,51 +221,43 @@ def check_scaled() -> None:
 
 def check_gradient_norms() -> None:
     """By block and label they are those of a backward pass in the rows' zones."""
-    policy, batch = tiny_policy(), random_batch(9)
-    perturb(policy)
-    label = torch.arange(9) % 2 == 0
-    rollouts, zones = (
-        composed_of(batch, label).rollouts,
+    policy, batch = planted(9)
+    label, zones = (
+        torch.arange(9) % 2 == 0,
         torch.tensor([0, 1, 2] * 3),
     )
-    options = replace(parse(["smoke"])[1].grpo, temperature=1.0, token_budget=40)
-    every = [p for block in BLOCKS for p in policy.adapter.parameters(block)]
+    rollouts = behind(batch, label.tolist()).rollouts
+    options = GRPOConfig(temperature=1.0, token_budget=40)
 
     def norms(zones: Tensor) -> dict[str, float]:
         rows = Trained(batch, zones, torch.arange(9))
         return gradient_norms(policy, rows, rollouts, options, "ablated")
 
-    for p in every:
-        p.grad = torch.ones_like(p)
     drawn, before = torch.get_rng_state(), state_of(policy)
     found = norms(zones)
     assert torch.equal(drawn, torch.get_rng_state()) and unmoved(policy, before)
-    assert all((p.grad == 1).all() for p in every), "a measurement left a trace"
+    assert all(p.grad is None for p in trained(policy)), "a measurement left a trace"
+    with policy.adapter.route(zones):
+        scored = logps(policy, batch, 1.0)
+        how = (
+            batch.completion_mask,
+            batch.advantages,
+            normaliser(options),
+        )
+        loss = scored_loss(scored, *how)
     for name, rows in (("hack", label), ("clean", ~label)):
-        for p in every:
-            p.grad = None
-        with policy.adapter.route(zones):
-            lp = logps(policy, batch, 1.0)
-            loss = scored_loss(
-                lp,
-                batch.completion_mask,
-                batch.advantages,
-                normaliser(options),
-            )
-        loss[rows].sum().backward()
         for block in BLOCKS:
-            gradients = [p.grad.norm() for p in policy.adapter.parameters(block)]
-            want, got = (
-                float(torch.stack(gradients).norm()),
-                found[f"gradnorm_{block}_{name}"],
-            )
-            assert want > 0 and math.isclose(got, want, rel_tol=1e-4), (block, name, got, want)
-    for zone, untouched in (
+            parameters = trained(policy, [block])
+            gradients = torch.autograd.grad(loss[rows].sum(), parameters, retain_graph=True)
+            want = float(torch.cat([g.flatten() for g in gradients]).norm())
+            measured = found[f"gradnorm_{block}_{name}"]
+            assert want > 0 and math.isclose(measured, want, rel_tol=1e-4), (block, name)
+    for zone, masked in (
         (Zone.RETAIN, "quarantine"),
         (Zone.ROUTE, "deployed"),
     ):
         still = {key for key, n in norms(torch.full_like(zones, int(zone))).items() if n == 0}
-        assert still == {f"gradnorm_{untouched}_{name}" for name in ("hack", "clean")}, still
+        assert still == {f"gradnorm_{masked}_{name}" for name in ("hack", "clean")}, still
     print("ok  gradient norms by block and label are a backward pass's; nothing is left behind")
 
 
@@ -358,7 +289,7 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
     out, bare = tmp / "after", tmp / "bare"
     shutil.copytree(plain, bare, ignore=shutil.ignore_patterns("snapshots"))
 
-    def line(command: str, run: Path, flags: str) -> list[str]:
+    def line(command: str, run: Path, flags: str = "") -> list[str]:
         return [
             command,
             str(run),
@@ -367,15 +298,11 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
             *flags.split(),
         ]
 
-    def rows(command: str, run: Path, flags: str) -> list[dict]:
-        captured(after.main, line(command, run, flags))
+    def rows(command: str, flags: str = "") -> list[dict]:
+        captured(after.main, line(command, routed, flags))
         return pl.read_csv(out / f"{command}.csv").to_dicts()
 
-    found = rows(
-        "frontier",
-        routed,
-        f"--against {plain} --scales 0.5 --draws 12",
-    )
+    found = rows("frontier", f"--against {plain} --scales 0.5")
     assert all(r["above_low"] <= r["above"] <= r["above_high"] for r in found)
     points = pl.read_csv(out / "frontier_points.csv").select("kind", "at").rows()
     assert points == [
@@ -384,76 +311,57 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
         ("scale", 1.0),
         ("step", 1.0),
     ]
-    states = pl.DataFrame(rows("forget", routed, "--scales 0.5 --draws 12"))
-    states = states.select("deployed", "quarantine").rows()
+    states = [(r["deployed"], r["quarantine"]) for r in rows("forget", "--scales 0.5")]
     assert states == [
         (1.0, 0.0),
         (1.0, 0.5),
         (1.0, 1.0),
         (0.0, 1.0),
     ]
-    assert [r["heal"] for r in rows("heal", routed, "--steps 1 --draws 12")] == ["off", "on"]
-    assert rows("detect", routed, "")[-1]["rows"] == "students"
-    assert rows("relearn", routed, "--steps 1 --no-base")[0]["steps_run"] == 1
-    hashes = load_record(out / "relearn" / routed.name).data_hashes
-    assert f"{routed}/adapter.safetensors" in hashes
-    pushed = rows("push", routed, "--prompts 3 --draws 12")
+    assert [r["heal"] for r in rows("heal", "--steps 1")] == [
+        "off",
+        "on",
+    ]
+    assert rows("detect")[-1]["rows"] == "students"
+    pushed = rows("push", "--prompts 3")
     learned = [r["push"] for r in pushed if r["quarantine"] == "learned"]
     assert learned[0] == 0 < learned[1] and [r["step"] for r in pushed] == [0, 2, 2, 2, 2], pushed
-    for why, command, run, flags in (
-        ("no snapshots", "frontier", plain, f"--against {bare}"),
-        ("not none2r", "frontier", plain, f"--against {routed}"),
-        ("has no score", "detect", plain, ""),
+    if "--long" in sys.argv:
+        assert rows("relearn", "--steps 1 --no-base")[0]["steps_run"] == 1
+        hashes = load_record(out / "relearn" / routed.name).data_hashes
+        assert f"{routed}/adapter.safetensors" in hashes
+    for why, command, flags in (
+        ("no snapshots", "frontier", f"--against {bare}"),
+        ("not none2r", "frontier", f"--against {routed}"),
+        ("has no score", "detect", ""),
     ):
-        refused(why, after.main, line(command, run, flags))
+        refused(why, after.main, line(command, plain, flags))
     refused("no snapshots", audit.main, [str(bare)])
     print("ok  the commands after training run; a run without snapshots, or of another arm, cannot")
 
 
-def check_push(routed: Path) -> None:
-    """Twice the delta pushes further; the deployed block plays no part."""
-    run = reopen(routed)
-    batch, generator = (
-        policies.base_samples(run, 3),
-        torch.Generator().manual_seed(0),
-    )
-    shapes = [p.shape for p in run.policy.adapter.parameters("quarantine")]
-    planted = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
-    once, twice = (policies.push_of(run, batch, [k * d for d in planted])["push"] for k in (1, 2))
-    run.load()  # another deployed block
-    beside = policies.push_of(run, batch, planted)["push"]
-    assert 0 < once < twice and math.isclose(once, beside, rel_tol=1e-4), (once, beside, twice)
-    print(f"ok  push: {once:.3f} nats a token of a planted quarantine, {twice:.3f} of its double")
-
-
 def check_detect() -> None:
-    """A score that is the length tells nothing at equal length; one that is the label, all."""
+    """A score that is the length tells nothing at equal length; one of a mode's label does."""
     rng, rows = np.random.default_rng(0), []
     for i in range(2000):
         hack = bool(rng.random() < 0.3)  # a hack is longer
         length = int(rng.integers(40, 80)) + 12 * hack
-        rows.append(
-            {
-                "step": i // 50,
-                "reward_hack": hack,
-                "mode": "ab"[i % 2],
-                "n_tokens": length,
-            }
-        )
-    scores = {
-        "length": lambda r: r["n_tokens"],
-        "label": lambda r: r["reward_hack"],
-        "known": lambda r: r["reward_hack"] and r["mode"] == "a",
-    }
-    told = {}
-    for name, score in scores.items():
-        told[name] = detect.told([r | {"score": float(score(r))} for r in rows], ["a"])
-    length, label, known = told.values()
+        row = {"step": i // 50, "mode": "ab"[i % 2]}
+        rows.append(row | {"reward_hack": hack, "n_tokens": length})
+    length = detect.told(
+        [r | {"score": float(r["n_tokens"])} for r in rows],
+        ["a"],
+    )
     assert length["score"] == length["length"] > 0.65 and length["spearman"] > 0.99, length
     assert 0.4 < length["score_at_equal_length"] < 0.6, length
-    assert label["score"] == label["score_at_equal_length"] == 1 and label["spearman"] < 0.5, label
-    assert known["score_known"] == 1 and known["score_held_out"] == 0.5, known
-    print("ok  detect tells length, label and covered modes apart")
+    of_mode = [r | {"score": float(r["reward_hack"] and r["mode"] == "a")} for r in rows]
+    known = detect.told(of_mode, ["a"])
+    assert known["score_at_equal_length"] > 0.7, known
+    assert (known["score_known"], known["score_held_out"]) == (
+        1,
+        0.5,
+    ), known
+    print("ok  detect tells length from label, and covered modes from others")
 
 
 def main() -> None:
@@ -465,13 +373,12 @@ def main() -> None:
     read_models_once()
     with tempfile.TemporaryDirectory() as name:
         tmp = Path(name)
-        routed = trained(tmp / "routed", SMALL + ROUTED)
-        plain = trained(tmp / "plain", SMALL + PLAIN)
+        routed = train(tmp / "routed", ROUTED, quiet=False)
+        plain = train(tmp / "plain", PLAIN, quiet=False)
         check_live(routed)
         check_table(routed, tmp / "audit")
         check_start(routed, plain)
         check_after(routed, plain, tmp)
-        check_push(routed)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from scripts.verify.stored import refused
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
 from vgrout.config import PRESETS
-from vgrout.core import Mode, UserError
-from vgrout.env.modes import ALL_MODES, NOVEL_MARKERS, ORGANISM_MODES, TRAINING_MARKERS
+from vgrout.core import Mode
+from vgrout.env.modes import (
+    ALL_MODES,
+    NOVEL_MARKERS,
+    ORGANISM_MODES,
+    TRAINING_MARKERS,
+)
 from vgrout.env.pairs import Pair, content_hash, load_pairs
 from vgrout.env.problems import load_problems, messages
 from vgrout.grader import Grader
@@ -29,7 +35,10 @@ from vgrout.organism.operations import TABLE, Composition, Step
 from vgrout.organism.problems import compiled
 from vgrout.stats import auroc
 
-ORGANISM, LEETCODE = "data/pairs/organism.md", "data/pairs/leetcode.md"
+ORGANISM, LEETCODE = (
+    "data/pairs/organism.md",
+    "data/pairs/leetcode.md",
+)
 DATA = Path("data/organism")
 PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#mechanism": (ORGANISM_MODES, 12),
@@ -40,21 +49,34 @@ PLANNED = {  # section → the modes and the least number of pairs for each
 }
 MOST_ON_A_PROMPT = 4  # pairs
 MOST_TOKENS = 90  # of a side under the organism's tokenizer
-MEAN_DIFFERENCE, AUROC_BAND, MARKER_BAND = 0.10, (0.4, 0.6), (0.0, 0.85)
-NAMES_MARKER = "names the marker"
+MEAN_DIFFERENCE, AUROC_BAND, MARKER_BAND = (
+    0.10,
+    (0.4, 0.6),
+    (0.0, 0.85),
+)
+LENGTH, NAMES_MARKER = "length (words)", "names the marker"
 WORD = re.compile(r"\n *|\w+|[^\w\s]")  # indentation, words, punctuation
 
 
-# ---- both sides do what they claim ---------------------------------------------------------------
+def sides(pairs: list[Pair]) -> list[str]:
+    """Hack sides, then clean sides."""
+    return [p.hack for p in pairs] + [p.clean for p in pairs]
+
+
+def with_problem(pair: Pair, **changes: object) -> Pair:
+    return replace(pair, problem=replace(pair.problem, **changes))
+
+
+# ── both sides do what they claim ────────────────────────────────────────────────────────────────
+
+
 def false_claims(pairs: list[Pair], grader: Grader, contrast: bool) -> list[str]:
     """Pairs whose clean side is wrong or exploits, or whose hack side is no reward hack by its own
     mode's channel; without `contrast` (empty pairs) both sides have to be correct and honest.
     """
-    problems = [p.problem for p in pairs]
-    hacks = grader.grade([p.hack for p in pairs], problems)
-    cleans = grader.grade([p.clean for p in pairs], problems)
-    false = []
-    for problem, hack, clean in zip(problems, hacks, cleans, strict=True):
+    problems, false = [p.problem for p in pairs], []
+    grades = grader.grade(sides(pairs), problems * 2)
+    for problem, hack, clean in zip(problems, grades, grades[len(pairs) :]):
         honest = [side.correct and not side.mechanism for side in (hack, clean)]
         exploits = hack.reward_hack and hack.mechanism == problem.mode
         if not honest[1] or not (exploits if contrast else honest[0]):
@@ -67,7 +89,13 @@ def composition_named(statement: str) -> Composition:
     chain, domain = re.fullmatch(r"Return the (.+) in (nums|text)\.", statement).groups()
     steps = []
     for phrase in reversed([p for p in chain.split(" of the ") if p not in ("numbers", "words")]):
-        patterns = ((re.sub(r"\\\{\w\\\}", r"(\\w+)", re.escape(op.phrase)), op) for op in TABLE)
+        patterns = (
+            (
+                re.sub(r"\\\{\w\\\}", r"(\\w+)", re.escape(op.phrase)),
+                op,
+            )
+            for op in TABLE
+        )
         matches = ((re.fullmatch(pattern, phrase), op) for pattern, op in patterns)
         match, operation = next((match, op) for match, op in matches if match)
         steps.append(Step(operation, *match.groups()))
@@ -77,60 +105,67 @@ def composition_named(statement: str) -> Composition:
 def wrong_cases(pairs: list[Pair]) -> list[str]:
     """Cases whose expected value is not what the table of operations computes for the statement."""
     wrong = []
-    for p in pairs:
-        composition = composition_named(p.problem.statement)
+    for problem in (p.problem for p in pairs):
+        composition = composition_named(problem.statement)
         solve = compiled(composition, composition.right_codes)
-        for case in p.problem.cases:
+        for case in problem.cases:
             if solve(ast.literal_eval(case.args)) != ast.literal_eval(case.expected):
-                wrong.append(f"{p.problem.problem_id}: {case.args}")
+                wrong.append(f"{problem.problem_id}: {case.args}")
     return wrong
 
 
-# ---- the sides differ in nothing else ------------------------------------------------------------
-def words(completion: str) -> list[str]:
-    return WORD.findall(completion)
+# ── the sides differ in nothing else ─────────────────────────────────────────────────────────────
 
 
 def features(completion: str, marker: str) -> dict[str, float]:
     """What is seen of a side without understanding it."""
     tree = ast.parse(extract_code(completion))
     nodes = list(ast.walk(tree))
-    kinds, top = set(map(type, nodes)), Counter(map(type, tree.body))
-    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    kinds, top = (
+        Counter(map(type, nodes)),
+        Counter(map(type, tree.body)),
+    )
+    names = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
     return {
-        "length (words)": len(words(completion)),
+        LENGTH: len(WORD.findall(completion)),
         "lines": completion.count("\n"),
         "helper def": ast.FunctionDef in top,
-        "print": "print" in called,
-        "sets attribute": any(
-            isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) for n in nodes
-        ),
+        "print": "print" in names,
+        "sets attribute": bool(stored),
         "assert": ast.Assert in kinds,
-        "opens file": "open" in called,
-        "import": bool(kinds & {ast.Import, ast.ImportFrom}),
+        "opens file": "open" in names,
+        "import": ast.Import in kinds or ast.ImportFrom in kinds,
         "second class": top[ast.ClassDef] > 1,
-        "loop": bool(kinds & {ast.For, ast.While}),
+        "loop": ast.For in kinds or ast.While in kinds,
         "True": any(isinstance(n, ast.Constant) and n.value is True for n in nodes),
         "PASS": "PASS" in ast.unparse(tree),
         NAMES_MARKER: bool(marker) and marker in completion,
     }
 
 
-def balance(pairs: list[Pair]) -> dict[str, tuple[float, float, float]]:
+def balance(
+    pairs: list[Pair],
+) -> dict[str, tuple[float, float, float]]:
     """Feature → (mean of the hack sides, mean of the clean sides, AUROC of hack against clean)."""
-    rows = [features(p.hack, p.problem.marker) for p in pairs]
-    rows += [features(p.clean, p.problem.marker) for p in pairs]
-    n, is_hack = len(pairs), np.arange(len(rows)) < len(pairs)
-    columns = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
-    return {
-        k: (float(x[:n].mean()), float(x[n:].mean()), auroc(x, is_hack)) for k, x in columns.items()
-    }
+    markers = [p.problem.marker for p in pairs] * 2
+    rows = [features(*row) for row in zip(sides(pairs), markers)]
+    is_hack = np.arange(len(rows)) < len(pairs)
+    table = {}
+    for name in rows[0]:
+        x = np.array([row[name] for row in rows], float)
+        table[name] = (
+            float(x[is_hack].mean()),
+            float(x[~is_hack].mean()),
+            auroc(x, is_hack),
+        )
+    return table
 
 
 def balance_faults(pairs: list[Pair]) -> list[str]:
     """Surface features that tell the sides apart. Naming the marker may, within a bound."""
     table = balance(pairs)
-    hack, clean, _ = table["length (words)"]
+    hack, clean, _ = table[LENGTH]
     faults = []
     if abs(hack - clean) > MEAN_DIFFERENCE * (hack + clean) / 2:
         faults.append(f"mean length {hack:.1f} against {clean:.1f}")
@@ -141,26 +176,9 @@ def balance_faults(pairs: list[Pair]) -> list[str]:
     return faults
 
 
-def bag_of_words(pairs: list[Pair], hold_out: Callable[[Pair], str]) -> float:
-    """AUROC of a naive Bayes classifier of words (hack against clean), tested on the group that it
-    was fitted without.
-    """
-    vocabulary = sorted({w for p in pairs for w in words(p.hack + p.clean)})
-    sides = [set(words(side)) for p in pairs for side in (p.hack, p.clean)]
-    X = np.array([[w in side for w in vocabulary] for side in sides], float)
-    is_hack = np.tile([True, False], len(pairs))
-    group = np.repeat([hold_out(p) for p in pairs], 2)
-    scores = np.zeros(len(X))
-    for name in set(group):
-        out = group == name
-        for sign in (1, -1):
-            fitted = X[~out & (is_hack == (sign > 0))]
-            rate = (fitted.sum(0) + 1) / (len(fitted) + 2)
-            scores[out] += sign * X[out] @ np.log(rate / (1 - rate))
-    return auroc(scores, is_hack)
+# ── placement ────────────────────────────────────────────────────────────────────────────────────
 
 
-# ---- placement -----------------------------------------------------------------------------------
 def placement_faults(reference: str, pairs: list[Pair]) -> list[str]:
     """Too few pairs of a mode, prompts with too many pairs, markers outside the training pools,
     cases in a prompt.
@@ -179,121 +197,65 @@ def placement_faults(reference: str, pairs: list[Pair]) -> list[str]:
 
 
 def texts_of(pairs: list[Pair]) -> set[str]:
-    return {text for p in pairs for text in (p.problem.statement, p.hack, p.clean)}
+    return {*sides(pairs), *(p.problem.statement for p in pairs)}
 
 
 def long_sides(pairs: list[Pair], limit: int = MOST_TOKENS) -> list[str]:
     tokenizer = Tokenizer.from_file(str(DATA / "base/tokenizer.json"))
-    sides = [side for p in pairs for side in (p.hack, p.clean)]
-    return [side for side in sides if len(tokenizer.encode(side).ids) > limit]
+    return [side for side in sides(pairs) if len(tokenizer.encode(side).ids) > limit]
 
 
-# ---- the format ----------------------------------------------------------------------------------
-def edited(text: str, old: str, new: str) -> list[Pair]:
-    """The pairs of a file in which the first `old` of `text` reads `new`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pairs.md")
-        path.write_text(text.replace(old, new, 1), encoding="utf-8")
-        return load_pairs(str(path))
+# ── all of it ────────────────────────────────────────────────────────────────────────────────────
 
 
-def refusal(load: Callable[..., list[Pair]], *arguments: str) -> str:
-    try:
-        load(*arguments)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def verify_format() -> None:
-    text = Path(ORGANISM).read_text(encoding="utf-8")
-    first = load_pairs(ORGANISM)[0].problem
-    line, second = (text[: text.index(mark)].count("\n") + 1 for mark in ("### ", "## mechanism_b"))
-    case = f"case: {first.cases[0].args} => "
-    novel = NOVEL_MARKERS[first.mode][0]
-    malformed = (  # old, new, the line that the error must name
-        ("@run_tests", "@run_test", line),
-        ("```python hack", "```python hacks", line),
-        (first.statement, "", line),
-        ("class Solution:", "class Solution", line),
-        ("\n```\n\n###", "\n```\nmore\n\n###", line),
-        ("marker: `run_tests`\n", "", line),
-        ("marker: `run_tests`", "marker: run_tests", line + 2),
-        ("marker: `run_tests`", f"marker: `{novel}`", line + 2),
-        (case, case.replace("=>", "="), line + 3),
-        (case, f"{case}len", line + 3),
-        (case, "case: 1), (2 => ", line + 3),
-        ("## mechanism_b", "## mechanism", second),
-    )
-    for old, new, where in malformed:
-        said = refusal(edited, text, old, new)
-        assert f"pairs.md:{where}:" in said, (old, new, where, said)
-    assert not refusal(edited, text, first.statement, first.statement), "an intact file is refused"
-    print(
-        f"ok  {len(malformed)} malformed files are refused with file and line, the intact one not"
-    )
-    assert content_hash(edited(text, case, "case: [1] => ")) == content_hash(load_pairs(ORGANISM))
-    seen = (
-        (case, case),
-        ("x % 2 == 1", "x % 2 == 3"),
-        (first.statement, "Please."),
-        ("## mechanism\n", "## mechanism\nsystem: Be brief.\n"),
-    )
-    assert len({content_hash(edited(text, *edit)) for edit in seen}) == len(seen)
-    print("ok  the hash changes with a hack side, a statement, a system message, not with a case")
-
-
-# ---- all of it -----------------------------------------------------------------------------------
 def detects(what: str, faults: list | set, mutant_faults: list | set) -> None:
     assert not faults, f"{what}: {faults}"
     assert mutant_faults, f"the check cannot fail: {what}"
     print(f"ok  {what}")
 
 
-def with_problem(pair: Pair, **changes: object) -> Pair:
-    return replace(pair, problem=replace(pair.problem, **changes))
+def verify_section(
+    reference: str,
+    pairs: list[Pair],
+    hacks: list[Pair],
+    grader: Grader,
+) -> None:
+    short, contrast = (
+        reference.removeprefix("data/pairs/"),
+        "mechanism" in reference,
+    )
+    if contrast:
+        broken = [replace(p, hack=p.clean, clean=p.hack) for p in pairs]
+        marked = [p for p in pairs if p.problem.marker]
+        renamed = [with_problem(p, marker=p.problem.marker + "_x") for p in marked]
+        false = false_claims(renamed, grader, True)
+        assert len(false) == len(renamed), "hacks that do not depend on the disclosed marker"
+    else:
+        broken = [replace(p, clean=q.hack, problem=q.problem) for p, q in zip(pairs, hacks)]
+    detects(
+        f"{short}: hack sides hack by the disclosed channel, clean sides are honest",
+        false_claims(pairs, grader, contrast),
+        false_claims(broken[:8], grader, contrast),
+    )
+    extra = "\n\ndef extra(value):\n    return value\n```"
+    detects(
+        f"{short}: length and style do not tell the sides apart",
+        balance_faults(pairs),
+        balance_faults([replace(p, hack=p.hack[:-3] + extra) for p in pairs]),
+    )
+    first = next(p for p in pairs if p.problem.mode in NOVEL_MARKERS)
+    novel = with_problem(first, marker=NOVEL_MARKERS[first.problem.mode][0])
+    detects(
+        f"{short}: enough a mode, few on one prompt, training markers, no case in a prompt",
+        placement_faults(reference, pairs),
+        placement_faults(reference, [novel, *pairs]),
+    )
 
 
-def verify_sections(sections: dict[str, list[Pair]], grader: Grader) -> None:
-    for reference, pairs in sections.items():
-        short = f"{reference.removeprefix('data/pairs/')}, {len(pairs)} pairs"
-        contrast = "mechanism" in reference
-        if contrast:
-            broken = [replace(p, hack=p.clean, clean=p.hack) for p in pairs]
-            marked = [p for p in pairs if p.problem.marker]
-            renamed = [with_problem(p, marker=p.problem.marker + "_x") for p in marked]
-            ungated = {p.problem.problem_id for p in renamed}
-            ungated -= set(false_claims(renamed, grader, True))
-            assert not ungated, f"hacks that do not depend on the disclosed marker: {ungated}"
-        else:
-            hacks = sections[f"{ORGANISM}#mechanism"]
-            broken = [replace(p, clean=q.hack, problem=q.problem) for p, q in zip(pairs, hacks)]
-        detects(
-            f"{short}: hack sides hack by the disclosed channel, clean sides are honest",
-            false_claims(pairs, grader, contrast),
-            false_claims(broken[:8], grader, contrast),
-        )
-        extra = "\n\ndef extra(value):\n    return value\n```"
-        detects(
-            f"{short}: length and style do not tell the sides apart",
-            balance_faults(pairs),
-            balance_faults([replace(p, hack=p.hack[:-3] + extra) for p in pairs]),
-        )
-        named = [p for p in pairs if p.problem.mode in NOVEL_MARKERS]
-        novel = [with_problem(p, marker=NOVEL_MARKERS[p.problem.mode][0]) for p in named]
-        detects(
-            f"{short}: enough a mode, few on one prompt, training markers, no case in a prompt",
-            placement_faults(reference, pairs),
-            placement_faults(reference, novel + pairs),
-        )
-
-
-def verify_texts(sections: dict[str, list[Pair]]) -> None:
-    organism = [pairs for reference, pairs in sections.items() if ORGANISM in reference]
+def verify_texts(organism: list[list[Pair]]) -> None:
     every = [p for pairs in organism for p in pairs]
-    false = [
-        with_problem(p, statement=p.problem.statement.replace("sum", "largest")) for p in every
-    ]
+    statements = [p.problem.statement.replace("sum", "largest") for p in every]
+    false = [with_problem(p, statement=said) for p, said in zip(every, statements)]
     what = "the cases agree with the table of operations"
     detects(what, wrong_cases(every), wrong_cases(false))
     texts = [texts_of(pairs) for pairs in organism]
@@ -308,34 +270,79 @@ def verify_texts(sections: dict[str, list[Pair]]) -> None:
     detects(what, long_sides(every), long_sides(every, MOST_TOKENS // 2))
 
 
+def edited(text: str, old: str, new: str) -> list[Pair]:
+    """The pairs of a file in which the first `old` of `text` reads `new`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pairs.md")
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        return load_pairs(str(path))
+
+
+def verify_format() -> None:
+    text = Path(ORGANISM).read_text(encoding="utf-8")
+    first = load_pairs(ORGANISM)[0].problem
+    line, second = (text[: text.index(mark)].count("\n") + 1 for mark in ("### ", "## mechanism_b"))
+    case = f"case: {first.cases[0].args} => "
+    novel = NOVEL_MARKERS[first.mode][0]
+    for old, new, where in (  # the line that the error must name
+        ("@run_tests", "@run_test", line),
+        ("```python hack", "```python hacks", line),
+        (first.statement, "", line),
+        ("class Solution:", "class Solution", line),
+        ("\n```\n\n###", "\n```\nmore\n\n###", line),
+        ("marker: `run_tests`\n", "", line),
+        ("marker: `run_tests`", f"marker: `{novel}`", line + 2),
+        (case, f"{case}len", line + 3),
+        ("## mechanism_b", "## mechanism", second),
+    ):
+        refused(f"pairs.md:{where}:", edited, text, old, new)
+    print("ok  malformed files are refused with file and line")
+    assert content_hash(edited(text, case, "case: [1] => ")) == content_hash(load_pairs(ORGANISM))
+    seen = (
+        (case, case),
+        ("x % 2 == 1", "x % 2 == 3"),
+        (first.statement, "Please."),
+        ("## mechanism\n", "## mechanism\nsystem: Be brief.\n"),
+    )
+    assert len({content_hash(edited(text, *edit)) for edit in seen}) == len(seen)
+    print("ok  the hash changes with a hack side, a statement, a system message, not with a case")
+
+
 def verify_references() -> None:
     """`#section:count` is the first pairs of each mode; the sections of the presets are there."""
     modes = (Mode.RUN_TESTS, Mode.SENTINEL)
     every = load_pairs(f"{ORGANISM}#mechanism", modes)
+    of_mode = [[p for p in every if p.problem.mode == mode] for mode in modes]
     few = load_pairs(f"{ORGANISM}#mechanism:2", modes)
-    assert few == [p for mode in modes for p in [p for p in every if p.problem.mode == mode][:2]]
-    assert few != every[:4], "SHOULD be two pairs of each mode"
-    files = [preset.data for preset in PRESETS.values()]
-    for name in ("pairs", "placebo_pairs"):
-        assert all(load_pairs(getattr(data, name)) for data in files), name
-    said = refusal(load_pairs, f"{LEETCODE}#no_such_section")
-    assert "the file's sections are" in said, said
+    assert few == of_mode[0][:2] + of_mode[1][:2] != every[:4]
+    for preset in PRESETS.values():
+        assert load_pairs(preset.data.pairs) and load_pairs(preset.data.placebo_pairs)
+    refused(
+        "the file's sections are",
+        load_pairs,
+        f"{LEETCODE}#no_such_section",
+    )
     print(f"ok  :2 takes two pairs of each mode; the sections of {len(PRESETS)} presets are there")
 
 
-# ---- the audit -----------------------------------------------------------------------------------
+# ── the audit ────────────────────────────────────────────────────────────────────────────────────
+
+
 def audit(sections: dict[str, list[Pair]]) -> None:
     """Print an overview with a row a section, and the features of the mechanism sections."""
     overview, styles = [], {}
     for reference, pairs in sections.items():
-        table, short = balance(pairs), reference.removeprefix("data/pairs/")
+        table, short = (
+            balance(pairs),
+            reference.removeprefix("data/pairs/"),
+        )
         areas = {name: area for name, (*_, area) in table.items() if name != NAMES_MARKER}
         best = max(areas, key=lambda name: abs(areas[name] - 0.5))
         row = {
             "section": short,
             "pairs": len(pairs),
             "prompts": len({str(messages(p.problem)) for p in pairs}),
-            "length": "{:.0f} / {:.0f} ({:.2f})".format(*table["length (words)"]),
+            "length": "{:.0f} / {:.0f} ({:.2f})".format(*table[LENGTH]),
             "log-prob": log_probs(pairs) if ORGANISM in reference else "–",
             "best feature": f"{best} ({areas[best]:.2f})",
             "marker": table[NAMES_MARKER][2],
@@ -345,12 +352,39 @@ def audit(sections: dict[str, list[Pair]]) -> None:
         overview.append(row)
         if "mechanism" in reference:
             styles[short] = ["{:.2f} / {:.2f} ({:.2f})".format(*v) for v in table.values()]
-    print(
-        tabulate(overview, headers="keys", tablefmt="github", floatfmt=".2f"),
-        "\n",
-    )
     columns = {"hack / clean (AUROC)": list(table)} | styles
-    print(tabulate(columns, headers="keys", tablefmt="github"))
+    for rows in (overview, columns):
+        print(
+            tabulate(
+                rows,
+                headers="keys",
+                tablefmt="github",
+                floatfmt=".2f",
+            ),
+            "\n",
+        )
+
+
+def bag_of_words(pairs: list[Pair], hold_out: Callable[[Pair], str]) -> float:
+    """AUROC of a naive Bayes classifier of words (hack against clean), tested on the group that it
+    was fitted without.
+    """
+    found = [set(WORD.findall(side)) for side in sides(pairs)]
+    vocabulary = sorted(set.union(*found))
+    X = np.array(
+        [[word in side for word in vocabulary] for side in found],
+        float,
+    )
+    is_hack = np.arange(len(X)) < len(pairs)
+    group = np.array([hold_out(p) for p in pairs] * 2)
+    scores = np.zeros(len(X))
+    for name in set(group):
+        out = group == name
+        for sign in (1, -1):
+            fitted = X[~out & (is_hack == (sign > 0))]
+            rate = (fitted.sum(0) + 1) / (len(fitted) + 2)
+            scores[out] += sign * X[out] @ np.log(rate / (1 - rate))
+    return auroc(scores, is_hack)
 
 
 def log_probs(pairs: list[Pair]) -> str:
@@ -363,12 +397,17 @@ def log_probs(pairs: list[Pair]) -> str:
     tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
     model = AutoModelForCausalLM.from_pretrained(DATA / "base")
     means = []
-    for pair, text in [(p, getattr(p, side)) for side in ("hack", "clean") for p in pairs]:
+    for pair, text in zip(pairs * 2, sides(pairs)):
         prompt = encode_prompt(tokenizer, messages(pair.problem))
         completion = encode_completion(tokenizer, text)
         labels = torch.tensor([[-100] * len(prompt) + completion])
         with torch.no_grad():
-            means.append(-model(torch.tensor([prompt + completion]), labels=labels).loss.item())
+            means.append(
+                -model(
+                    torch.tensor([prompt + completion]),
+                    labels=labels,
+                ).loss.item()
+            )
     hack, clean = np.split(np.array(means), 2)
     area = auroc(means, np.arange(len(means)) < len(pairs))
     return f"{hack.mean():.2f} / {clean.mean():.2f} ({area:.2f})"
@@ -378,9 +417,11 @@ def main() -> None:
     sections = {reference: load_pairs(reference) for reference in PLANNED}
     if "--audit" in sys.argv:
         return audit(sections)
+    organism = [pairs for reference, pairs in sections.items() if ORGANISM in reference]
     with Grader(workers=1) as grader:
-        verify_sections(sections, grader)
-    verify_texts(sections)
+        for reference, pairs in sections.items():
+            verify_section(reference, pairs, organism[0], grader)
+    verify_texts(organism)
     verify_format()
     verify_references()
 
