@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vgrout.core import Case, Grade, Mode, Problem, UserError, Verdict
-from vgrout.grader.child import CHECKS_ENDED
+from vgrout.grader.child import CHECKS_ENDED, IMPORTS
 from vgrout.grader.extract import extract_code as extract_code
 from vgrout.grader.plain_values import canonical, fits
 from vgrout.grader.sandbox import Job, Result, Sandbox
@@ -45,7 +45,8 @@ class Tests:
     """
 
     cases: tuple[Case, ...]
-    setup: bytes  # marshalled code object
+    imports: bool  # does the setup code begin with `IMPORTS`, which are not executed again?
+    setup: bytes  # marshalled code object: the rest of it
     calls: bytes  # marshalled code objects
     expected: tuple[str, ...]  # canonical texts
     compares: tuple[str, ...]
@@ -61,14 +62,22 @@ class Tests:
                 for c in problem.cases
             )
             expected = tuple(map(expected_text, problem.cases))
-            setup = compile(problem.setup_code, "<setup>", "exec", dont_inherit=True)
+            rest = problem.setup_code.removeprefix(IMPORTS)
+            setup = compile(rest, "<setup>", "exec", dont_inherit=True)
         except (Exception, MemoryError) as error:
             raise UserError(
                 f"problem {problem.problem_id}: its setup code or a ground-truth test cannot be "
                 f"used ({error}); correct it"
             ) from error
         compares = tuple(case.compare for case in problem.cases)
-        return cls(problem.cases, marshal.dumps(setup), marshal.dumps(calls), expected, compares)
+        return cls(
+            problem.cases,
+            rest != problem.setup_code,
+            marshal.dumps(setup),
+            marshal.dumps(calls),
+            expected,
+            compares,
+        )
 
 
 def expected_text(case: Case) -> str:
@@ -219,6 +228,7 @@ class Grader:
         limits = {"cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb}
         job = Job(
             code,
+            tests.imports,
             tests.setup,
             problem.entry_point,
             tests.calls,
@@ -233,7 +243,7 @@ class Grader:
         own_tests = named or BENCHMARK_TESTS
         own = ()
         if compiles and own_tests in code:
-            job = Job(code, tests.setup, own_tests=own_tests, **limits)
+            job = Job(code, tests.imports, tests.setup, own_tests=own_tests, **limits)
             own = self.sandbox.run_one(job).records
         verdict, marks = judge(result, tests.expected)
         correct = verdict is Verdict.CORRECT

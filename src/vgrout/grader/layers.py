@@ -285,19 +285,18 @@ def keep_capabilities(*kept: int) -> None:
 
 
 def drop_privileges(uid: int, keep_files: bool = False) -> None:
-    """Become `uid` for good (0: stay who one is), without any capability, and never gain one.
+    """Become `uid` for good (0: stay who one is), without any capability.
 
     `keep_files`: only as the real user, whose processes and threads are counted; files are accessed
-    as before.
+    as before. Root that becomes another user loses its capabilities by that, capabilities(7).
     """
-    if uid and keep_files:
-        os.setresuid(uid, -1, -1)
-    elif uid:
+    if uid and not keep_files:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    keep_capabilities()
-    prctl(NO_NEW_PRIVS, 1)
+    else:
+        os.setresuid(uid or -1, -1, -1)
+        keep_capabilities()
     prctl(PDEATHSIG, 9)  # SIGKILL: the kernel clears it when the uid changes
 
 

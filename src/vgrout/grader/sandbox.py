@@ -53,7 +53,7 @@ NO_PROBE = set("antigravity this test idlelib turtledemo".split())  # no use, or
 LAYERS = ("uid", "landlock", "namespaces", "seccomp")  # each can be switched off
 
 
-BODY = ("setup", "entry", "calls", "compares", "own_tests")  # of a job
+BODY = ("imports", "setup", "entry", "calls", "compares", "own_tests")  # of a job
 SEEN = ("status", "exceeded", "cpu", "wall", "said", "file")  # facts of a result
 
 
@@ -70,6 +70,7 @@ class Job:
     """
 
     code: str
+    imports: bool = False  # begin with `IMPORTS`
     setup: bytes = NO_SETUP  # marshalled code object: the problem's preamble
     entry: str = ""  # method of Solution
     calls: bytes = (

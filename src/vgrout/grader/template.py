@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from vgrout.grader import layers
-from vgrout.grader.child import REGION, exit_now, make_self_pipe, run_completion
+from vgrout.grader.child import IMPORTS, REGION, exit_now, make_self_pipe, run_completion
 
 NUMPY_BYTES = 160 << 20  # what numpy adds to a template's address space
 FORK, WITH_NUMPY = b"F", b"N"  # orders: a job's process; another template, which has numpy
@@ -73,6 +73,9 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
     selectors.DefaultSelector = (
         selectors.PollSelector
     )  # no other system call of the kind is allowed
+    with_imports = types.ModuleType("solution")
+    exec(IMPORTS, vars(with_imports))
+    gc.freeze()
     while True:
         layers.prctl(layers.PDEATHSIG, signal.SIGKILL)
         order, given, _, _ = socket.recv_fds(control, 1, 4)
@@ -80,7 +83,7 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             exit_now(0)
         pid = layers.fork_beside()
         if not pid and order == FORK:
-            run_job(cage, *given)
+            run_job(cage, with_imports, *given)
         elif not pid:
             control.close()
             control = socket.socket(fileno=given[0])
@@ -94,7 +97,14 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             control.send(pid.to_bytes(4, "little"))
 
 
-def run_job(cage: Cage, job_file: int, region_file: int, output: int, told: int) -> NoReturn:
+def run_job(
+    cage: Cage,
+    with_imports: types.ModuleType,
+    job_file: int,
+    region_file: int,
+    output: int,
+    told: int,
+) -> NoReturn:
     """Confine this process, keep no descriptor but 0, 1 and 2, set the problem up, run the
     completion.
     """
@@ -113,7 +123,7 @@ def run_job(cage: Cage, job_file: int, region_file: int, output: int, told: int)
         if "probe" in job:
             os.write(told, json.dumps(probe(**job["probe"])).encode())
             exit_now(0)
-        module = types.ModuleType("solution")
+        module = with_imports if job["imports"] else types.ModuleType("solution")
         sys.modules["__main__"] = sys.modules["solution"] = module
         why = set_up(job, module)
         os.write(told, why.encode("utf-8", "replace")[:300] or SET_UP)
@@ -126,7 +136,7 @@ def run_job(cage: Cage, job_file: int, region_file: int, output: int, told: int)
 
 def confine(cage: Cage, job: dict[str, Any]) -> None:
     """Every layer that is not the template's already, the narrowing of system calls last."""
-    os.setsid()
+    os.setpgid(0, 0)
     for name, soft, hard in layers.limits(
         int(JOB_CALLS * job["cpu_seconds"]) + 2,
         cage.address_bytes + (job["memory_mb"] << 20),

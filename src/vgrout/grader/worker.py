@@ -10,6 +10,7 @@ expected value. Processes with falling trust:
 """
 
 import contextlib
+import errno
 import gc
 import importlib
 import json
@@ -213,7 +214,14 @@ class Worker:
     def take_uid(self) -> None:
         if os.geteuid() != 0:
             raise OSError("needs root")
-        tried(lambda: layers.drop_privileges(self.config["uid"]))
+
+        def cannot_return() -> None:
+            layers.drop_privileges(self.config["uid"])
+            with contextlib.suppress(PermissionError):
+                os.setuid(0)
+                os._exit(errno.EPERM)
+
+        tried(cannot_return)
         self.uid = self.config["uid"]
 
     def make_ruleset(self) -> None:
