@@ -63,6 +63,7 @@ class Tests:
             )
             expected = tuple(map(expected_text, problem.cases))
             rest = problem.setup_code.removeprefix(IMPORTS)
+            rest = problem.setup_code if "import *" in rest else rest  # may replace some of them
             setup = compile(rest, "<setup>", "exec", dont_inherit=True)
         except (Exception, MemoryError) as error:
             raise UserError(

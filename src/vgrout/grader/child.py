@@ -147,18 +147,22 @@ def true_attributes(instance: Any) -> set[str]:
     return found
 
 
-def one_call(module: dict[str, Any], entry: str, call: types.CodeType) -> tuple[Any, Any]:
-    """A new Solution, and what the call on it returns."""
+def one_call(
+    module: dict[str, Any], entry: str, call: types.CodeType, ours: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A new Solution, and what the call on it returns. Its arguments see the names of `ours`."""
     instance = module["Solution"]()
-    return instance, eval(call, module, {"__call__": getattr(instance, entry)})
+    return instance, eval(call, ours, {"__call__": getattr(instance, entry)})
 
 
-def run_calls(record: Recorder, module: dict[str, Any], job: dict[str, Any]) -> None:
+def run_calls(
+    record: Recorder, ours: dict[str, Any], module: dict[str, Any], job: dict[str, Any]
+) -> None:
     """One new Solution, one call and one record for each ground-truth test."""
     attributes = set()
     for call, compare in zip(job["calls"], job["compares"], strict=True):
         record.begin_call()
-        returned, error = guarded(one_call, module, job["entry"], call)
+        returned, error = guarded(one_call, module, job["entry"], call, ours)
         if error:
             record.add("E", error)
             continue
@@ -215,8 +219,10 @@ def make_self_pipe(loop: Any) -> None:
     loop._add_reader(loop._ssock.fileno(), loop._read_from_self)
 
 
-def run_completion(region: mmap.mmap, job: dict[str, Any], module: dict[str, Any]) -> NoReturn:
-    """Compile, execute, call; never returns."""
+def run_completion(
+    region: mmap.mmap, job: dict[str, Any], ours: dict[str, Any], module: dict[str, Any]
+) -> NoReturn:
+    """Compile, execute in `module`, call with arguments of `ours`; never returns."""
     record = Recorder(region)
     try:
         code = compile(
@@ -235,7 +241,7 @@ def run_completion(region: mmap.mmap, job: dict[str, Any], module: dict[str, Any
         if error:
             record.add("E", error)
         else:
-            run_calls(record, module, job)
+            run_calls(record, ours, module, job)
     guarded(lambda: sys.stdout.flush())
     record.add("Z")
     record.flush()

@@ -10,6 +10,7 @@ never held any.
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import marshal
 import mmap
@@ -50,6 +51,8 @@ class Cage:
     processes: int | None  # None: no limit
     packages: dict[str, str]  # name of each offered package → its __init__.py
 
+Modules = tuple[types.ModuleType, types.ModuleType]  # of the preamble; of the completion
+
 
 def import_package(name: str, origin: str) -> None:
     """Import a package from its file: the directory around it is not on the path."""
@@ -73,8 +76,9 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
     selectors.DefaultSelector = (
         selectors.PollSelector
     )  # no other system call of the kind is allowed
-    with_imports = types.ModuleType("solution")
-    exec(IMPORTS, vars(with_imports))
+    with_imports = modules()
+    for module in with_imports:
+        exec(IMPORTS, vars(module))
     gc.freeze()
     while True:
         layers.prctl(layers.PDEATHSIG, signal.SIGKILL)
@@ -99,7 +103,7 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
 
 def run_job(
     cage: Cage,
-    with_imports: types.ModuleType,
+    with_imports: Modules,
     job_file: int,
     region_file: int,
     output: int,
@@ -123,13 +127,13 @@ def run_job(
         if "probe" in job:
             os.write(told, json.dumps(probe(**job["probe"])).encode())
             exit_now(0)
-        module = with_imports if job["imports"] else types.ModuleType("solution")
+        ours, module = with_imports if job["imports"] else modules()
         sys.modules["__main__"] = sys.modules["solution"] = module
-        why = set_up(job, module)
+        why = set_up(job, vars(ours), vars(module))
         os.write(told, why.encode("utf-8", "replace")[:300] or SET_UP)
         os.closerange(3, 1 << 10)
         if not why:
-            run_completion(region, job, vars(module))
+            run_completion(region, job, vars(ours), vars(module))
     finally:
         exit_now(1)
 
@@ -150,15 +154,23 @@ def confine(cage: Cage, job: dict[str, Any]) -> None:
         layers.install_seccomp(cage.program, os.getpid())
 
 
-def set_up(job: dict[str, Any], module: types.ModuleType) -> str:
-    """Execute the problem's preamble, as little trusted as the completion; "" or why it does not
-    run.
+def modules() -> Modules:
+    return types.ModuleType("solution"), types.ModuleType("solution")
+
+
+def set_up(job: dict[str, Any], ours: dict[str, Any], module: dict[str, Any]) -> str:
+    """Execute the problem's preamble, as little trusted as the completion, in `ours`, and copy to
+    `module` what it sets and only that: a copy of all writes on hundreds of pages. "" or why it
+    does not run.
     """
     try:
         if job["asyncio"]:
             asyncio = importlib.import_module("asyncio.selector_events")
             asyncio.BaseSelectorEventLoop._make_self_pipe = make_self_pipe
-        exec(marshal.loads(job["setup"]), vars(module))
+        setup = marshal.loads(job["setup"])
+        exec(setup, ours)
+        added = itertools.islice(reversed(ours), len(ours) - len(module))
+        module.update({name: ours[name] for name in (*setup.co_names, *added) if name in ours})
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     random.seed(0)  # what a fork does is to seed it afresh
