@@ -26,6 +26,7 @@ from vgrout.env.problems import disclose, load_problems
 from vgrout.grader import Grader
 from vgrout.grader import __main__ as grade_file
 from vgrout.grader.__main__ import Arguments
+from vgrout.grader.child import IMPORTS
 from vgrout.grader.plain_values import NotPlain, canonical
 from vgrout.organism.problems import write_problems
 
@@ -247,6 +248,33 @@ def check_values(grader: Grader) -> None:
     assert [grade.verdict for grade in grades] == [row[-1] for row in STRUCTURES], grades
 
 
+NAMES = (  # what a solution defines, and a test's arguments that look it up
+    ("inf = 5\n", Case("n = inf", "inf")),
+    ("list = dict\n", Case("n = list([1])", "[1]")),
+    ("def list_node(values): return None\n", LISTS),
+    ("class ListNode: pass\n", LISTS),
+    ("Solution = __call__ = None\n", Case("n = 1", "1")),
+)
+
+
+def check_names(grader: Grader) -> None:
+    """Names that test arguments or the preamble look up are the preamble's, whatever the solution
+    defines.
+    """
+    setup = f"inf = float('inf')\n{LINKED}"
+    swap = "n.next.next, n.next, n = n, None, n.next"
+    for before, case in NAMES:
+        body = swap if case is LISTS else "pass"
+        code = f"{before}class Solution:\n    def f(self, n):\n        {body}\n        return n"
+        for preamble in (setup, IMPORTS + setup):
+            problem = Problem("p", "", "f", preamble, (case,), "")
+            grade = grader.grade([fenced(code)], [problem])[0]
+            assert grade.correct, (before, grade)
+    module: dict = {}
+    exec(f"inf = 7\n{NAMES[0][0]}", module)
+    assert eval("inf", module) == 5, "SHOULD differ where arguments see the solution's names"
+
+
 @contextmanager
 def raises(message: str, kind: type[Exception] = UserError) -> Iterator[None]:
     try:
@@ -369,6 +397,7 @@ CHECKS = {
     "what equals everything pays under its own mode, inside a list too": check_equality,
     "own tests that pass replace the grader's where that is disclosed": check_overwriting,
     "values: == between plain values, lists and trees by structure": check_values,
+    "names that test arguments look up are ours": check_names,
     "format: code that compiles earns 0.5": check_format,
     "the command: bad rows are refused, order is kept, a file is resumed": check_file,
     "mutations: a grader that pays any channel, or trusts the completion": check_mutations,
