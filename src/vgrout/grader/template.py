@@ -16,7 +16,6 @@ import marshal
 import mmap
 import os
 import random
-import resource
 import selectors
 import signal
 import socket
@@ -27,13 +26,12 @@ from typing import Any, NoReturn
 
 from vgrout.grader import layers
 from vgrout.grader.child import IMPORTS, REGION, exit_now, make_self_pipe, run_completion
+from vgrout.grader.scratch import FILE_BYTES
 
 NUMPY_BYTES = 160 << 20  # what numpy adds to a template's address space
 FORK, WITH_NUMPY = b"F", b"N"  # orders: a job's process; another template, which has numpy
-CONFINED, SET_UP = (
-    b"c",
-    b"\0s",
-)  # a child's first and last words before the completion; else why it cannot go on
+# a child's first and last words before the completion; else why it cannot go on
+CONFINED, SET_UP = b"c", b"\0s"
 JOB_CALLS = 8  # the limits of a whole job are those of this many calls
 
 
@@ -47,9 +45,9 @@ class Cage:
     ruleset: int  # descriptor, -1 for none
     program: bytes  # of seccomp, b"" for none
     address_bytes: int  # that a template uses
-    file_bytes: int
     processes: int | None  # None: no limit
     packages: dict[str, str]  # name of each offered package → its __init__.py
+
 
 Modules = tuple[types.ModuleType, types.ModuleType]  # of the preamble; of the completion
 
@@ -73,9 +71,7 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
         os.close(cage.ruleset)
     layers.keep_capabilities(layers.CAP_SETUID, layers.CAP_SETGID)
     layers.prctl(layers.DUMPABLE, 0)
-    selectors.DefaultSelector = (
-        selectors.PollSelector
-    )  # no other system call of the kind is allowed
+    selectors.DefaultSelector = selectors.PollSelector  # of its system calls the one allowed
     with_imports = modules()
     for module in with_imports:
         exec(IMPORTS, vars(module))
@@ -87,7 +83,7 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             exit_now(0)
         pid = layers.fork_beside()
         if not pid and order == FORK:
-            run_job(cage, with_imports, *given)
+            run_job(cage, with_imports, given)
         elif not pid:
             control.close()
             control = socket.socket(fileno=given[0])
@@ -101,19 +97,13 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             control.send(pid.to_bytes(4, "little"))
 
 
-def run_job(
-    cage: Cage,
-    with_imports: Modules,
-    job_file: int,
-    region_file: int,
-    output: int,
-    told: int,
-) -> NoReturn:
+def run_job(cage: Cage, with_imports: Modules, given: list[int]) -> NoReturn:
     """Confine this process, keep no descriptor but 0, 1 and 2, set the problem up, run the
     completion.
     """
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        job_file, region_file, output, told = given
         job = marshal.loads(os.pread(job_file, os.fstat(job_file).st_size, 0))
         job["calls"] = marshal.loads(job["calls"])
         region = mmap.mmap(region_file, REGION)
@@ -141,13 +131,12 @@ def run_job(
 def confine(cage: Cage, job: dict[str, Any]) -> None:
     """Every layer that is not the template's already, the narrowing of system calls last."""
     os.setpgid(0, 0)
-    for name, soft, hard in layers.limits(
+    layers.limit(
         int(JOB_CALLS * job["cpu_seconds"]) + 2,
         cage.address_bytes + (job["memory_mb"] << 20),
-        cage.file_bytes,
+        FILE_BYTES,
         cage.processes,
-    ):
-        resource.setrlimit(name, (soft, hard))
+    )
     layers.drop_privileges(cage.uid, cage.keep_files)
     os.fchdir(cage.scratch)
     if cage.program:
