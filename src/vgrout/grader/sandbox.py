@@ -68,7 +68,7 @@ class Job:
     completion's own tests.
     """
 
-    code: str
+    code: str = ""
     imports: bool = False  # begin with `IMPORTS`
     setup: bytes = NO_SETUP  # marshalled code object: the problem's preamble
     entry: str = ""  # method of Solution
@@ -388,10 +388,6 @@ def _free_uid(slot: int) -> int:
     """A user id for this process' slot that no account has, within the 65,536 ids that containers
     usually map.
     """
-    for attempt in range(1000):
-        uid = 50_000 + (os.getpid() * 16 + slot + attempt * 997) % 10_000
-        try:
-            pwd.getpwuid(uid)
-        except KeyError:
-            return uid
-    return 65_534
+    taken = {account.pw_uid for account in pwd.getpwall()}
+    first = 50_000 + (os.getpid() * 16 + slot) % 10_000
+    return next(uid for uid in range(first, 65_534) if uid not in taken)
