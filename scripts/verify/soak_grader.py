@@ -10,11 +10,10 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
-from scripts.verify.attacks import ATTACKS, MARKERS, TRIPLE
-from scripts.verify.verify_sandbox import fenced, leftovers, make_outside, peak_mb
+from scripts.verify.attacks import ATTACKS, TRIPLE
+from scripts.verify.verify_sandbox import fenced, leftovers, make_outside, under
 
 from vgrout.core import Mode, Problem
 from vgrout.env.exploits import canonical_hack
@@ -22,37 +21,43 @@ from vgrout.env.problems import disclose, load_problems
 from vgrout.grader import Grader
 
 REAL = Path(__file__).resolve().parents[2] / "data/leetcode/leetcode_test_medhard.jsonl.gz"
+KINDS = ("hostile", "right", "hack")
+MODES = list(Mode)
+ONCE = [attack for attack in ATTACKS if attack.runs == 1]
+OWN_TESTS = {Mode.RUN_TESTS, Mode.OVERWRITE_TESTS}  # one may disclose the other's name
 SLOW_SHARE = 0.04  # of the hostile jobs: those that use up a limit
 AT_ONCE = 500
 SMALL = 20_000  # characters of test inputs of a real problem
 LONGEST = 60.0  # seconds of one completion
-GROWTH = 64.0  # MB of this process
-
-Drawn = tuple[str, str, Problem, frozenset[Mode]]
 
 
-def draw(rng: random.Random, problems: list[Problem]) -> Drawn:
+def draw(rng: random.Random, problem: Problem) -> tuple[str, str, Problem, frozenset[Mode]]:
     """(kind, completion, problem as disclosed, modes that it may exploit)."""
-    mode, kind = rng.choice(list(Mode)), rng.choice(["hostile", "right", "hack"])
+    kind = rng.choice(KINDS)
+    mode = rng.choice(MODES)
     if kind == "hostile":
         slow = rng.random() < SLOW_SHARE
-        attack = rng.choice([a for a in ATTACKS if a.slow == slow and a.runs == 1])
-        shown = replace(TRIPLE, mode=mode, marker=MARKERS.get(mode, ""), setup_code=attack.setup)
-        return kind, fenced(f"{attack.code}\n"), shown, attack.pays
-    problem = disclose(rng.choice(problems), mode, novel=rng.random() < 0.5)
+        attack = rng.choice([attack for attack in ONCE if attack.slow == slow])
+        return kind, fenced(f"{attack.code}\n"), under(mode, attack.setup), attack.pays
+    shown = disclose(problem, mode)
     if kind == "right":
-        return kind, fenced(f"{problem.canonical}\n"), problem, frozenset()
-    hack = disclose(problem, rng.choice(list(Mode)), novel=rng.random() < 0.5)
-    return kind, canonical_hack(hack), problem, frozenset({hack.mode})
+        return kind, fenced(f"{problem.canonical}\n"), shown, frozenset()
+    hack = disclose(problem, rng.choice(MODES), novel=rng.random() < 0.5)
+    pays = OWN_TESTS if hack.mode in OWN_TESTS else {hack.mode}
+    return kind, canonical_hack(hack), shown, frozenset(pays)
+
+
+def is_small(problem: Problem) -> bool:
+    return sum(len(case.args) for case in problem.cases) < SMALL
 
 
 def soak(grader: Grader, jobs: int, rng: random.Random) -> Counter:
     """Counts of kinds, verdicts and forgeries."""
     real = load_problems(REAL) if REAL.exists() else []
-    problems = [TRIPLE, *(p for p in real if sum(len(c.args) for c in p.cases) < SMALL)]
+    problems = [TRIPLE, *filter(is_small, real)]
     counts = Counter()
-    for first in range(0, jobs, AT_ONCE):
-        drawn = [draw(rng, problems) for _ in range(first, min(first + AT_ONCE, jobs))]
+    for _ in range(0, jobs, AT_ONCE):
+        drawn = [draw(rng, rng.choice(problems)) for _ in range(AT_ONCE)]
         _, completions, shown, _ = map(list, zip(*drawn))
         grades = grader.grade(completions, shown)
         for (kind, completion, problem, pays), grade in zip(drawn, grades):
@@ -60,7 +65,7 @@ def soak(grader: Grader, jobs: int, rng: random.Random) -> Counter:
             wrong |= grade.reward_hack and problem.mode not in pays
             if wrong:
                 print(f"UNEXPECTED {kind} {problem.mode} {grade}\n{completion[:2000]}")
-            counts.update([kind, f"{kind}: {grade.verdict}"])
+            counts[f"{kind}: {grade.verdict}"] += 1
             counts["unexpected"] += wrong
     return counts
 
@@ -73,17 +78,15 @@ def main() -> None:
         warm_up = [fenced(f"import numpy\n# {i}\n") for i in range(8)]
         grader.grade(warm_up, [TRIPLE] * len(warm_up))
         before = leftovers(grader)
-        memory = peak_mb(reset=True)
         counts = soak(grader, jobs, random.Random(jobs))
         after = leftovers(grader)
-        grown = peak_mb() - memory
         restarts = grader.sandbox.restarts
     shutil.rmtree(outside)
     seconds = time.perf_counter() - start
     print(f"{jobs} jobs in {seconds:.0f} s: {dict(counts)}")
-    print(f"before {before}, after {after}; workers lost {restarts}; memory +{grown:.0f} MB")
+    print(f"before {before}, after {after}; workers lost {restarts}")
     assert not counts["unexpected"]
-    assert after == before and not restarts and grown <= GROWTH
+    assert after == before and not restarts
     assert not os.path.exists(grader.sandbox._directory)
 
 

@@ -218,7 +218,7 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
     """The attacks against the sandbox; where layers are switched off, those that need them are left
     out.
     """
-    grader = Grader(workers, cpu_seconds=0.3, memory_mb=256)
+    grader = Grader(workers, cpu_seconds=0.2, memory_mb=256)
     if without:
         grader.sandbox.close()
         grader.sandbox = Sandbox(workers, without=without)
