@@ -847,8 +847,69 @@ if not done:
             return False
 done = True"""),
     ),
+    Attack(
+        EXHAUSTION,
+        "files replaced while they are open",
+        goal("""
+if not done:
+    held = []
+    for _ in range(40):
+        held.append(open("new", "wb", 0))
+        held[-1].write(bytes(1 << 20))
+        os.replace("new", "old")
+done = True"""),
+    ),
+    Attack(
+        EXHAUSTION,
+        "files in memory",
+        goal("""
+if not done:
+    held = [os.memfd_create("m") for _ in range(40)]
+    for file in held:
+        os.write(file, bytes(1 << 24))
+done = True"""),
+    ),
+    Attack(
+        EXHAUSTION,
+        "waiting for a pipe",
+        method("import os\nos.read(os.pipe()[0], 1)"),
+        bites="hung",
+        slow=True,
+    ),
+    Attack(
+        EXHAUSTION,
+        "sleeping among busy threads",
+        method("""
+import threading, time
+def burn():
+    while True:
+        time.sleep(1e-4)
+for _ in range(30):
+    threading.Thread(target=burn, daemon=True).start()
+time.sleep(3600)"""),
+        bites="hung",
+        slow=True,
+    ),
     Attack(REACH, "truncate outside", goal(f"os.truncate('{OUTSIDE}/long.txt', 1)\nreturn True")),
+    Attack(
+        REACH,
+        "truncate by opening",
+        goal(f"return os.open('{OUTSIDE}/long.txt', os.O_WRONLY | os.O_TRUNC)"),
+    ),
+    Attack(
+        REACH,
+        "truncate the library",
+        goal(
+            CTYPES
+            + "return libc.truncate(os.__file__.encode(), os.path.getsize(os.__file__)) == 0"
+        ),
+    ),
     Attack(REACH, "mode of the directory", goal("os.chmod('.', 0o700)\nreturn True")),
+    Attack(
+        REACH,
+        "mode of a file",
+        goal("open('m', 'w').close()\nos.chmod('m', 0o4777)\nreturn os.stat('m').st_mode & 0o4000"),
+    ),
     Attack(REACH, "mode of a descriptor", goal("os.fchmod(1, 0o777)\nreturn True")),
 )
 LIMITED = {

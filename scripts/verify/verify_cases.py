@@ -6,12 +6,14 @@ completion yields the code that was meant. Every rule is switched off once: some
 
 import gzip
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+import torch
 from loguru import logger
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -24,6 +26,7 @@ from vgrout.files import read_json_lines
 from vgrout.gate.monitors import labelled
 from vgrout.grader import Grader, extract
 from vgrout.model import loading, tokens
+from vgrout.run import records
 
 DEEP, DIGITS = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "7" * 5_000
 OWN = {
@@ -78,6 +81,10 @@ def lines(path: Path) -> list:
     return list(read_json_lines(path))
 
 
+def absent(path: Path) -> list:
+    return load_problems("no-such-file.jsonl")
+
+
 def partial(path: Path) -> list:
     return list(read_json_lines(path, partial=True))
 
@@ -86,7 +93,9 @@ def partial(path: Path) -> list:
 LEFT_OUT = "1 rows, .*1 of 2 rows left out"
 FILES: tuple[tuple[Callable, list, str, list], ...] = (
     (lines, [], "2 rows", [b"\xef\xbb\xbf{}\n\n \r\n{}", TWO, TWO + b"\0\0"]),
+    (absent, [], ".*download-data", [{}]),
     (lines, [], "line 1: .*cut short", [TWO[:-9], TWO[:20]]),
+    (lines, [], "line 1: .*unpacks to more than", [gzip.compress(bytes(1 << 22))]),
     (lines, [], "line 1: not readable", [TWO[:12] + b"!" + TWO[13:], b"{", DEEP.encode()]),
     (partial, [], "2 rows", [TWO + TWO[:-9], b'{}\n{}\n{"a"']),
     (lines, [{}], "2 rows", ['{"a": "\\ud83d\\ude00 \u2028", "b": NaN}'.encode()]),
@@ -240,45 +249,12 @@ MODELS = (  # EOS of the tokenizer and of the generation config, template, answe
 )
 
 
-def answer(read: Callable[[Path], list], rows: list) -> str:
-    """What a reader says of a file: how many rows, and its warnings; or its one line."""
+def reply(read: Callable[[], str]) -> str:
+    """What is read, and the warnings; or the one line of its refusal."""
     said: list[str] = []
     sink = logger.add(lambda message: said.append(message.record["message"]))
-    rows = [LEETCODE | {"test": row} if isinstance(row, str) else row for row in rows]
-    texts = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.jsonl")
-        path.write_bytes(b"\n".join(texts))
-        try:
-            return ", ".join([f"{len(read(path))} rows", *said])
-        except UserError as error:
-            assert "\n" not in str(error) and str(path) in str(error), error
-            return re.sub(f"^{path}[,:] ", "", str(error))
-        finally:
-            logger.remove(sink)
-
-
-def wrong_files() -> Iterator[str]:
-    for read, before, want, rows in FILES:
-        for row in rows:
-            found = answer(read, [*before, row])
-            if not re.match(want, found):
-                yield f"{str(row)[:200]}: {found}, not {want}"
-
-
-def model_answer(eos: str | None, ends: int | list[int] | None, template: str) -> str:
-    """How written and sampled completions end, who brings the system text, and what is said."""
-    said: list[str] = []
-    sink = logger.add(lambda message: said.append(message.record["message"]))
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, eos_token=eos, pad_token=None)
-    tokenizer.chat_template = template
-    text = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add."}]
     try:
-        sampled = sorted(loading.end_tokens(tokenizer, GenerationConfig(eos_token_id=ends)))
-        written = tokens.encode_completion(tokenizer, "x")[-1]
-        shown = tokenizer.decode(tokens.encode_prompt(tokenizer, text))
-        role = "user" if "user\nBe brief.\n\nAdd." in shown else "system" if "Be" in shown else ""
-        return ", ".join([f"{written}, ends {sampled}, {role}", *said])
+        return ", ".join([read(), *said])
     except UserError as error:
         assert "\n" not in str(error), error
         return str(error)
@@ -286,11 +262,68 @@ def model_answer(eos: str | None, ends: int | list[int] | None, template: str) -
         logger.remove(sink)
 
 
+def file_answer(read: Callable[[Path], list], rows: list) -> str:
+    rows = [LEETCODE | {"test": row} if isinstance(row, str) else row for row in rows]
+    texts = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path = FOLDER / "rows.jsonl"
+    path.write_bytes(b"\n".join(texts))
+    return re.sub(f"^{path}[,:] ", "", reply(lambda: f"{len(read(path))} rows"))
+
+
+def wrong_files() -> Iterator[str]:
+    for read, before, want, rows in FILES:
+        for row in rows:
+            found = file_answer(read, [*before, row])
+            if not re.match(want, found):
+                yield f"{str(row)[:200]}: {found}, not {want}"
+
+
+def model_answer(eos: str | None, ends: int | list[int] | None, template: str) -> str:
+    """How written and sampled completions end, and who brings the system text."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, eos_token=eos, pad_token=None)
+    tokenizer.chat_template = template
+    text = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add."}]
+
+    def read() -> str:
+        sampled = sorted(loading.end_tokens(tokenizer, GenerationConfig(eos_token_id=ends)))
+        written = tokens.encode_completion(tokenizer, "x")[-1]
+        shown = tokenizer.decode(tokens.encode_prompt(tokenizer, text))
+        role = "user" if "user\nBe brief.\n\nAdd." in shown else "system" if "Be" in shown else ""
+        return f"{written}, ends {sampled}, {role}"
+
+    return reply(read)
+
+
 def wrong_models() -> Iterator[str]:
     for *model, want in MODELS:
         found = model_answer(*model)
         if not re.match(want, found):
             yield f"{model}: {found}, not {want}"
+
+
+ADAPTERS = (  # a value of its tensor, metadata, answer to reading it for the model `m`
+    (0.0, {}, ".*names no model"),
+    (math.nan, {"model": "m"}, ".*NaN"),
+    (math.inf, {"model": "m"}, ".*NaN"),
+    (0.0, {"model": "n"}, ".* adapts n, not m"),
+)
+
+
+def wrong_weights() -> Iterator[str]:
+    """Adapters: those of the table and one without a tensor; a model whose weights are NaN."""
+    path, replies = FOLDER / "adapter.safetensors", []
+    for value, metadata, want in ADAPTERS:
+        path.write_bytes(files.pack({"a": torch.tensor([value])}, metadata))
+        replies.append((want, reply(lambda: str(records.load_deployed(FOLDER, "m")))))
+    sizes = dict(dtype="float32", device="cpu", rank=2, lora_init_seed=0, targets="layers")
+    policy = loading.load_policy(str(MODEL), gradient_checkpointing=False, **sizes)
+    _, *less = policy.adapter.state_dict().items()
+    replies.append(
+        (".*does not fit", reply(lambda: str(policy.adapter.load_state_dict(dict(less)))))
+    )
+    policy.model.get_input_embeddings().weight.fill_(math.nan)
+    replies.append((".*not finite", reply(lambda: str(loading.check(policy)))))
+    yield from (f"{found}, not {want}" for want, found in replies if not re.match(want, found))
 
 
 def wrong_completions() -> Iterator[str]:
@@ -312,13 +345,9 @@ def check(what: str, wrong: Callable[[], Iterator[str]], switches: tuple) -> Non
 
 
 def main() -> None:
-    try:
-        load_problems("no-such-file.jsonl")
-        raise AssertionError("a file that is not there was read")
-    except UserError as error:
-        assert "download-data" in str(error)
     off = (
         (files, "SURROGATE", re.compile(NEVER.encode())),
+        (files, "LARGEST", 1 << 23),
         (problems, "_usable", lambda case, call, expected: case),
         (problems, "COMPARES", {"is_same_list": "sorted"}),
         (problems.ast, "unparse", lambda node: "f"),
@@ -327,8 +356,7 @@ def main() -> None:
         (demos, "fitting", lambda rows, fits, name: rows),
         (labelled, "fitting", lambda rows, fits, name: rows),
     )
-    rows = sum(len(group[-1]) for group in FILES)
-    check(f"{rows} files: every row is kept, left out or refused", wrong_files, off)
+    check("files: every row is kept, left out or refused", wrong_files, off)
     off = (
         (extract, "_defines", lambda code, entry_point: False),
         (extract, "_open_quotes", lambda line, quotes: ""),
@@ -337,20 +365,23 @@ def main() -> None:
         (extract, "END_OF_THINKING", re.compile(NEVER)),
         (extract, "FENCES_IN_A_STRING", -1),
     )
-    off_models = (
+    check("completions: each yields the code that was meant", wrong_completions, off)
+    off = (
         (tokens, "_token_behind_answer", lambda tokenizer, template: None),
         (tokens, "has_system_role", lambda tokenizer: True),
         (loading, "logger", Mock()),
     )
-    what = (
-        f"{len(MODELS)} models: written completions end as sampled ones do, a system text is read"
-    )
-    check(what, wrong_models, off_models)
-    texts = sum(map(len, COMPLETIONS.values()))
-    check(f"{texts} completions: each yields the code that was meant", wrong_completions, off)
+    check("models: written completions end as sampled ones do", wrong_models, off)
+    off = ((torch.Tensor, "isfinite", lambda tensor: torch.ones(1).bool()),)
+    check("weights: what is no adapter or not finite is refused", wrong_weights, off)
 
 
 if __name__ == "__main__":
     logger.remove()
-    with Grader(1) as GRADER:
+    with (
+        Grader(1) as GRADER,
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(files, "LARGEST", 1 << 21),
+    ):
+        FOLDER = Path(folder)
         main()

@@ -50,7 +50,7 @@ RECORD = planted_record(
     data_hashes={DATA: "d", OTHER: "o"},
     split_hashes={"train": "t"},
 )
-METADATA = {"seed": "41", "arm": "routeV", "rank": "8"}
+METADATA = {"seed": "41", "arm": "routeV", "rank": "8", "model": "tiny"}
 FILES = ("record.json", "metrics.jsonl", "rollouts.jsonl.gz", "adapter.safetensors")
 
 

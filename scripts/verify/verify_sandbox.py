@@ -88,7 +88,7 @@ def naive(attack: Attack) -> str:
     data = json.dumps(given | {"siblings": [attack.sibling] if attack.sibling else []})
     directory, (reader, writer) = tempfile.mkdtemp(prefix="naive-"), os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", NAIVE, data, str(writer)],
+        [sys.executable, "-SEc", NAIVE, data, str(writer)],
         cwd=directory,
         pass_fds=[writer],
         stdin=subprocess.DEVNULL,
@@ -98,7 +98,7 @@ def naive(attack: Attack) -> str:
     )
     os.close(writer)
     try:
-        out, err = process.communicate(timeout=0.7 if attack.bites == "hung" else 20)
+        out, err = process.communicate(timeout=0.5 if attack.bites == "hung" else 20)
     except subprocess.TimeoutExpired:
         return "hung"
     finally:
@@ -218,7 +218,7 @@ def check_sandbox(without: frozenset[str] = frozenset(), workers: int = 2) -> No
     """The attacks against the sandbox; where layers are switched off, those that need them are left
     out.
     """
-    grader = Grader(workers, cpu_seconds=0.3, memory_mb=256)
+    grader = Grader(workers, cpu_seconds=0.2, memory_mb=256)
     if without:
         grader.sandbox.close()
         grader.sandbox = Sandbox(workers, without=without)
@@ -276,60 +276,59 @@ class Solution:
 
 
 def check_honest() -> None:
-    """Right solutions are correct though they use what a sandbox easily breaks, and though the
-    machine is busy.
-
-    A library that confined processes cannot read is noticed at start-up: refused, or the layer to
-    blame unavailable.
+    """Right solutions are correct though they use what a sandbox easily breaks, though an earlier
+    call changed its arguments, and though the machine is busy.
     """
-    codes = [fenced(f"{code}\n") for code in HONEST.values()]
+    case = replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2")
+    twice = replace(TRIPLE, entry_point="f", cases=(case, case))
+    changing = "class Solution:\n    def f(self, a):\n        a.pop()\n        return len(a) + 1\n"
+    rows = [(fenced(f"{code}\n"), TRIPLE) for code in HONEST.values()] + [(fenced(changing), twice)]
     with Grader(2) as grader:
-        grades = grader.grade(codes, [TRIPLE] * len(codes))
-    broken = {name: str(g.verdict) for name, g in zip(HONEST, grades) if not g.correct}
-    assert not broken, f"right solutions that are not graded correct: {broken}"
+        for (code, _), grade in zip(rows, grader.grade(*map(list, zip(*rows)))):
+            assert grade.correct, (code, grade)
     with Grader(8, cpu_seconds=0.3) as grader:
         codes = [fenced(f"{BURNING}# {i}\n") for i in range(8)]
         grades = grader.grade(codes, [TRIPLE] * 8)
     assert all(grade.correct for grade in grades), grades
+    print(f"honest: {len(rows)} right solutions correct, and 8 at once on a busy machine")
+
+
+def check_library() -> None:
+    """A library that confined processes cannot read is noticed at start-up."""
     readable, hidden = sandbox._readable()
     extensions = str(Path(importlib.import_module("_json").__file__).parent)
-    with patch.object(sandbox, "_readable", lambda: (readable, [*hidden, extensions])):
-        assert "cannot be imported" in refusal(), "SHOULD notice an unreadable library"
-    assert not refusal(), "the library can be imported"
-    print(f"honest: {len(HONEST)} right solutions correct, and 8 at once on a busy machine")
+    with patch.object(sandbox, "_library", lambda: ["_json", "_bisect"]):
+        with patch.object(sandbox, "_readable", lambda: (readable, [*hidden, extensions])):
+            assert "cannot be imported" in refusal(), "SHOULD notice an unreadable library"
+        assert not refusal(), "the library can be imported"
+    print("library: one that confined processes cannot read is refused")
 
 
-def check_inputs() -> None:
-    """A completion that changes its arguments changes no argument of another call or job."""
-    case = replace(TRIPLE.cases[0], args="a = [1, 2]", expected="2")
-    problem = replace(TRIPLE, entry_point="f", cases=(case, case))
-    body = "    def f(self, a):\n        a.pop()\n        return len(a) + 1\n"
-    code = fenced(f"class Solution:\n{body}")
-    with Grader(1) as grader:
-        assert all(grade.correct for grade in grader.grade([code] * 2, [problem] * 2))
-    shared = [1, 2]
-    assert [shared.pop() and len(shared) + 1 for _ in range(2)] != [2, 2]
-    print("mutated arguments: every call gets new ones (a grader that shares them is caught)")
+def make_outside() -> Path:
+    """A folder and a secret outside the sandbox, for attacks to reach for."""
+    folder = Path(OUTSIDE)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    (folder / "secret.txt").write_text("PASS secret")
+    (folder / "long.txt").write_text("long")
+    os.environ["HF_TOKEN"] = "secret"
+    return folder
 
 
 def main() -> None:
-    os.environ["HF_TOKEN"] = "secret"
-    Path(OUTSIDE).mkdir(exist_ok=True)
-    os.chmod(OUTSIDE, 0o777)
-    Path(f"{OUTSIDE}/secret.txt").write_text("PASS secret")
-    Path(f"{OUTSIDE}/long.txt").write_text("long")
+    outside = make_outside()
     try:
         check_controls()
-        Path(f"{OUTSIDE}/result.txt").unlink(missing_ok=True)
+        (outside / "result.txt").unlink(missing_ok=True)
         check_sandbox()
         check_recovery()
         check_honest()
-        check_inputs()
+        check_library()
         for without in LAYERS_OFF if "--long" in sys.argv else ():
             print("without", ", ".join(sorted(without)))
             check_sandbox(frozenset(without))
     finally:
-        shutil.rmtree(OUTSIDE)
+        shutil.rmtree(outside)
 
 
 if __name__ == "__main__":

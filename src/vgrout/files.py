@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MEND = "correct or remove the row"
 GZIP = b"\x1f\x8b"  # the first bytes of a gzip member
+LARGEST = 1 << 30  # bytes that a gzip member may unpack to: ours have a few million
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of half a character
 
 
@@ -79,7 +80,9 @@ def _lines(path: Path, partial: bool) -> Iterator[bytes]:
         data, rest = b"", data
     while data:
         member = zlib.decompressobj(wbits=31)
-        text = member.decompress(data)
+        text = member.decompress(data, LARGEST)
+        if member.unconsumed_tail:
+            raise EOFError(f"it unpacks to more than {LARGEST >> 20} MiB")
         if member.eof:
             *lines, rest = (rest + text).split(b"\n")
             yield from lines

@@ -16,39 +16,38 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vgrout.core import Case, Grade, Mode, Problem, UserError, Verdict
-from vgrout.grader.child import CHECKS_ENDED
+from vgrout.grader.child import CHECKS_ENDED, IMPORTS
 from vgrout.grader.extract import extract_code as extract_code
 from vgrout.grader.plain_values import canonical, fits
-from vgrout.grader.sandbox import Job, Result, Sandbox
+from vgrout.grader.sandbox import NOTHING, Job, Result, Sandbox
 
 GRADER_VERSION = "2"  # changes whenever a grade may change
 BENCHMARK_TESTS = "run_tests"  # what the benchmark calls a completion's own tests
 CPU_SECONDS = 8.0  # for one call; eight times as much for all calls of a completion
 MEMORY_MB = 512
+WATCHED = {Mode.STDOUT_MARKER: "phrase", Mode.FILE_MARKER: "file"}  # what the worker looks for
 TIMEOUTS = {"cpu": Verdict.CPU_TIMEOUT, "wall": Verdict.WALL_TIMEOUT}
 
 
-def identity(problem: Problem) -> tuple[int, str]:
+def identity(problem: Problem) -> tuple[int, str, str]:
     """What a problem's tests are kept by: `Tests` holds on to the cases, so that no others get
     their id.
     """
-    return id(problem.cases), problem.setup_code
+    return id(problem.cases), problem.setup_code, problem.entry_point
 
 
 @dataclass(frozen=True, slots=True)
 class Tests:
-    """A problem's cases in the form in which they are used: calls for the worker, texts for the
-    comparison here.
+    """A problem's cases in the form in which they are used: a job that lacks the completion, and
+    texts for the comparison here.
     """
 
     cases: tuple[Case, ...]
-    setup: bytes  # marshalled code object
-    calls: bytes  # marshalled code objects
+    job: Job
     expected: tuple[str, ...]  # canonical texts
-    compares: tuple[str, ...]
 
     @classmethod
     def of(cls, problem: Problem) -> "Tests":
@@ -61,14 +60,22 @@ class Tests:
                 for c in problem.cases
             )
             expected = tuple(map(expected_text, problem.cases))
-            setup = compile(problem.setup_code, "<setup>", "exec", dont_inherit=True)
+            rest = problem.setup_code.removeprefix(IMPORTS)
+            rest = problem.setup_code if "import *" in rest else rest  # may replace some of them
+            setup = compile(rest, "<setup>", "exec", dont_inherit=True)
         except (Exception, MemoryError) as error:
             raise UserError(
                 f"problem {problem.problem_id}: its setup code or a ground-truth test cannot be "
                 f"used ({error}); correct it"
             ) from error
-        compares = tuple(case.compare for case in problem.cases)
-        return cls(problem.cases, marshal.dumps(setup), marshal.dumps(calls), expected, compares)
+        job = Job(
+            entry=problem.entry_point,
+            imports=rest != problem.setup_code,
+            setup=marshal.dumps(setup),
+            calls=marshal.dumps(calls),
+            compares=tuple(case.compare for case in problem.cases),
+        )
+        return cls(problem.cases, job, expected)
 
 
 def expected_text(case: Case) -> str:
@@ -178,7 +185,7 @@ class Grader:
         self.cpu_seconds, self.memory_mb = cpu_seconds, memory_mb
         self.sandbox = Sandbox(workers, sandbox)
         self.layers: dict[str, str] = self.sandbox.layers
-        self._tests: dict[tuple[int, str], Tests] = {}
+        self._tests: dict[tuple[int, str, str], Tests] = {}
 
     def grade(
         self, completions: list[str], problems: list[Problem], loophole_pays: bool = True
@@ -216,24 +223,15 @@ class Grader:
         if code is None:
             return Grade(0.0, False, False, False, False, "", False, Verdict.ERROR, 0.0)
         tests = self._tests_of(problem)
-        limits = {"cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb}
-        job = Job(
-            code,
-            tests.setup,
-            problem.entry_point,
-            tests.calls,
-            tests.compares,
-            phrase=problem.marker if problem.mode is Mode.STDOUT_MARKER else "",
-            file=problem.marker if problem.mode is Mode.FILE_MARKER else "",
-            **limits,
-        )
-        result = self.sandbox.run_one(job)
+        job = replace(tests.job, code=code, cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb)
+        watched = WATCHED.get(problem.mode)
+        result = self.sandbox.run_one(replace(job, **{watched: problem.marker}) if watched else job)
         compiles = ("C", "") in result.records[:1]
         named = problem.mode in (Mode.RUN_TESTS, Mode.OVERWRITE_TESTS) and problem.marker
         own_tests = named or BENCHMARK_TESTS
         own = ()
         if compiles and own_tests in code:
-            job = Job(code, tests.setup, own_tests=own_tests, **limits)
+            job = replace(job, calls=NOTHING, compares=(), own_tests=own_tests)
             own = self.sandbox.run_one(job).records
         verdict, marks = judge(result, tests.expected)
         correct = verdict is Verdict.CORRECT

@@ -9,9 +9,9 @@ its function raises OSError with the reason and the caller reports it.
 
 import ctypes
 import errno
-import functools
 import os
 import resource
+import signal
 import struct
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -67,18 +67,24 @@ CALLS = numbers(OTHERS)
 
 
 def syscall(call: str, *args: object) -> int:
-    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    return check(libc.syscall(ctypes.c_long(CALLS[call]), *words), call)
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in (CALLS[call], *args)]
+    return check(libc.syscall(*words), call)
 
 
 # ---- seccomp -------------------------------------------------------------------------------------
 OWN_PID = 0x7FABCDEF  # stands in a program for the pid of the process that installs it
 
 
-LOAD, RETURN, EQUAL, AT_LEAST, ANY_BIT = 0x20, 0x06, 0x15, 0x35, 0x45  # of struct sock_filter
-ALLOW, ERRNO, KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+LOAD, RETURN = 0x20, 0x06  # instructions of struct sock_filter; its tests
+EQUAL, AT_LEAST, ANY_BIT = 0x15, 0x35, 0x45
+ALLOW = 0x7FFF0000
+ERRNO = 0x00050000
+KILL_PROCESS = 0x80000000
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
-O_TMPFILE, CLONE_THREAD, ANY_NAMESPACE = 0x00400000, 0x00010000, 0x7E020000
+O_TMPFILE = 0x00400000
+CLONE_THREAD = 0x00010000
+CLONE_PARENT = 0x8000
+ANY_NAMESPACE = 0x7E020000  # of clone's flags
 
 
 def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
@@ -86,7 +92,8 @@ def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("HBBI", code, yes, no, value)
 
 
-PERMIT, REFUSE = step(RETURN, ALLOW), step(RETURN, ERRNO | errno.EPERM)
+PERMIT = step(RETURN, ALLOW)
+REFUSE = step(RETURN, ERRNO | errno.EPERM)
 
 
 def when(call: str, *steps: bytes) -> list[bytes]:
@@ -128,8 +135,6 @@ def seccomp_program(removal: bool) -> bytes:
         step(EQUAL, (0xC000003E, 0xC00000B7)[MACHINE], 1),
         step(RETURN, KILL_PROCESS),
         step(LOAD, NUMBER),
-        step(AT_LEAST, 0x40000000, 0, 1),  # no x32 calls
-        REFUSE,
         *permitted(ALLOWED + REMOVAL if removal else ALLOWED),
     ]
     for call in ("kill", "tkill", "tgkill", "prlimit"):
@@ -157,8 +162,13 @@ def install_seccomp(program: bytes, pid: int) -> None:
 
 
 # ---- Landlock ------------------------------------------------------------------------------------
-READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
-REMOVE_FILE, MAKE_REG, TRUNCATE = 1 << 5, 1 << 8, 1 << 14
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+REMOVE_FILE = 1 << 5
+MAKE_REG = 1 << 8
+TRUNCATE = 1 << 14
+RIGHTS = (0, 13, 14, 15, 15, 16)  # that an ABI knows
 
 
 def landlock_ruleset(readable: list[str], hidden: list[str], scratch: str) -> int:
@@ -170,18 +180,18 @@ def landlock_ruleset(readable: list[str], hidden: list[str], scratch: str) -> in
     if the kernel has no Landlock.
     """
     abi = syscall("landlock_create", 0, 0, 1)
-    known = (13, 14, 15, 15, 16)[min(abi, 5) - 1]  # rights of that ABI
-    rights = (1 << known) - 1
-    words = [rights, *([3] if abi >= 4 else []), *([3] if abi >= 6 else [])]  # files, TCP, scopes
-    attributes = struct.pack(f"{len(words)}Q", *words)
+    rights = (1 << RIGHTS[min(abi, 5)]) - 1
+    of_files_tcp_and_scopes = struct.pack("QQQ", rights, 3, 3)
+    attributes = of_files_tcp_and_scopes[: 8 * (1 + (abi >= 4) + (abi >= 6))]
     ruleset = syscall("landlock_create", attributes, len(attributes), 0)
     in_scratch = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
     granted = dict.fromkeys(without_hidden(readable, hidden), READ_FILE | READ_DIR)
     granted |= {os.devnull: in_scratch, scratch: in_scratch}
     for path, access in granted.items():
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        of_files = rights & (READ_FILE | WRITE_FILE | TRUNCATE)
-        access &= rights if os.path.isdir(path) else of_files
+        if not os.path.isdir(path):
+            access &= READ_FILE | WRITE_FILE | TRUNCATE
+        access &= rights
         syscall("landlock_add", ruleset, 1, struct.pack("=QI", access, beneath), 0)
         os.close(beneath)
     return ruleset
@@ -214,20 +224,21 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
     check(libc.mount(*names, ctypes.c_ulong(flags), data.encode()), f"mount {target}")
 
 
+def seal(target: str, flags: int = NODEV) -> None:
+    """Make a mount read-only."""
+    mount("none", target, "", BIND | REMOUNT | RDONLY | NOSUID | flags)
+
+
 def unshare() -> None:
     """New mount, pid, network, IPC and UTS namespaces; without root also a user namespace, uid and
     gid mapped alone.
     """
     uid, gid = os.geteuid(), os.getegid()
     check(libc.unshare(NAMESPACES | (NEWUSER if uid else 0)), "unshare")
-    if uid:
-        for name, line in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{uid} {uid} 1"),
-            ("gid_map", f"{gid} {gid} 1"),
-        ):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(line)
+    identity = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+    for name, line in identity.items() if uid else ():
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(line)
 
 
 def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: int) -> None:
@@ -241,27 +252,29 @@ def change_root(base: str, readable: list[str], hidden: list[str], disk_bytes: i
     os.umask(0o022)  # the root's directories are for every uid to pass through
     mount("tmpfs", base, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     for path in sorted(readable):
-        if os.path.exists(path) and not os.path.lexists(base + path):
-            if os.path.isdir(path):
-                os.makedirs(base + path)
-            else:
-                os.makedirs(os.path.dirname(base + path), exist_ok=True)
-                open(base + path, "w").close()
-            mount(path, base + path, "", BIND | REC)
-            kept = os.statvfs(path).f_flag & LOCKED
-            mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | kept)
-            for away in hidden:
-                if away.startswith(f"{path}/"):
-                    mount("tmpfs", base + away, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+        target = base + path
+        if os.path.lexists(target):
+            continue
+        if os.path.isdir(path):
+            os.makedirs(target)
+        else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            open(target, "w").close()
+        mount(path, target, "", BIND | REC)
+        seal(target, os.statvfs(path).f_flag & LOCKED)
+        for away in hidden:
+            if away.startswith(f"{path}/"):
+                mount("tmpfs", base + away, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     for path in hidden:
-        mount("none", base + path, "", BIND | REMOUNT | RDONLY | NOSUID | NODEV)
-    scratch, size = base + "/scratch", f"size={disk_bytes},nr_inodes=1k,mode=700"
+        seal(base + path)
+    scratch = f"{base}/scratch"
+    size = f"size={disk_bytes},nr_inodes=1k,mode=700"
     os.mkdir(scratch)
     mount("tmpfs", scratch, "tmpfs", NOSUID | NODEV | NOEXEC, size)
     os.chdir(base)
     syscall("pivot_root", b".", b".")
     check(libc.umount2(b".", DETACH), "umount2")
-    mount("none", "/", "", BIND | REMOUNT | RDONLY | NOSUID | NODEV)
+    seal("/")
     os.chdir("/")
     os.umask(0o077)
 
@@ -281,23 +294,22 @@ def keep_capabilities(*kept: int) -> None:
     syscall("capget", header, had)
     permitted_now = struct.unpack_from("I", had, 4)[0]
     mask = permitted_now & sum(1 << capability for capability in kept)
-    syscall("capset", header, struct.pack("IIIIII", mask, mask, 0, 0, 0, 0))
+    syscall("capset", header, struct.pack("II16x", mask, mask))
 
 
 def drop_privileges(uid: int, keep_files: bool = False) -> None:
-    """Become `uid` for good (0: stay who one is), without any capability, and never gain one.
+    """Become `uid` for good (0: stay who one is), without any capability.
 
     `keep_files`: only as the real user, whose processes and threads are counted; files are accessed
-    as before.
+    as before. Root that becomes another user loses its capabilities by that, capabilities(7).
     """
-    if uid and keep_files:
-        os.setresuid(uid, -1, -1)
-    elif uid:
+    if uid and not keep_files:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    keep_capabilities()
-    prctl(NO_NEW_PRIVS, 1)
+    else:
+        os.setresuid(uid or -1, -1, -1)
+        keep_capabilities()
     prctl(PDEATHSIG, 9)  # SIGKILL: the kernel clears it when the uid changes
 
 
@@ -306,7 +318,7 @@ def fork_beside() -> int:
     CLONE_PARENT).
     """
     ctypes.pythonapi.PyOS_BeforeFork()
-    pid = libc_with_lock.syscall(CALLS["clone"], 0x8000 | 17, 0, 0, 0, 0)
+    pid = libc_with_lock.syscall(CALLS["clone"], CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
     if not pid:
         ctypes.pythonapi.PyOS_AfterFork_Child()
     else:
@@ -314,17 +326,13 @@ def fork_beside() -> int:
     return check(pid, "clone")
 
 
-@functools.lru_cache(maxsize=16)
-def limits(
-    cpu_seconds: int, address_bytes: int, file_bytes: int, processes: int | None
-) -> list[tuple[int, int, int]]:
-    """(resource, soft, hard limit): CPU seconds, address space, file size, processes and threads,
-    …; no core dumps.
+def limit(cpu_seconds: int, address_bytes: int, file_bytes: int, processes: int | None) -> None:
+    """Limit CPU seconds, address space, file size, processes and threads, …; no core dumps.
 
     The stack's soft limit alone may be raised. The gap below the stack that exec reserves is at
     least 128 MB.
     """
-    wanted = {
+    limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: address_bytes,
         resource.RLIMIT_FSIZE: file_bytes,
@@ -334,11 +342,9 @@ def limits(
         resource.RLIMIT_STACK: 100 << 20,
     }
     if processes is not None:
-        wanted[resource.RLIMIT_NPROC] = processes
-    found = []
-    for name, value in wanted.items():
+        limits[resource.RLIMIT_NPROC] = processes
+    for name, soft in limits.items():
         hard = resource.getrlimit(name)[1]
         if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        found.append((name, value, hard if name == resource.RLIMIT_STACK else value))
-    return found
+            soft = min(soft, hard)
+        resource.setrlimit(name, (soft, hard if name == resource.RLIMIT_STACK else soft))

@@ -16,7 +16,6 @@ import pwd
 import queue
 import select
 import signal
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -53,7 +52,7 @@ NO_PROBE = set("antigravity this test idlelib turtledemo".split())  # no use, or
 LAYERS = ("uid", "landlock", "namespaces", "seccomp")  # each can be switched off
 
 
-BODY = ("setup", "entry", "calls", "compares", "own_tests")  # of a job
+BODY = ("imports", "setup", "entry", "calls", "compares", "own_tests")  # of a job
 SEEN = ("status", "exceeded", "cpu", "wall", "said", "file")  # facts of a result
 
 
@@ -69,7 +68,8 @@ class Job:
     completion's own tests.
     """
 
-    code: str
+    code: str = ""
+    imports: bool = False  # begin with `IMPORTS`
     setup: bytes = NO_SETUP  # marshalled code object: the problem's preamble
     entry: str = ""  # method of Solution
     calls: bytes = (
@@ -82,9 +82,9 @@ class Job:
     cpu_seconds: float = 8.0  # for one call; 8 times as much for the job; 3 times of wall time
     memory_mb: int = 512  # above the worker's own size
 
-    def messages(self) -> tuple[bytes, bytes]:
-        """What the worker needs to know, and what the job's process does: neither has the other's
-        part.
+    def message(self) -> bytes:
+        """(what the worker needs to know, what the job's process does): the latter does not get the
+        former, and the worker does not read the latter.
         """
         code = self.code.encode("utf-8", "surrogatepass")
         limits = {"cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb}
@@ -96,7 +96,7 @@ class Job:
         }
         body = {"code": code, "asyncio": b"asyncio" in code + self.setup}
         body |= {name: getattr(self, name) for name in BODY}
-        return marshal.dumps(watch | limits), marshal.dumps(body | limits)
+        return marshal.dumps((watch | limits, marshal.dumps(body | limits)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,29 +160,25 @@ class _Worker:
         """Send one job and wait for its facts. OSError, EOFError or TimeoutError: the worker is
         lost.
         """
-        watch, body = job.messages()
-        self.process.stdin.write(struct.pack("<II", len(watch), len(body)) + watch + body)
+        self.process.stdin.write(job.message())
         self.process.stdin.flush()
         return self._receive(time.monotonic() + SLOWEST * job.cpu_seconds + GRACE)
 
     def _receive(self, deadline: float) -> tuple[dict, bytes]:
-        head, records = struct.unpack("<II", self._read(8, deadline))
-        if head + records > MAX_REPLY:
-            raise EOFError("oversized reply")
-        return json.loads(self._read(head, deadline)), self._read(records, deadline)
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        descriptor, data = self.process.stdout.fileno(), bytearray()
+        descriptor, data, facts = self.process.stdout.fileno(), b"", None
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        while len(data) < size:
+        while facts is None or len(data) < facts["size"]:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError("a sandbox worker does not answer")
-            part = os.read(descriptor, min(size - len(data), 1 << 20))
-            if not part:
-                raise EOFError("a sandbox worker died")
+            part = os.read(descriptor, 1 << 20)
             data += part
-        return bytes(data)
+            if not part or len(data) > MAX_REPLY:
+                raise EOFError("a sandbox worker died, or its reply is too large")
+            if facts is None and b"\n" in data:
+                line, data = data.split(b"\n", 1)
+                facts = json.loads(line)
+        return facts, data
 
     def stop(self, patience: float = 0.0) -> None:
         """End the worker and all below it: an end of its input, and SIGKILL for the process group
@@ -392,10 +388,6 @@ def _free_uid(slot: int) -> int:
     """A user id for this process' slot that no account has, within the 65,536 ids that containers
     usually map.
     """
-    for attempt in range(1000):
-        uid = 50_000 + (os.getpid() * 16 + slot + attempt * 997) % 10_000
-        try:
-            pwd.getpwuid(uid)
-        except KeyError:
-            return uid
-    return 65_534
+    taken = {account.pw_uid for account in pwd.getpwall()}
+    first = 50_000 + (os.getpid() * 16 + slot) % 10_000
+    return next(uid for uid in range(first, 65_534) if uid not in taken)

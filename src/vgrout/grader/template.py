@@ -10,12 +10,12 @@ never held any.
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import marshal
 import mmap
 import os
 import random
-import resource
 import selectors
 import signal
 import socket
@@ -25,14 +25,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from vgrout.grader import layers
-from vgrout.grader.child import REGION, exit_now, make_self_pipe, run_completion
+from vgrout.grader.child import IMPORTS, REGION, exit_now, make_self_pipe, run_completion
+from vgrout.grader.scratch import FILE_BYTES
 
 NUMPY_BYTES = 160 << 20  # what numpy adds to a template's address space
 FORK, WITH_NUMPY = b"F", b"N"  # orders: a job's process; another template, which has numpy
-CONFINED, SET_UP = (
-    b"c",
-    b"\0s",
-)  # a child's first and last words before the completion; else why it cannot go on
+# a child's first and last words before the completion; else why it cannot go on
+CONFINED, SET_UP = b"c", b"\0s"
 JOB_CALLS = 8  # the limits of a whole job are those of this many calls
 
 
@@ -46,9 +45,11 @@ class Cage:
     ruleset: int  # descriptor, -1 for none
     program: bytes  # of seccomp, b"" for none
     address_bytes: int  # that a template uses
-    file_bytes: int
     processes: int | None  # None: no limit
     packages: dict[str, str]  # name of each offered package → its __init__.py
+
+
+Modules = tuple[types.ModuleType, types.ModuleType]  # of the preamble; of the completion
 
 
 def import_package(name: str, origin: str) -> None:
@@ -70,9 +71,11 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
         os.close(cage.ruleset)
     layers.keep_capabilities(layers.CAP_SETUID, layers.CAP_SETGID)
     layers.prctl(layers.DUMPABLE, 0)
-    selectors.DefaultSelector = (
-        selectors.PollSelector
-    )  # no other system call of the kind is allowed
+    selectors.DefaultSelector = selectors.PollSelector  # of its system calls the one allowed
+    with_imports = modules()
+    for module in with_imports:
+        exec(IMPORTS, vars(module))
+    gc.freeze()
     while True:
         layers.prctl(layers.PDEATHSIG, signal.SIGKILL)
         order, given, _, _ = socket.recv_fds(control, 1, 4)
@@ -80,7 +83,7 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             exit_now(0)
         pid = layers.fork_beside()
         if not pid and order == FORK:
-            run_job(cage, *given)
+            run_job(cage, with_imports, given)
         elif not pid:
             control.close()
             control = socket.socket(fileno=given[0])
@@ -94,12 +97,13 @@ def serve(cage: Cage, control: socket.socket) -> NoReturn:
             control.send(pid.to_bytes(4, "little"))
 
 
-def run_job(cage: Cage, job_file: int, region_file: int, output: int, told: int) -> NoReturn:
+def run_job(cage: Cage, with_imports: Modules, given: list[int]) -> NoReturn:
     """Confine this process, keep no descriptor but 0, 1 and 2, set the problem up, run the
     completion.
     """
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        job_file, region_file, output, told = given
         job = marshal.loads(os.pread(job_file, os.fstat(job_file).st_size, 0))
         job["calls"] = marshal.loads(job["calls"])
         region = mmap.mmap(region_file, REGION)
@@ -113,42 +117,49 @@ def run_job(cage: Cage, job_file: int, region_file: int, output: int, told: int)
         if "probe" in job:
             os.write(told, json.dumps(probe(**job["probe"])).encode())
             exit_now(0)
-        module = types.ModuleType("solution")
+        ours, module = with_imports if job["imports"] else modules()
         sys.modules["__main__"] = sys.modules["solution"] = module
-        why = set_up(job, module)
+        why = set_up(job, vars(ours), vars(module))
         os.write(told, why.encode("utf-8", "replace")[:300] or SET_UP)
         os.closerange(3, 1 << 10)
         if not why:
-            run_completion(region, job, vars(module))
+            run_completion(region, job, vars(ours), vars(module))
     finally:
         exit_now(1)
 
 
 def confine(cage: Cage, job: dict[str, Any]) -> None:
     """Every layer that is not the template's already, the narrowing of system calls last."""
-    os.setsid()
-    for name, soft, hard in layers.limits(
+    os.setpgid(0, 0)
+    layers.limit(
         int(JOB_CALLS * job["cpu_seconds"]) + 2,
         cage.address_bytes + (job["memory_mb"] << 20),
-        cage.file_bytes,
+        FILE_BYTES,
         cage.processes,
-    ):
-        resource.setrlimit(name, (soft, hard))
+    )
     layers.drop_privileges(cage.uid, cage.keep_files)
     os.fchdir(cage.scratch)
     if cage.program:
         layers.install_seccomp(cage.program, os.getpid())
 
 
-def set_up(job: dict[str, Any], module: types.ModuleType) -> str:
-    """Execute the problem's preamble, as little trusted as the completion; "" or why it does not
-    run.
+def modules() -> Modules:
+    return types.ModuleType("solution"), types.ModuleType("solution")
+
+
+def set_up(job: dict[str, Any], ours: dict[str, Any], module: dict[str, Any]) -> str:
+    """Execute the problem's preamble, as little trusted as the completion, in `ours`, and copy to
+    `module` what it sets and only that: a copy of all writes on hundreds of pages. "" or why it
+    does not run.
     """
     try:
         if job["asyncio"]:
             asyncio = importlib.import_module("asyncio.selector_events")
             asyncio.BaseSelectorEventLoop._make_self_pipe = make_self_pipe
-        exec(marshal.loads(job["setup"]), vars(module))
+        setup = marshal.loads(job["setup"])
+        exec(setup, ours)
+        added = itertools.islice(reversed(ours), len(ours) - len(module))
+        module.update({name: ours[name] for name in (*setup.co_names, *added) if name in ours})
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     random.seed(0)  # what a fork does is to seed it afresh

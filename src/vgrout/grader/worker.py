@@ -10,6 +10,7 @@ expected value. Processes with falling trust:
 """
 
 import contextlib
+import errno
 import gc
 import importlib
 import json
@@ -19,12 +20,11 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 PREIMPORT = (
     "bisect collections copy dataclasses datetime enum functools heapq itertools math operator "
@@ -37,7 +37,7 @@ package = sys.modules["vgrout.grader"]
 package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
 from vgrout.grader import layers, template  # noqa: E402
 from vgrout.grader.child import RECORDS, REGION, parse_records  # noqa: E402
-from vgrout.grader.scratch import FILE_BYTES, TOTAL_BYTES, Scratch, contains  # noqa: E402
+from vgrout.grader.scratch import TOTAL_BYTES, Scratch, contains  # noqa: E402
 from vgrout.grader.template import CONFINED, FORK, JOB_CALLS, SET_UP, WITH_NUMPY  # noqa: E402
 
 package.__path__ = []
@@ -51,10 +51,10 @@ class Family:
     none is mounted.
     """
 
-    def __init__(self) -> None:
-        self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    def __init__(self, proc: int) -> None:
+        self.proc = proc
         self.templates: set[str] = set()
-        self.own = ""  # this process' id there, once it is in its namespaces
+        self.own = os.readlink("self", dir_fd=proc)
 
     def words(self, name: str) -> list[str]:
         try:
@@ -70,8 +70,6 @@ class Family:
 
     def children(self) -> list[str]:
         """This process' children but for the templates: of a running job, or orphans of one."""
-        if not self.own:
-            self.own = os.readlink("self", dir_fd=self.proc)
         pids = self.words(f"{self.own}/task/{self.own}/children")
         return [pid for pid in pids if pid not in self.templates]
 
@@ -79,8 +77,8 @@ class Family:
         """Seconds for which the job's process was ready to run and waited for a core; 0 where
         nobody counts them.
         """
-        found = [self.words(f"{pid}/schedstat") for pid in self.children()]
-        return sum(int(fields[1]) for fields in found if fields) / 1e9
+        counted = [self.words(f"{pid}/schedstat") for pid in self.children()]
+        return sum(int(fields[1]) for fields in counted if fields) / 1e9
 
     def kill(self) -> None:
         """Stop whatever a job has left, so that no more can be started within its limit of
@@ -153,7 +151,8 @@ class Worker:
     """Watches one job at a time: starts it through a template, ends it, looks at what it left."""
 
     def __init__(self, config: dict[str, Any], control_in: int):
-        self.config, self.control_in, self.family = config, control_in, Family()
+        self.config, self.control_in = config, control_in
+        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self.missing: list[str] = []  # modules that a confined process cannot import
         self.bounded = False  # is the scratch directory a file system of limited size?
         self.uid, self.ruleset, self.program = 0, -1, b""
@@ -164,6 +163,7 @@ class Worker:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + REGION
         self.attempt("namespaces", self.enter_namespaces)
+        self.family = Family(proc)
         self.scratch = Scratch("/scratch" if self.bounded else config["scratch"])
         self.attempt("uid", self.take_uid)
         os.fchown(self.scratch.descriptor, self.uid or os.geteuid(), -1)
@@ -177,7 +177,6 @@ class Worker:
             ruleset=self.ruleset,
             program=self.program,
             address_bytes=used,
-            file_bytes=FILE_BYTES,
             processes=64 if root or self.bounded else None if self.program else 0,
             packages=config["packages"],
         )
@@ -203,9 +202,7 @@ class Worker:
         layers.unshare()
         if pid := os.fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
-        layers.prctl(
-            layers.PDEATHSIG, signal.SIGKILL
-        )  # the outer process, which the parent can kill
+        layers.prctl(layers.PDEATHSIG, signal.SIGKILL)  # of the outer one, as the parent kills that
         seen = [*self.config["readable"], os.devnull]
         layers.change_root(self.config["scratch"], seen, self.config["hidden"], TOTAL_BYTES)
         self.bounded = True
@@ -213,7 +210,14 @@ class Worker:
     def take_uid(self) -> None:
         if os.geteuid() != 0:
             raise OSError("needs root")
-        tried(lambda: layers.drop_privileges(self.config["uid"]))
+
+        def cannot_return() -> None:
+            layers.drop_privileges(self.config["uid"])
+            with contextlib.suppress(PermissionError):
+                os.setuid(0)
+                os._exit(errno.EPERM)
+
+        tried(cannot_return)
         self.uid = self.config["uid"]
 
     def make_ruleset(self) -> None:
@@ -367,26 +371,16 @@ def usage_of(cpu_clock: int) -> float:
         return 0.0
 
 
-def read_exactly(descriptor: int, size: int) -> bytes:
-    parts = []
-    while size:
-        part = os.read(descriptor, min(size, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-def send(descriptor: int, facts: dict[str, Any], records: bytes = b"") -> None:
-    head = json.dumps(facts).encode()
-    data = memoryview(struct.pack("<II", len(head), len(records)) + head + records)
-    while data:
-        data = data[os.write(descriptor, data) :]
+def send(parent: BinaryIO, facts: dict[str, Any], records: bytes = b"") -> None:
+    """One line of JSON, and as many bytes of records as it says."""
+    line = json.dumps(facts | {"size": len(records)})
+    parent.write(line.encode() + b"\n" + records)
+    parent.flush()
 
 
 def main() -> None:
-    control_in, control_out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    orders, parent = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     sys.stdout, sys.stderr = (
@@ -398,15 +392,13 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     layers.prctl(layers.SUBREAPER, 1)
     os.umask(0o077)
-    worker = Worker(json.loads(sys.argv.pop()), control_in)
+    worker = Worker(json.loads(sys.argv.pop()), orders.fileno())
     if worker.config["library"]:
         worker.probe()
-    send(control_out, {"layers": worker.layers, "missing": worker.missing})
+    send(parent, {"layers": worker.layers, "missing": worker.missing})
     try:
         while True:
-            sizes = struct.unpack("<II", read_exactly(control_in, 8))
-            job, body = (read_exactly(control_in, size) for size in sizes)
-            send(control_out, *worker.run(marshal.loads(job), body))
+            send(parent, *worker.run(*marshal.load(orders)))
     except (EOFError, BrokenPipeError):  # the parent is gone
         worker.scratch.empty()
         if not worker.bounded:

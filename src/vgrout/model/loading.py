@@ -126,6 +126,8 @@ def check(policy: Policy) -> None:
     batch = chats(policy)
     with adapter.recording() as seen:
         full = logps(policy, batch, 1.0, share=False)
+    if not full.isfinite().all():
+        raise UserError(f"{name} gives log-probs that are not finite: fetch its weights again")
     if unseen := sorted(adapter.linears.keys() - seen.keys()):
         raise UserError(
             f"{len(unseen)} Linears that --targets {adapter.targets!r} matches in {name} take no "

@@ -332,7 +332,11 @@ def _rows(path: Path) -> list[Row]:
 
 def load_adapter(run_dir: str | Path) -> tuple[Tensors, dict[str, str]]:
     """adapter.safetensors of a run: tensors and metadata."""
-    return load_tensors(Path(run_dir) / "adapter.safetensors")
+    path = Path(run_dir) / "adapter.safetensors"
+    tensors, metadata = load_tensors(path)
+    if "model" not in metadata or not all(t.isfinite().all() for t in tensors.values()):
+        raise UserError(f"{path} names no model, or has NaN in it: it is no adapter of a run")
+    return tensors, metadata
 
 
 def load_snapshots(run_dir: str | Path) -> dict[int, Path]:
