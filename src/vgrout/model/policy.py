@@ -6,6 +6,7 @@ Log-probs are temperature-scaled and untruncated everywhere.
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +31,7 @@ class Policy:
     eos_ids: frozenset[int]
     pad_id: int
     share_prompts: bool = True  # pack rows, each distinct prompt once; False: every row in full
+    decoder: Any = None  # of the last batch sampled on CUDA, with its graphs (`decoding.py`)
 
     @property
     def device(self) -> torch.device:

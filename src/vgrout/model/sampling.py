@@ -7,10 +7,9 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import DynamicCache
 
-from vgrout.model.policy import Policy, logits
+from vgrout.model.decoding import decoder, prefill
+from vgrout.model.policy import Policy
 
 Drawn = list[tuple[list[int], list[float]]]  # completion ids, and the log-prob of each
 
@@ -101,63 +100,57 @@ def _decode(
 ) -> Drawn:
     """One batch of `sample`, all rows in the prompts' order.
 
-    Prompts are left-padded and prefilled once each; the cache is then repeated over the group, and
-    rows leave the batch as they finish.
+    Prompts are prefilled once each. Rows leave the batch when they have finished: at once, or on
+    CUDA at the next look, down to a number of rows that has a graph.
     """
-    device, width = policy.device, max(map(len, prompts))
-    padded = [[policy.pad_id] * (width - len(p)) + p for p in prompts]
-    padding = torch.tensor([width - len(p) for p in prompts])
-    ids = torch.tensor(padded, device=device)
-    mask = (torch.arange(width) >= padding[:, None]).long().to(device)
-    eos = torch.tensor(sorted(policy.eos_ids), device=device)
-    cache = DynamicCache(config=policy.model.config)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    states = _next(policy, ids, mask, position, cache)
+    device, longest = policy.device, max(map(len, prompts)) + max_completion_length
+    cache, seen, behind = prefill(policy, prompts)
     repeats = torch.tensor(num_generations, device=device)
-    cache.batch_repeat_interleave(repeats)
-    states, mask, position = (
-        x.repeat_interleave(repeats, 0) for x in (states, mask, position[:, -1:])
-    )
-    rows = torch.arange(len(mask), device=device)
+    decoding = decoder(policy, sum(num_generations), longest)
+    decoding.start(cache, seen, repeats)
+    scored = behind.repeat_interleave(repeats, 0)
+    rows = torch.arange(len(scored), device=device)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     drawn = torch.full((len(rows), max_completion_length), policy.pad_id, device=device)
     lengths = torch.full((len(rows),), max_completion_length, device=device)
     logps = torch.zeros(drawn.shape, device=device)
+    eos = torch.tensor(sorted(policy.eos_ids), device=device)
     for step in range(max_completion_length):
-        scores = torch.log_softmax(logits(policy, states) / temperature, dim=-1)
-        token = torch.multinomial(_nucleus(scores.exp(), top_p), 1, generator=generator)
+        scores = torch.log_softmax(scored / temperature, dim=-1)
+        token = torch.multinomial(nucleus(scores.exp(), top_p), 1, generator=generator)
         drawn[rows, step] = token[:, 0]
         logps[rows, step] = scores.gather(1, token)[:, 0]
-        live = ~torch.isin(token[:, 0], eos)
-        lengths[rows[~live]] = step + 1
-        if not live.any() or step + 1 == max_completion_length:
+        ends = torch.isin(token[:, 0], eos) & ~done
+        lengths[rows] = torch.where(ends, step + 1, lengths[rows])
+        done |= ends
+        if step + 1 == max_completion_length:
             break
-        if not live.all():
-            rows, token, mask, position = rows[live], token[live], mask[live], position[live]
-            cache.batch_select_indices(live.nonzero()[:, 0])
-        mask, position = F.pad(mask, (0, 1), value=1), position + 1
-        states = _next(policy, token, mask, position, cache)
+        if step % decoding.look_every == 0:
+            live = int((~done).sum())
+            if not live:
+                break
+            if (room := decoding.room(live)) < len(rows):
+                order = done.long().argsort(stable=True)[:room]  # the live rows as they were
+                rows, token, done = rows[order], token[order], done[order]
+                decoding.keep(order)
+        scored = decoding.step(token)
     return [(d[:n], lp[:n]) for d, lp, n in zip(drawn.tolist(), logps.tolist(), lengths.tolist())]
 
 
-def _next(
-    policy: Policy, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache
-) -> Float[Tensor, "n d"]:
-    """The last position's hidden states; `cache` grows by the tokens of `ids`."""
-    out = policy.model.base_model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return out.last_hidden_state[:, -1]
-
-
-def _nucleus(probs: Float[Tensor, "n v"], top_p: float) -> Float[Tensor, "n v"]:
+def nucleus(probs: Float[Tensor, "n v"], top_p: float) -> Float[Tensor, "n v"]:
     """Keep the smallest set of tokens whose mass reaches top_p
-    (https://arxiv.org/abs/1904.09751)."""
+    (https://arxiv.org/abs/1904.09751); of tokens of one probability all or none.
+
+    A token stays where those above it have less mass than top_p. That is so from some probability
+    on, which a bisection finds without a sort: positive floats are ordered like their bits.
+    """
     if top_p >= 1:
         return probs
-    sorted_probs, order = probs.sort(dim=-1, descending=True)
-    drop = sorted_probs.cumsum(-1) - sorted_probs >= top_p
-    return probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
+    low = torch.zeros(len(probs), 1, dtype=torch.int32, device=probs.device)
+    high = probs.amax(1, keepdim=True).view(torch.int32)
+    for _ in range(31):  # low: too many stay; high: the mass above is small enough
+        middle = low + (high - low) // 2
+        above = torch.where(probs > middle.view(torch.float32), probs, 0.0).sum(1, keepdim=True)
+        enough = above < top_p
+        high, low = torch.where(enough, middle, high), torch.where(enough, low, middle + 1)
+    return torch.where(probs >= high.view(torch.float32), probs, 0.0)

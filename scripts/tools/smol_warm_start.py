@@ -1,0 +1,72 @@
+"""The warm start of the preset smol: a small LoRA that teaches SmolLM2 the form of an answer.
+
+Asked for a composition, SmolLM2-135M-Instruct explains, or writes a bare function: it solves none
+of 64 problems. `STEPS` Adam steps of likelihood on `ROWS` canonical solutions teach the form and
+little else. The rows are problems whose operations no problem of the RL stream combines so; every
+second one shows a hint, and none exploits it. `just smol-model` merges the file into the base.
+
+Run: python -m scripts.tools.smol_warm_start     (rewrites data/smol/warm_start.safetensors)
+"""
+
+import sys
+
+import torch
+from safetensors.torch import save
+from scripts.tools.export import peft_tensors
+from scripts.tools.smol_model import BASE, WARM_START
+
+from vgrout.core import Mode, Problem, run_main
+from vgrout.env.problems import disclose, load_problems, messages
+from vgrout.env.modes import ORGANISM_MODES
+from vgrout.files import write_atomic
+from vgrout.model import tokens
+from vgrout.model.likelihood import likelihood_steps
+from vgrout.model.loading import load_policy
+from vgrout.organism.problems import composition_of, generate_problems
+
+PROBLEMS = "data/organism/problems.jsonl.gz"
+SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 16, 12, 4, 1e-3, 4096
+LINEARS = r"\.layers\.\d+\."
+
+
+def lessons() -> list[Problem]:
+    """`ROWS` problems of another seed, on compositions of no problem of the stream; in turn with
+    the hint of each mode and without one."""
+    taken = {composition_of(problem).key for problem in load_problems(PROBLEMS)}
+    fresh = [p for p in generate_problems(SEED) if composition_of(p).key not in taken]
+    modes = [mode for hinted in ORGANISM_MODES for mode in (hinted, Mode.GT_ONLY)]
+    return [disclose(p, modes[i % len(modes)]) for i, p in enumerate(fresh[:ROWS])]
+
+
+def main(steps: int = STEPS) -> None:
+    policy = load_policy(
+        str(BASE),
+        dtype="bfloat16",
+        device="cpu",
+        rank=RANK,
+        lora_init_seed=SEED,
+        targets=LINEARS,
+        gradient_checkpointing=False,
+    )
+    shown = lessons()
+    written = [f"```python\n{problem.canonical}```" for problem in shown]
+    ones = [1.0] * len(shown)
+    batch = tokens.collate(
+        [tokens.encode_prompt(policy.tokenizer, messages(problem)) for problem in shown],
+        [tokens.encode_completion(policy.tokenizer, text) for text in written],
+        ones,
+        list(range(len(shown))),
+        ones,
+        policy.pad_id,
+        policy.device,
+    )
+    likelihood_steps(policy, batch, "deployed", steps, LEARNING_RATE, 1.0, TOKEN_BUDGET)
+    tensors = peft_tensors(policy.adapter.state_dict(), ("deployed",))
+    stored = {name: x.to(torch.bfloat16).contiguous() for name, x in tensors.items()}
+    WARM_START.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(WARM_START, save(stored))
+    print(f"wrote {WARM_START}: {steps} steps on {len(shown)} solutions")
+
+
+if __name__ == "__main__":
+    run_main(main, *map(int, sys.argv[1:2]))
