@@ -24,7 +24,9 @@ GREEDY = 1e-4  # a temperature at which the likeliest token is drawn
 
 
 def drawn(policy: Policy, temperature: float = GREEDY) -> list[list[list[int]]]:
-    groups = draw(policy, PROMPTS, COUNTS, temperature=temperature, max_completion_length=64)
+    groups = draw(
+        policy, PROMPTS, COUNTS, temperature=temperature, max_completion_length=64
+    )
     return [[ids for ids, _ in group] for group in groups]
 
 
@@ -43,12 +45,18 @@ def check_graphs(policy: Policy) -> None:
     assert as_graphs(policy) == plain, "graphs draw other tokens"
     assert len(policy.decoder.graphs) > 1, "SHOULD step down to fewer rows"
     with patch.object(decoding.Buffers, "keep", lambda self, order: None):
-        assert as_graphs(policy) != plain, "rows that keep another row's cache go unnoticed"
-    print("ok  in whole buffers, stepping down late, the likeliest tokens are drawn all the same")
+        assert as_graphs(policy) != plain, (
+            "rows that keep another row's cache go unnoticed"
+        )
+    print(
+        "ok  in whole buffers, stepping down late, the likeliest tokens are drawn all the same"
+    )
 
 
 def check_own_cache(policy: Policy) -> None:
-    with patch.object(sampling, "decoder", lambda policy, rows, length: Growing(policy)):
+    with patch.object(
+        sampling, "decoder", lambda policy, rows, length: Growing(policy)
+    ):
         assert drawn(policy) == drawn(policy, GREEDY / 2)
         grown = drawn(policy, 0.7)
     assert grown == drawn(policy, 0.7), "transformers' own cache draws other tokens"
@@ -68,15 +76,21 @@ def check_nucleus() -> None:
         probs = (spread * torch.randn(64, 5000, generator=generator)).softmax(-1)
         for top_p in (0.3, 0.5, 0.95):
             kept = sampling.nucleus(probs, top_p)
-            assert torch.equal(kept, by_sort(probs, top_p)), "another set than the sort's"
-            assert not torch.equal(kept, by_sort(probs, top_p + 0.02)), "a wider set goes unnoticed"
+            assert torch.equal(kept, by_sort(probs, top_p)), (
+                "another set than the sort's"
+            )
+            assert not torch.equal(kept, by_sort(probs, top_p + 0.02)), (
+                "a wider set goes unnoticed"
+            )
     print("ok  the nucleus without a sort is the sort's")
 
 
 if __name__ == "__main__":
     policy = tiny_policy()
     perturb(policy, 0.5)
-    policy.eos_ids = frozenset(range(1, VOCAB, 16))  # so that greedy rows end, at unlike times
+    policy.eos_ids = frozenset(
+        range(1, VOCAB, 16)
+    )  # so that greedy rows end, at unlike times
     check_graphs(policy)
     check_own_cache(policy)
     check_nucleus()

@@ -22,7 +22,21 @@ from vgrout.model.fast import attention, can_pack
 from vgrout.model.policy import Policy, logits
 
 NAME = "vgrout_grouped"
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # that a graph is captured for
+ROWS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+)  # that a graph is captured for
 LENGTHS = 256  # tokens: the buffers' length is a multiple, so that graphs serve many batches
 Step = Callable[[], Tensor]  # logits behind the tokens that the buffers hold
 LOOK_EVERY = 8  # tokens between two looks at which rows are finished, where a look waits for CUDA
@@ -59,7 +73,9 @@ class Buffers(DynamicLayer):
         self.seen = prompts.keys.shape[2]
         for i, x in enumerate((prompts.keys, prompts.values)):
             if len(self.buffers) <= i:
-                self.buffers.append(x.new_zeros(rows, x.shape[1], length, x.shape[3]))
+                self.buffers.append(
+                    x.new_zeros(rows, x.shape[1], length, x.shape[3])
+                )
             repeated = x.repeat_interleave(repeats, 0)
             self.buffers[i][: len(repeated), :, : self.seen] = repeated
 
@@ -67,7 +83,9 @@ class Buffers(DynamicLayer):
         for buffer in self.buffers:
             buffer[: len(order), :, : self.seen] = buffer[:, :, : self.seen][order]
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         rows = [buffer[: len(keys)] for buffer in self.buffers]
         for row, new in zip(rows, (keys, values)):
             row.index_copy_(2, self.slot, new)
@@ -83,7 +101,9 @@ class InPlace:
     With `graphs` a step is captured once for each number of rows, and reads the whole buffers.
     """
 
-    def __init__(self, policy: Policy, rows: int, length: int, graphs: bool = False):
+    def __init__(
+        self, policy: Policy, rows: int, length: int, graphs: bool = False
+    ):
         self.policy, self.rows, self.length = policy, rows, length
         device, dtype = policy.device, policy.model.dtype
         self.look_every = LOOK_EVERY if graphs else 1
@@ -93,7 +113,9 @@ class InPlace:
             torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(2)
         )
         self.hidden = torch.finfo(dtype).min
-        self.mask = torch.full((rows, 1, 1, length), self.hidden, dtype=dtype, device=device)
+        self.mask = torch.full(
+            (rows, 1, 1, length), self.hidden, dtype=dtype, device=device
+        )
         layers = policy.model.config.get_text_config().num_hidden_layers
         self.layers = [Buffers(self.slot, rows, length) for _ in range(layers)]
         self.cache = DynamicCache()
@@ -101,7 +123,10 @@ class InPlace:
         self.graphs: dict[int, Step] | None = {} if graphs else None
 
     def start(
-        self, cache: DynamicCache, seen: Bool[Tensor, "p w"], repeats: Int[Tensor, " p"]
+        self,
+        cache: DynamicCache,
+        seen: Bool[Tensor, "p w"],
+        repeats: Int[Tensor, " p"],
     ) -> None:
         """Take over the prompts' cache; `seen` says which of its positions are no padding."""
         self.filled = seen.shape[1]
@@ -183,7 +208,10 @@ class Growing:
         self.policy, self.look_every = policy, 1
 
     def start(
-        self, cache: DynamicCache, seen: Bool[Tensor, "p w"], repeats: Int[Tensor, " p"]
+        self,
+        cache: DynamicCache,
+        seen: Bool[Tensor, "p w"],
+        repeats: Int[Tensor, " p"],
     ) -> None:
         cache.batch_repeat_interleave(repeats)
         self.cache, self.mask = cache, seen.long().repeat_interleave(repeats, 0)
@@ -213,7 +241,9 @@ def prefill(
     """Each prompt once, left-padded: its cache, which positions are no padding, its logits."""
     width = max(map(len, prompts))
     pads = [[policy.pad_id] * (width - len(p)) for p in prompts]
-    ids = torch.tensor([pad + p for pad, p in zip(pads, prompts)], device=policy.device)
+    ids = torch.tensor(
+        [pad + p for pad, p in zip(pads, prompts)], device=policy.device
+    )
     lengths = torch.tensor([len(p) for p in prompts], device=policy.device)
     seen = torch.arange(width, device=policy.device) >= width - lengths[:, None]
     cache = DynamicCache(config=policy.model.config)
@@ -240,7 +270,9 @@ def decoder(policy: Policy, rows: int, length: int) -> InPlace | Growing:
     length = -(-length // LENGTHS) * LENGTHS
     last = policy.decoder
     if last is None or last.rows < rows or last.length != length:
-        policy.decoder = last = None  # its memory is free before the next one's is taken
+        policy.decoder = last = (
+            None  # its memory is free before the next one's is taken
+        )
         policy.decoder = InPlace(policy, rows, length, graphs=True)
     return policy.decoder
 
