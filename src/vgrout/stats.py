@@ -5,7 +5,6 @@ of `EvalResult.by_problem`: problem id → [n, hack, solve]. An interval over pr
 about seeds.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -320,24 +319,6 @@ def mean_sem(x: Vector) -> tuple[float, float]:
     return float(x.mean()), float(stats.sem(x))
 
 
-def paired_ttest(
-    a: Vector,
-    b: Vector,
-    alternative: Literal["two-sided", "less", "greater"] = "two-sided",
-) -> tuple[float, float]:
-    """Return (mean of a − b, p) of the t-test paired by seed; p is NaN where all pairs are equal.
-
-    Differences that are all alike, and not 0, leave no variance: p is then 0.
-    """
-    difference = _paired(a, b)
-    if not difference.any():
-        return 0.0, NAN
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of the variance that is 0
-        p = stats.ttest_rel(a, b, alternative=alternative).pvalue
-    return float(difference.mean()), float(p)
-
-
 def sign_flip(
     a: Vector,
     b: Vector,
@@ -359,19 +340,6 @@ def sign_flip(
     rounding = 1e-9 * np.abs(difference).sum()  # equal sums may differ in their last bits
     extreme = np.abs(sums) >= abs(difference.sum()) - rounding
     return float(difference.mean()), float(extreme.mean())
-
-
-def holm(p: Vector) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979); NaNs stay, uncounted.
-
-    The family-wise error rate of "adjusted p < α" is at most α.
-    """
-    adjusted, highest = [NAN] * len(p), 0.0
-    known = sorted((x, i) for i, x in enumerate(p) if not np.isnan(x))
-    for rank, (x, i) in enumerate(known):
-        highest = max(highest, min(1.0, x * (len(known) - rank)))
-        adjusted[i] = highest
-    return adjusted
 
 
 def noninferior(
