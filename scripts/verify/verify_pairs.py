@@ -1,22 +1,18 @@
 """Checks of the authored pairs: both sides do what they claim under the real grader, and differ in
 the mechanism alone.
 
-Run: python scripts/verify/verify_pairs.py [--audit]    (--audit prints the tables of
-docs/personas/pairset_audit.md instead)
+Run: python scripts/verify/verify_pairs.py
 """
 
 import ast
 import re
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from scripts.verify.stored import refused
-from tabulate import tabulate
 from tokenizers import Tokenizer
 
 from vgrout.config import PRESETS
@@ -325,98 +321,8 @@ def verify_references() -> None:
     print(f"ok  :2 takes two pairs of each mode; the sections of {len(PRESETS)} presets are there")
 
 
-# ── the audit ────────────────────────────────────────────────────────────────────────────────────
-
-
-def audit(sections: dict[str, list[Pair]]) -> None:
-    """Print an overview with a row a section, and the features of the mechanism sections."""
-    overview, styles = [], {}
-    for reference, pairs in sections.items():
-        table, short = (
-            balance(pairs),
-            reference.removeprefix("data/pairs/"),
-        )
-        areas = {name: area for name, (*_, area) in table.items() if name != NAMES_MARKER}
-        best = max(areas, key=lambda name: abs(areas[name] - 0.5))
-        row = {
-            "section": short,
-            "pairs": len(pairs),
-            "prompts": len({str(messages(p.problem)) for p in pairs}),
-            "length": "{:.0f} / {:.0f} ({:.2f})".format(*table[LENGTH]),
-            "log-prob": log_probs(pairs) if ORGANISM in reference else "–",
-            "best feature": f"{best} ({areas[best]:.2f})",
-            "marker": table[NAMES_MARKER][2],
-            "words, prompts": bag_of_words(pairs, lambda p: str(messages(p.problem))),
-            "words, modes": bag_of_words(pairs, lambda p: p.problem.mode),
-        }
-        overview.append(row)
-        if "mechanism" in reference:
-            styles[short] = ["{:.2f} / {:.2f} ({:.2f})".format(*v) for v in table.values()]
-    columns = {"hack / clean (AUROC)": list(table)} | styles
-    for rows in (overview, columns):
-        print(
-            tabulate(
-                rows,
-                headers="keys",
-                tablefmt="github",
-                floatfmt=".2f",
-            ),
-            "\n",
-        )
-
-
-def bag_of_words(pairs: list[Pair], hold_out: Callable[[Pair], str]) -> float:
-    """AUROC of a naive Bayes classifier of words (hack against clean), tested on the group that it
-    was fitted without.
-    """
-    found = [set(WORD.findall(side)) for side in sides(pairs)]
-    vocabulary = sorted(set.union(*found))
-    X = np.array(
-        [[word in side for word in vocabulary] for side in found],
-        float,
-    )
-    is_hack = np.arange(len(X)) < len(pairs)
-    group = np.array([hold_out(p) for p in pairs] * 2)
-    scores = np.zeros(len(X))
-    for name in set(group):
-        out = group == name
-        for sign in (1, -1):
-            fitted = X[~out & (is_hack == (sign > 0))]
-            rate = (fitted.sum(0) + 1) / (len(fitted) + 2)
-            scores[out] += sign * X[out] @ np.log(rate / (1 - rate))
-    return auroc(scores, is_hack)
-
-
-def log_probs(pairs: list[Pair]) -> str:
-    """Mean log-prob a token (nats) of hack and clean sides under the organism's base, and AUROC."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from vgrout.model.tokens import encode_completion, encode_prompt
-
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "base")
-    model = AutoModelForCausalLM.from_pretrained(DATA / "base")
-    means = []
-    for pair, text in zip(pairs * 2, sides(pairs)):
-        prompt = encode_prompt(tokenizer, messages(pair.problem))
-        completion = encode_completion(tokenizer, text)
-        labels = torch.tensor([[-100] * len(prompt) + completion])
-        with torch.no_grad():
-            means.append(
-                -model(
-                    torch.tensor([prompt + completion]),
-                    labels=labels,
-                ).loss.item()
-            )
-    hack, clean = np.split(np.array(means), 2)
-    area = auroc(means, np.arange(len(means)) < len(pairs))
-    return f"{hack.mean():.2f} / {clean.mean():.2f} ({area:.2f})"
-
-
 def main() -> None:
     sections = {reference: load_pairs(reference) for reference in PLANNED}
-    if "--audit" in sys.argv:
-        return audit(sections)
     organism = [pairs for reference, pairs in sections.items() if ORGANISM in reference]
     with Grader(workers=1) as grader:
         for reference, pairs in sections.items():
