@@ -119,10 +119,10 @@ def verify_precision() -> None:
     }  # 2 hits
     got = metrics.precision_recall_at(flagged, positive)
     swapped = metrics.precision_recall_at(positive, flagged)
-    what = "precision, recall, false-positive rate and F0.5 of an example"
+    rows = [[*figures.values()] for figures in (got, want, swapped)]
     equal(
-        what,
-        *([*figures.values()] for figures in (got, want, swapped)),
+        "precision, recall, false-positive rate and F0.5 of an example",
+        *rows,
     )
     assert got.keys() == want.keys()
 
@@ -154,15 +154,12 @@ def verify_frontier() -> None:
     what = "the frontier is the upper envelope, flat beyond its best"
     equal(what, got, [*want.values()], joined)
     null = [counted(*p) for p in points]
-    distances = {
-        (0.2, 0.4): 0.2 - 0.2 / 3,
-        (0.3, 0.3): 0.0,
-        (0.5, 0.1): -0.2,
-    }
-    got = [metrics.above_frontier(counted(*p), null)[0] for p in distances]
-    above_base = [solve - 0.2 for _, solve in distances]
+    policies = [(0.2, 0.4), (0.3, 0.3), (0.5, 0.1)]
+    distances = [0.2 - 0.2 / 3, 0.0, -0.2]
+    got = [metrics.above_frontier(counted(*p), null)[0] for p in policies]
+    above_base = [solve - 0.2 for _, solve in policies]
     what = "the distance to the frontier is taken at the policy's hack rate"
-    equal(what, got, [*distances.values()], above_base)
+    equal(what, got, distances, above_base)
 
 
 def verify_leakage() -> None:
@@ -258,13 +255,26 @@ def verify_sign_flip() -> None:
     two_sided = np.mean(np.abs(sums) >= observed)
     one_sided = np.mean(sums >= observed)
     mean, p = metrics.sign_flip(a, b)
-    what = "the sign-flip test enumerates every assignment, on both sides"
-    equal(what, p, two_sided, one_sided)
+    equal(
+        "the sign-flip test enumerates every assignment",
+        p,
+        two_sided,
+        one_sided,
+    )
     assert np.isclose(mean, difference.mean())
-    seeds = [0.1, 0.2, 0.3]  # other signs' sums tie but for their last bits
+    seeds = [
+        0.1,
+        0.2,
+        0.3,
+    ]  # other signs' sums tie but for their last bits
     by_t = stats.ttest_1samp(seeds, 0.0).pvalue
     least = metrics.sign_flip(seeds, [0.0] * 3)[1]
-    equal("n seeds that agree have p = 2 / 2ⁿ, no less", least, 2 / 2**3, by_t)
+    equal(
+        "n seeds that agree have p = 2 / 2ⁿ, no less",
+        least,
+        2 / 2**3,
+        by_t,
+    )
     assert metrics.sign_flip([0.5, 0.5], [0.5, 0.5]) == (0.0, 1.0)
     assert metrics.sign_flip(np.arange(1.0, 21.0), np.zeros(20))[1] == 2 / 2**20
 
@@ -293,13 +303,11 @@ def verify_refusals() -> None:
             continue
         raise AssertionError(f"{call.__name__} accepts {arguments}")
     baseline = [(0, 0.0), (400, 0.6)]
-    for value in (
-        metrics.auroc([1.0, 2.0], [True, True]),
-        metrics.precision_recall_at([False, False], [True, False])["precision"],
-        metrics.leakage(0.7, baseline, 400),
-        metrics.leakage(0.1, baseline, 0),
-    ):
-        assert math.isnan(value), value
+    nothing_flagged = metrics.precision_recall_at([False, False], [True, False])
+    assert math.isnan(nothing_flagged["precision"])
+    assert math.isnan(metrics.auroc([1.0, 2.0], [True, True]))
+    assert math.isnan(metrics.leakage(0.7, baseline, 400))
+    assert math.isnan(metrics.leakage(0.1, baseline, 0))
     print("ok  what has no answer is NaN, and what makes no sense is refused")
 
 
