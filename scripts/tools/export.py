@@ -32,7 +32,7 @@ WHAT = {
     "quarantine": "the quarantine block alone: what the ablation removes, for study, not for use",
     "both": "both blocks: the policy as trained, nothing ablated",
 }
-PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
+PREFIX, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 FIXED = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -56,7 +56,7 @@ def peft_tensors(adapter: dict[str, Tensor], blocks: tuple[str, ...]) -> dict[st
             down += [dA, A0]
             up += [B0 + dB, dB]
         tensors[f"{PREFIX}{linear}{DOWN}"] = torch.cat(down)
-        tensors[f"{PREFIX}{linear}.lora_B.weight"] = torch.cat(up, dim=1)
+        tensors[f"{PREFIX}{linear}{UP}"] = torch.cat(up, dim=1)
     return tensors
 
 

@@ -8,8 +8,6 @@ second one shows a hint, and none exploits it. `just smol-model` merges the file
 Run: python -m scripts.tools.smol_warm_start     (rewrites data/smol/warm_start.safetensors)
 """
 
-import sys
-
 import torch
 from safetensors.torch import save
 from scripts.tools.export import peft_tensors
@@ -19,13 +17,12 @@ from vgrout.core import Mode, Problem, run_main
 from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.env.modes import ORGANISM_MODES
 from vgrout.files import write_atomic
-from vgrout.model import tokens
-from vgrout.model.likelihood import likelihood_steps
+from vgrout.model.likelihood import likelihood_steps, written
 from vgrout.model.loading import load_policy
 from vgrout.organism.problems import composition_of, generate_problems
 
 PROBLEMS = "data/organism/problems.jsonl.gz"
-SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 16, 12, 4, 1e-3, 4096
+SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 32, 14, 4, 1e-3, 4096
 LINEARS = r"\.layers\.\d+\."
 
 
@@ -38,7 +35,7 @@ def lessons() -> list[Problem]:
     return [disclose(p, modes[i % len(modes)]) for i, p in enumerate(fresh[:ROWS])]
 
 
-def main(steps: int = STEPS) -> None:
+def main() -> None:
     policy = load_policy(
         str(BASE),
         dtype="bfloat16",
@@ -49,24 +46,15 @@ def main(steps: int = STEPS) -> None:
         gradient_checkpointing=False,
     )
     shown = lessons()
-    written = [f"```python\n{problem.canonical}```" for problem in shown]
-    ones = [1.0] * len(shown)
-    batch = tokens.collate(
-        [tokens.encode_prompt(policy.tokenizer, messages(problem)) for problem in shown],
-        [tokens.encode_completion(policy.tokenizer, text) for text in written],
-        ones,
-        list(range(len(shown))),
-        ones,
-        policy.pad_id,
-        policy.device,
-    )
-    likelihood_steps(policy, batch, "deployed", steps, LEARNING_RATE, 1.0, TOKEN_BUDGET)
+    texts = [f"```python\n{problem.canonical}```" for problem in shown]
+    batch = written(policy, [*map(messages, shown)], texts)
+    likelihood_steps(policy, batch, "deployed", STEPS, LEARNING_RATE, 1.0, TOKEN_BUDGET)
     tensors = peft_tensors(policy.adapter.state_dict(), ("deployed",))
     stored = {name: x.to(torch.bfloat16).contiguous() for name, x in tensors.items()}
     WARM_START.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(WARM_START, save(stored))
-    print(f"wrote {WARM_START}: {steps} steps on {len(shown)} solutions")
+    print(f"wrote {WARM_START}: {STEPS} steps on {ROWS} solutions")
 
 
 if __name__ == "__main__":
-    run_main(main, *map(int, sys.argv[1:2]))
+    run_main(main)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,7 @@ from scripts.analysis import (
     rescoring,
 )
 from scripts.experiments.reopen import Stored, reopen
+from scripts.verify.loop import few_problems
 from scripts.verify.loop import run as train
 from scripts.verify.stored import captured, refused
 from scripts.verify.styled import PROBE, behind, styled_batch
@@ -34,6 +36,7 @@ from torch import Tensor
 from vgrout.cli import parse
 from vgrout.config import GRPOConfig, with_options
 from vgrout.core import Zone
+from vgrout.env import problems
 from vgrout.experiment import build_policy
 from vgrout.files import load_tensors
 from vgrout.gate.controls import Control, Random
@@ -371,7 +374,8 @@ def main() -> None:
     check_gradient_norms()
     check_detect()
     read_models_once()
-    with tempfile.TemporaryDirectory() as name:
+    few = mock.patch.object(problems, "load_problems", few_problems)  # those of the runs
+    with tempfile.TemporaryDirectory() as name, few:
         tmp = Path(name)
         routed = train(tmp / "routed", ROUTED, quiet=False)
         plain = train(tmp / "plain", PLAIN, quiet=False)

@@ -258,15 +258,9 @@ def check_controls_and_oracle() -> None:
     noisy = [oracle(seed, oracle_recall=0.5, oracle_fpr=0.1).scores for seed in range(200)]
     recall, false = (torch.stack(noisy)[:, rows].mean() for rows in (LABEL, ~LABEL))
     assert abs(recall - 0.5) < 0.03 and abs(false - 0.1) < 0.02, (recall, false)
-    ranks = {}
-    for control in (
-        Confound("length"),
-        Confound("logp"),
-        Random(1),
-        Random(2),
-    ):
-        ranks[control] = control.rank(policy, composed, Scored(plain.scores))
-    length, means, one, other = ranks.values()
+    controls = (Confound("length"), Confound("logp"), Random(1), Random(2))
+    scored = Scored(plain.scores)
+    length, means, one, other = (c.rank(policy, composed, scored) for c in controls)
     assert torch.equal(length, FRESH.completion_mask.sum(1).float())
     assert torch.allclose(means[:5], means[5:].mean()), "a row that nothing sampled is extreme"
     assert not torch.equal(one, other)

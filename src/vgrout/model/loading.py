@@ -56,6 +56,8 @@ def load_policy(
     Raises UserError where the model cannot be read, has no chat template, has no Linear that
     `targets` matches, or is one of those that `check` refuses.
     """
+    if path in BROUGHT_BY and not Path(path).is_dir():
+        raise UserError(f"the model {path} is not there: {BROUGHT_BY[path]}")
     transformers_logging.disable_progress_bar()
     keep_freed_memory()
     try:
@@ -70,8 +72,6 @@ def load_policy(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = "no such folder, and the hub did not give it"
-        if path in BROUGHT_BY:
-            raise UserError(f"model {path!r} is not there: {BROUGHT_BY[path]}") from error
         if Path(path).exists():
             why = "the folder does not hold a causal LM"
         reason = str(error).splitlines()[0][:160]
