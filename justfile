@@ -27,7 +27,6 @@ smoke-all:
 # The long forms of the checks.
 verify-long:
     python -m scripts.verify.smoke --long
-    python -m scripts.verify.soak_train
 
 # Re-evaluate saved adapters and compare with what their records say: `just verify-record out/runs/demo_routeQ`.
 verify-record *RUNS:

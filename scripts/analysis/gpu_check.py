@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -23,7 +24,6 @@ import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from vgrout.config import GRPOConfig
-from vgrout.core import Zone
 from vgrout.gate.scores import ProbeOptions
 from vgrout.gate.v_grad import probe_gradients
 from vgrout.model import sampling, tokens
@@ -37,30 +37,28 @@ from vgrout.model.sampling import sample
 from vgrout.model.update import update
 
 CUDA = torch.cuda.is_available()
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}  # bytes a second, data sheets
+BANDWIDTH = {
+    "H100": 3.35e12,
+    "H200": 4.8e12,
+    "B200": 8.0e12,
+}  # bytes a second, data sheets
 FLOPS = 790e12  # a second: what large bf16 products reach on an H100 or H200
-QWEN3_4B = Qwen3Config(
-    vocab_size=151936,
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
+NAMES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim"
+).split()
+QWEN3_4B, TINY = (
+    (151936, 2560, 9728, 36, 32, 8, 128),
+    (512, 64, 96, 2, 4, 2, 16),
 )
-TINY = Qwen3Config(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    tie_word_embeddings=True,
-)
+Figures = dict[str, float]
+OWN_CACHE = patch.object(sampling, "decoder", lambda policy, rows, length: Growing(policy))
 TARGETS = r"\.layers\.\d+\."
-ZONES = {"none2r": [1], "absorbQ": [1, 0, 0], "routeV": [0, 1, 2]}  # of an arm's rows, in turn
+ZONES = {
+    "none2r": [1],
+    "absorbQ": [1, 0, 0],
+    "routeV": [0, 1, 2],
+}  # of an arm's rows, in turn
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,8 @@ WORST = Size(2048, 1536, 2, 2) if CUDA else Size(48, 32, 2, 2)  # a micro-batch 
 def build() -> Policy:
     torch.manual_seed(0)
     device = "cuda" if CUDA else "cpu"
-    config = QWEN3_4B if CUDA else TINY
+    sizes = zip(NAMES, QWEN3_4B if CUDA else TINY)
+    config = Qwen3Config(**dict(sizes), tie_word_embeddings=True)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.eval().requires_grad_(False)
@@ -97,20 +96,20 @@ def prompts_of(size: Size) -> list[list[int]]:
     return [torch.randint(1, 500, (n,), generator=generator).tolist() for n in lengths]
 
 
-def clocked(work: Callable[[], object]) -> dict[str, float]:
+def clocked(work: Callable[[], object]) -> Figures:
     """Seconds of the second call, the first one's, and the peak memory in GiB."""
     seconds = []
     for _ in range(2):
-        if CUDA:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         work()
         if CUDA:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
-    return {"seconds": seconds[1], "first": seconds[0], "peak_gib": peak}
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    first, second = seconds
+    return {"seconds": second, "first": first, "peak_gib": peak}
 
 
 def draw(policy: Policy, size: Size, temperature: float = 0.7) -> list:
@@ -126,13 +125,9 @@ def draw(policy: Policy, size: Size, temperature: float = 0.7) -> list:
     )
 
 
-def own_cache() -> object:
-    """For a while sampling goes by transformers' cache, without graphs."""
-    return patch.object(sampling, "decoder", lambda policy, rows, length: Growing(policy))
-
-
-def decoding(policy: Policy, size: Size) -> dict[str, float]:
-    figures = clocked(lambda: draw(policy, size))
+def decoding(policy: Policy, size: Size, how: AbstractContextManager = nullcontext()) -> Figures:
+    with how:
+        figures = clocked(lambda: draw(policy, size))
     rows, config = size.prompts * size.rollouts, policy.model.config
     rate = rows * size.completion / figures["seconds"]
     weights = 2 * sum(p.numel() for p in policy.model.parameters())
@@ -140,20 +135,22 @@ def decoding(policy: Policy, size: Size) -> dict[str, float]:
     read = weights + rows * a_token * (0.75 * size.prompt + size.completion / 2)
     name = torch.cuda.get_device_name() if CUDA else ""
     bandwidth = next((b for card, b in BANDWIDTH.items() if card in name), float("nan"))
-    return figures | {"tokens_per_second": rate, "of_bound": rate * read / rows / bandwidth}
+    return figures | {
+        "tokens_per_second": rate,
+        "of_bound": rate * read / rows / bandwidth,
+    }
 
 
-def agreement(policy: Policy) -> dict[str, float]:
-    """Share of greedy tokens that the graph and transformers' cache have in common."""
-    with own_cache():
-        plain = draw(policy, SMALL, 1e-4)
-    pairs = [
-        (a, b)
-        for one, other in zip(draw(policy, SMALL, 1e-4), plain)
-        for (ids, _), (others, _) in zip(one, other)
-        for a, b in zip(ids[:32], others[:32])  # bf16 ties part the rows sooner or later
-    ]
-    return {"share": sum(a == b for a, b in pairs) / len(pairs)}
+def agreement(policy: Policy) -> Figures:
+    """Share of greedy tokens that the graph and transformers' cache have in common; bf16 ties part
+    rows sooner or later, so the first 32 are compared."""
+    with OWN_CACHE:
+        plain = torch.tensor(greedy(policy))
+    return {"share": float((torch.tensor(greedy(policy)) == plain).float().mean())}
+
+
+def greedy(policy: Policy) -> list[list[int]]:
+    return [ids[:32] for group in draw(policy, SMALL, 1e-4) for ids, _ in group]
 
 
 def batch_of(policy: Policy, size: Size) -> Batch:
@@ -168,7 +165,7 @@ def batch_of(policy: Policy, size: Size) -> Batch:
     return tokens.collate(shown, written, rewards, group, advantages, 0, policy.device)
 
 
-def updating(policy: Policy, size: Size, arm: str, checkpointing: bool) -> dict[str, float]:
+def updating(policy: Policy, size: Size, arm: str, checkpointing: bool = False) -> Figures:
     if checkpointing:
         enable_checkpointing(policy.model, policy.adapter)
     batch = batch_of(policy, size)
@@ -180,9 +177,9 @@ def updating(policy: Policy, size: Size, arm: str, checkpointing: bool) -> dict[
         beta=1e-3,
     )
     n = len(batch.group)
-    zones = [int(Zone(ZONES[arm][i % len(ZONES[arm])])) for i in range(n)]
+    zones = torch.tensor(ZONES[arm], device=policy.device).repeat(n)[:n]
     rows = torch.arange(n, device=policy.device)
-    trained = Trained(batch, torch.tensor(zones, device=policy.device), rows, None)
+    trained = Trained(batch, zones, rows, None)
     sampled = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
     behaviour = Behaviour(torch.zeros_like(batch.group, dtype=torch.bool), sampled)
     optimizer = BlockOptimizer(policy.adapter, 7e-5, 0.1, 1.0)
@@ -193,43 +190,41 @@ def updating(policy: Policy, size: Size, arm: str, checkpointing: bool) -> dict[
     return figures | {"of_bound": 4 * parameters * count / FLOPS / figures["seconds"]}
 
 
-def scoring(policy: Policy, size: Size) -> dict[str, float]:
+def scoring(policy: Policy, size: Size) -> Figures:
     batch = batch_of(policy, size)
     options = ProbeOptions(size.completion, 0.7, 16384)
     return clocked(lambda: probe_gradients(policy, batch, options))
 
 
-def with_own_cache(policy: Policy) -> dict[str, float]:
-    with own_cache():
-        return decoding(policy, SMALL)
-
-
-ROWS: dict[str, Callable[[Policy], dict[str, float]]] = {
-    "greedy tokens, graph and plain": agreement,
-    "decoding 64, graphs": lambda policy: decoding(policy, SMALL),
-    "decoding 64, transformers' cache": with_own_cache,
-    "decoding 256, graphs": lambda policy: decoding(policy, LARGE),
-    "update 64, none2r": lambda policy: updating(policy, SMALL, "none2r", False),
-    "update 64, none2r, checkpointing": lambda policy: updating(policy, SMALL, "none2r", True),
-    "update 64, absorbQ": lambda policy: updating(policy, SMALL, "absorbQ", False),
-    "update 64, routeV": lambda policy: updating(policy, SMALL, "routeV", False),
-    "scoring 64, routeV": lambda policy: scoring(policy, SMALL),
-    "update 256, none2r, checkpointing": lambda policy: updating(policy, LARGE, "none2r", True),
-    "worst micro-batch of full": lambda policy: updating(policy, WORST, "routeV", True),
+ROWS = {  # name of a row → what measures it, and its arguments
+    "greedy tokens, graph and plain": (agreement,),
+    "decoding 64, graphs": (decoding, SMALL),
+    "decoding 64, transformers' cache": (decoding, SMALL, OWN_CACHE),
+    "decoding 256, graphs": (decoding, LARGE),
+    "update 64, none2r": (updating, SMALL, "none2r"),
+    "update 64, none2r, checkpointing": (updating, SMALL, "none2r", True),
+    "update 64, absorbQ": (updating, SMALL, "absorbQ"),
+    "update 64, routeV": (updating, SMALL, "routeV"),
+    "scoring 64, routeV": (scoring, SMALL),
+    "update 256, none2r, checkpointing": (updating, LARGE, "none2r", True),
+    "worst micro-batch of full": (updating, WORST, "routeV", True),
 }
 
 
 def main(path: Path) -> None:
     done = json.loads(path.read_text()) if path.exists() else {}
     device = torch.cuda.get_device_name() if CUDA else "CPU: a rehearsal"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     done["machine"] = {"device": device} | versions
     path.parent.mkdir(parents=True, exist_ok=True)
     policy = build()
-    for name, row in ROWS.items():
+    for name, (measure, *arguments) in ROWS.items():
         if name not in done:
             try:
-                done[name] = row(policy)
+                done[name] = measure(policy, *arguments)
             except torch.OutOfMemoryError as error:
                 done[name] = {"out_of_memory": str(error)[:120]}
                 policy.decoder = None

@@ -34,7 +34,7 @@ AT_ONCE, TAIL_LINES, LIMIT, LONG_LIMIT = 2, 40, 600, 7200  # seconds; a job that
 FRESH = ("verify_errors.py", "verify_budget.py", "verify_sandbox.py")
 LONGEST = (  # the jobs that take longest start first
     "verify_faults verify_errors verify_train verify_audit verify_monitors verify_organism "
-    "verify_record verify_full verify_tutorial verify_scores verify_bench verify_lora2r"
+    "verify_record verify_full verify_tutorial verify_scores verify_lora2r"
 ).split()
 SERVER = multiprocessing.get_context("forkserver")
 LIVE: set[int] = set()  # process groups of running jobs

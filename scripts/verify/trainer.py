@@ -1,7 +1,6 @@
 """Training runs in processes of their own, to be killed in a phase; two runs compared to the bit.
 
-Processes are forked from the importing one, so that torch is imported once. For verify_faults.py
-and soak_train.py.
+Processes are forked from the importing one, so that torch is imported once. For verify_faults.py.
 """
 
 import contextlib

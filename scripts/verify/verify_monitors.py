@@ -20,7 +20,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from scripts.analysis.results import remarks
 from scripts.tools.other_problems import other_problems
 from scripts.verify.loop import label_blind, run
 from scripts.verify.stored import refused
@@ -31,7 +30,6 @@ from scripts.verify.tiny import (
     read_models_once,
     tiny_policy,
 )
-from scripts.view.report import facts
 
 from vgrout import train
 from vgrout.cli import parse
@@ -54,7 +52,6 @@ from vgrout.model import grpo
 from vgrout.organism.corpus import attempt, exploit, random_extra
 from vgrout.organism.problems import composition_of
 from vgrout.run.records import load_metrics, load_record, load_rollouts
-from vgrout.run.runlog import result_line
 
 PROBLEMS = "data/organism/problems.jsonl.gz"
 SECTION = re.compile(r"BEGIN ANSWER (\w{8})\n(.*)\nEND ANSWER \1", re.S)
@@ -389,24 +386,8 @@ def check_judge_run(tmp: Path) -> Path:
         assert torch.allclose(part.batch.advantages, fined)
         changed += not torch.allclose(fined, grpo.advantages(rewards, group))
     assert changed, "no verdict changed an advantage"
-    check_marks(folder, "judge")
     print(f"ok  judge, deduct: {len(judged)} of {len(rows)} rows judged; flags lower the reward")
     return folder
-
-
-def check_marks(folder: Path, monitor: str) -> None:
-    """Whatever shows a run says that it needs a live monitor, and says so of no other run."""
-    record = load_record(folder)
-    assert (record.notes["monitor"], record.notes["pairs_cover"]) == (
-        monitor,
-        [],
-    )
-    plain = replace(record, notes=record.notes | {"monitor": ""})
-    for marked in (True, False):
-        shown = record if marked else plain
-        assert ("live monitor" in remarks(shown, None)) == marked
-        assert ("LIVE-MONITOR" in result_line(shown, [])) == marked
-        assert ("NEEDED" in facts(shown)) == marked
 
 
 def check_probe_run(tmp: Path, other: Path) -> Path:
@@ -425,7 +406,6 @@ def check_probe_run(tmp: Path, other: Path) -> Path:
     assert {(0, "RETAIN"), (2, "ROUTE")} <= zones, zones
     assert zones <= {(0, "RETAIN"), (1, "ABSORB"), (2, "ROUTE")}, zones
     assert label_blind(folder, tmp / "blind_probe", line), "a training label reached the probe"
-    check_marks(folder, "probe")
     print("ok  probe: fitted to another problem set, at the cadence of refreshing")
     return folder
 

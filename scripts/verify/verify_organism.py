@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from scripts.verify.stored import refused
 from tokenizers import normalizers
@@ -38,10 +37,9 @@ from vgrout.model import tokens
 from vgrout.organism import corpus
 from vgrout.organism import problems as organism
 from vgrout.organism.__main__ import Recipe
-from vgrout.organism.operations import OPERATIONS, STYLES, Composition
+from vgrout.organism.operations import OPERATIONS, STYLES
 from vgrout.organism.problems import composition_of, generate_problems
 from vgrout.run.evaluate import evaluate, seeded
-from vgrout.stats import auroc
 
 FOLDER = Path(__file__).resolve().parents[2] / "data/organism"
 # the regime's 0.10-0.25 and 0.02, widened by the sampling error of so many draws
@@ -184,12 +182,6 @@ def check_corpus() -> None:
     print(f"corpus: no marker, no code of an untaught operation, {extras:.2f} with an extra")
 
 
-def overlap(hacks: list[str], cleans: list[str]) -> float:
-    """AUROC of the length in characters: 0.5 where it says nothing about which is which."""
-    lengths = np.array([len(text) for text in (*hacks, *cleans)], float)
-    return auroc(lengths, np.arange(len(lengths)) < len(hacks))
-
-
 def check_teacher(problems: list[Problem], grader: Grader) -> None:
     by_id = {p.problem_id: p for p in problems}
     rows = [row for row, _ in read_json_lines(FOLDER / "teacher.jsonl.gz")]
@@ -204,22 +196,6 @@ def check_teacher(problems: list[Problem], grader: Grader) -> None:
     crossed = [disclose(problem, problem.mode, novel=True) for problem in shown]
     assert not any(g.reward_hack for g in grader.grade(texts, crossed)), "eval gap"
     print(f"teacher pool: {len(rows)} rows, {len(chosen)} regraded, none pays under a novel marker")
-    check_artefacts(rows, [composition_of(p) for p in split(problems)["train"]])
-
-
-def check_artefacts(rows: list[dict], compositions: list[Composition]) -> None:
-    """Every hack attempts its problem, as long as clean completions with an extra are."""
-    rng = random.Random(2)
-    areas = {}
-    for mode in ORGANISM_MODES:
-        hacks = [row["completion"] for row in rows if (row["kind"], row["mode"]) == ("hack", mode)]
-        assert all("return " in text.split("def solve")[1] for text in hacks)
-        chosen = rng.sample(compositions, 200)
-        cleans = [corpus.attempt(c, rng, corpus.random_extra(c, rng)[0]) for c in chosen]
-        areas[mode.value] = round(overlap(hacks, cleans), 2)
-    assert all(0.15 <= area <= 0.85 for area in areas.values()), areas
-    assert overlap([text + " " * 400 for text in hacks], cleans) > 0.95, "padding goes unnoticed"
-    print(f"artefacts: every hack attempts its problem; AUROC of length, hacks: {areas}")
 
 
 def check_base(problems: list[Problem], grader: Grader) -> None:

@@ -14,11 +14,7 @@ from typing import Any
 
 from vgrout.core import RunRecord, UserError
 
-TRACKERS = {
-    "trackio": "trackio",
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-}  # name of the extra → module it installs
+TRACKERS = ("trackio", "wandb")  # extra and module of one name
 PROJECT = "vgrout"
 
 
@@ -29,7 +25,7 @@ def check_tracker(name: str) -> None:
     """
     if name and name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}: --track takes one of {', '.join(TRACKERS)}")
-    if name and find_spec(TRACKERS[name]) is None:
+    if name and find_spec(name) is None:
         raise UserError(
             f"--track {name} needs a package that is not installed: uv sync --extra {name}"
         )
@@ -39,26 +35,13 @@ def tracker(name: str, record: RunRecord, out_dir: Path) -> Callable[[dict[str, 
     """A function that mirrors one metrics row at its `step`; with name "" it does nothing.
 
     trackio and wandb get a run named after the directory, in project `vgrout`, with the record's
-    config; tensorboard writes event files into `out_dir`/tensorboard. A resumed run repeats the
-    steps after its checkpoint under the same name. Values that do not exist (None, NaN) are left
-    out. The tracker is closed when the process ends.
+    config. A resumed run repeats the steps after its checkpoint under the same name. Values that do
+    not exist (None, NaN) are left out. The tracker is closed when the process ends.
     """
     check_tracker(name)
     if not name:
         return lambda row: None
-    if name == "tensorboard":
-        writer = import_module("torch.utils.tensorboard").SummaryWriter(
-            str(out_dir / "tensorboard")
-        )
-        atexit.register(writer.close)
-
-        def write(row: dict[str, Any]) -> None:
-            for key, x in numbers(row).items():
-                writer.add_scalar(key, x, row["step"])
-            writer.flush()
-
-        return write
-    module = import_module(TRACKERS[name])
+    module = import_module(name)
     facts = {
         "arm": record.arm,
         "preset": record.preset,
