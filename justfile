@@ -143,6 +143,10 @@ ceiling SEED="41":
 bench *ARGS:
     python -m scripts.analysis.bench "$@"
 
+# Decoding, update, scoring and memory of Qwen3-4B's architecture on one GPU, in four minutes; a rehearsal on a CPU.
+gpu-check FILE="out/gpu_check.json":
+    python -m scripts.analysis.gpu_check "$1"
+
 # The paper as out/paper/main.pdf.
 paper:
     @command -v pdflatex > /dev/null || { echo "error: LaTeX is missing: apt-get install texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended" >&2; exit 2; }
