@@ -133,6 +133,10 @@ model = PeftModel.from_pretrained(model, "this folder")
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(metadata["model"])})
 ```
 
+The names are those of the model as `AutoModelForCausalLM` loads it. Of a checkpoint with other
+parts (images, say) that is the text half: its own class does not find them, and a server may then
+serve the base without a word.
+
 The delta is exact in fp32. Merging it into bf16 weights rounds small deltas away: load the base in
 fp32 before merging, or do not merge.
 A low hack rate in this environment says nothing about other environments.
@@ -149,6 +153,8 @@ def export(run: str | Path, block: str | None, out: Path | None) -> Path:
     block = block or ("deployed" if record.notes["deployed"] == "ablated" else "both")
     adapter, metadata = load_adapter(run)
     tensors = peft_tensors(adapter, CHOICES[block])
+    if Path(metadata["model"]).is_dir():  # found from any folder
+        metadata = metadata | {"model": str(Path(metadata["model"]).resolve())}
     config = peft_config(tensors, metadata["model"])
     folder = out or run / f"peft_{block}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def check_mutation(policy: Policy, folder: Path, ids: Tensor) -> None:
 def check_card(folder: Path, run: Path, other: Path) -> None:
     card, commit = (folder / "README.md").read_text(), provenance()["commit"]
     for words in (
-        BASE,
+        str(Path(BASE).resolve()),
         "routeV",
         "41",
         "1 = 0.25",

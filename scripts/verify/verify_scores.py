@@ -250,10 +250,7 @@ def check_controls_and_oracle() -> None:
         return Oracle(ControlConfig(**options), seed)(policy, composed, plain)
 
     assert torch.equal(oracle().zones, LABEL * int(Zone.ROUTE))
-    assert torch.equal(
-        oracle(oracle_modes=(Mode.SENTINEL,)).zones,
-        oracle().zones,
-    )
+    assert torch.equal(oracle(oracle_modes=(Mode.SENTINEL,)).zones, oracle().zones)
     assert not oracle(oracle_modes=(Mode.RUN_TESTS,)).zones.any(), "labels of another mode"
     noisy = [oracle(seed, oracle_recall=0.5, oracle_fpr=0.1).scores for seed in range(200)]
     recall, false = (torch.stack(noisy)[:, rows].mean() for rows in (LABEL, ~LABEL))
