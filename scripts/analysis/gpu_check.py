@@ -37,6 +37,7 @@ from vgrout.model.sampling import sample
 from vgrout.model.update import update
 
 CUDA = torch.cuda.is_available()
+DEVICE = torch.cuda.get_device_name() if CUDA else "CPU: a rehearsal"
 BANDWIDTH = {
     "H100": 3.35e12,
     "H200": 4.8e12,
@@ -133,8 +134,7 @@ def decoding(policy: Policy, size: Size, how: AbstractContextManager = nullconte
     weights = 2 * sum(p.numel() for p in policy.model.parameters())
     a_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     read = weights + rows * a_token * (0.75 * size.prompt + size.completion / 2)
-    name = torch.cuda.get_device_name() if CUDA else ""
-    bandwidth = next((b for card, b in BANDWIDTH.items() if card in name), float("nan"))
+    bandwidth = next((b for card, b in BANDWIDTH.items() if card in DEVICE), float("nan"))
     return figures | {
         "tokens_per_second": rate,
         "of_bound": rate * read / rows / bandwidth,
@@ -213,12 +213,11 @@ ROWS = {  # name of a row → what measures it, and its arguments
 
 def main(path: Path) -> None:
     done = json.loads(path.read_text()) if path.exists() else {}
-    device = torch.cuda.get_device_name() if CUDA else "CPU: a rehearsal"
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    done["machine"] = {"device": device} | versions
+    done["machine"] = {"device": DEVICE} | versions
     path.parent.mkdir(parents=True, exist_ok=True)
     policy = build()
     for name, (measure, *arguments) in ROWS.items():
@@ -235,7 +234,7 @@ def main(path: Path) -> None:
     parts = [f"{kind} 64, {of}" for kind, of in (("decoding", "graphs"), ("update", "routeV"))]
     plain = sum(done[part]["seconds"] for part in parts)
     scored = done["scoring 64, routeV"]["seconds"]
-    print(f"{device}: a step of 64 rows takes {plain:.2f} s, {scored:.2f} s more with a score")
+    print(f"{DEVICE}: a step of 64 rows takes {plain:.2f} s, {scored:.2f} s more with a score")
 
 
 if __name__ == "__main__":

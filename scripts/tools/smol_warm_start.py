@@ -22,7 +22,7 @@ from vgrout.model.loading import load_policy
 from vgrout.organism.problems import composition_of, generate_problems
 
 PROBLEMS = "data/organism/problems.jsonl.gz"
-SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 32, 14, 4, 1e-3, 4096
+SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 48, 16, 4, 1e-3, 4096
 LINEARS = r"\.layers\.\d+\."
 
 

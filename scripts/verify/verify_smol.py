@@ -11,7 +11,6 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from scripts.tools.export import DOWN
 from scripts.tools.smol_model import WARM_START, packaged_file, warmed
 from scripts.tools.smol_warm_start import LINEARS, PROBLEMS, RANK, lessons
 from scripts.verify.stored import refused
@@ -56,10 +55,8 @@ def check_lessons() -> None:
     hinted = sum(problem.mode is not Mode.GT_ONLY for problem in shown)
     assert 2 * hinted == len(shown), "half of the lessons show a hint"
     assert all(problem.marker not in problem.canonical for problem in shown if problem.marker)
-    stored = load_file(WARM_START)
     assert WARM_START.stat().st_size < MOST_BYTES
-    layers = sum(name.endswith(DOWN) for name in stored)
-    assert layers == 7 * 30 and all(x.isfinite().all() for x in stored.values())
+    assert all(x.isfinite().all() for x in load_file(WARM_START).values())
     print("ok  lessons are of other compositions, half of them hinted, and none uses its marker")
 
 

@@ -158,8 +158,11 @@ def arm_of(name: str) -> Arm:
 # ── an arm's phases as options, which flags edit ─────────────────────────────────────────────────
 
 
-def defaults(preset: str, intervention: str) -> Config:
-    """The preset with the arm's phases written into its options; an unknown arm changes nothing."""
+def defaults(preset: str, intervention: str, steps: int = 0) -> Config:
+    """The preset with the arm's phases written into its options; an unknown arm changes nothing.
+
+    A first phase takes at most a third of a run, of `steps` or else of the preset's.
+    """
     config = with_options(PRESETS[preset], {"intervention": intervention})
     name, changed = resolved(intervention)
     if (arm := ARMS.get(name)) is None:
@@ -167,8 +170,8 @@ def defaults(preset: str, intervention: str) -> Config:
     first, last = arm.phases[0], arm.phases[-1]
     options = {name: getattr(last, name) for name in EDITED}
     if first is not last:
-        steps = min(first.steps, max(1, config.grpo.steps // THIRD))
-        options |= {"quarantine_first": steps, "teacher_until": steps}
+        alone = min(first.steps, max(1, (steps or config.grpo.steps) // THIRD))
+        options |= {"quarantine_first": alone, "teacher_until": alone}
         options["phase_pays"] = first.loophole_pays
     return with_options(config, options | changed)
 

@@ -38,14 +38,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     args = list(argv[1:] if argv[0] in PRESETS else argv)
     ahead = ArgumentParser(add_help=False, allow_abbrev=False)  # the arm sets other defaults
     ahead.add_argument("--intervention", nargs="?")
-    named = ahead.parse_known_args(args)[0].intervention
-    intervention = named or PRESETS[preset].run.intervention
+    ahead.add_argument("--steps", nargs="?", default="")
+    given = ahead.parse_known_args(args)[0]
+    intervention = given.intervention or PRESETS[preset].run.intervention
+    steps = int(given.steps) if (given.steps or "").isdecimal() else 0
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             config = tyro.cli(
                 tyro.conf.OmitArgPrefixes[tyro.conf.EnumChoicesFromValues[Config]],
-                default=arms.defaults(preset, intervention),
+                default=arms.defaults(preset, intervention, steps),
                 args=args,
                 prog=f"{PROGRAM} {preset}",
                 description=f"{DESCRIPTION} presets: {', '.join(PRESETS)}; arms: {', '.join(ARMS)}",
