@@ -1,29 +1,25 @@
 """How easily hacking returns: plain GRPO from a deployed policy until half of the rollouts hack."""
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from scripts.experiments.reopen import finished
+from scripts.experiments.run import Pool
+from scripts.experiments.waves import Job, Row
 from scripts.view.output import show
 
 from vgrout.arms import defaults
 from vgrout.config import Config, with_options
 from vgrout.core import UserError
-from vgrout.run.records import load_metrics, load_record
+from vgrout.run.records import load_metrics
 from vgrout.run.repeat import argv_of, config_of
 
 RETURNED = 0.5  # student hack rate of a step at which hacking has returned
 PAIRS = ("pairs", "pair_modes", "placebo_pairs")  # plain GRPO reads none
 
 
-def attack(config: Config, preset: str, start: str, out: Path, steps: int) -> Config:
+def attack(config: Config, preset: str, start: str, steps: int) -> Config:
     """Plain GRPO with loopholes that pay, from a deployed policy ("": the base).
 
     The environment is the run's own, its demonstrations included.
@@ -32,9 +28,10 @@ def attack(config: Config, preset: str, start: str, out: Path, steps: int) -> Co
     options = {
         "intervention": "none2r",
         "init_from": start,
-        "out_dir": str(out),
-        "resume": True,
+        "out_dir": "",
+        "resume": False,
         "eval_every": 0,
+        "final_draws": 1,
         "save_every": 0,
         "snapshot_every": 0,
         "track": "",
@@ -51,28 +48,6 @@ def returned(out: Path) -> int | None:
     return next((row["step"] for row in load_metrics(out) if row["student_hack"] >= RETURNED), None)
 
 
-def run_attack(config: Config, preset: str, out: Path) -> None:
-    """Train until hacking has returned or the steps are over; what has ended is not repeated."""
-    stored = (out / "record.json").exists()
-    if returned(out) is not None or stored and load_record(out).status == "finished":
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "vgrout.train", *argv_of(preset, config)]
-    print("  python", shlex.join(command[1:]), flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(out / "log.txt", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            while process.poll() is None and returned(out) is None:
-                time.sleep(0.5)
-        finally:
-            process.send_signal(signal.SIGTERM)  # it stops at the end of its step, if it has not
-            process.wait()
-    if returned(out) is None and process.returncode:
-        last = (out / "log.txt").read_text().splitlines()[-1]
-        raise UserError(f"the attack in {out} failed: {last}")
-
-
 def relearn(options: Namespace) -> None:
     """Steps from each deployed policy, and from the base, until half of the rollouts hack."""
     starts = [(path.name, str(path), finished(path)) for path in options.runs]
@@ -81,7 +56,12 @@ def relearn(options: Namespace) -> None:
     rows = []
     for name, start, record in starts:
         out, own = options.out / "relearn" / name, config_of(record.preset, record.config)
-        run_attack(attack(own, record.preset, start, out, options.steps), record.preset, out)
+        attacked = attack(own, record.preset, start, options.steps)
+        command = tuple(argv_of(record.preset, attacked))
+        pool = Pool([Job(Row(name, "none2r"), record.seed, command, out)], 1, str)
+        pool()
+        if unfinished := pool.unfinished():
+            raise UserError(f"the attack did not end: {unfinished[0]}")
         metrics = load_metrics(out)
         rows.append(
             {

@@ -44,9 +44,7 @@ PLAIN = {  # every score starts from this form, whatever the run's own is
     "probe_positions": "completion",
     "score_sign": "advantage",
     "centred": False,
-    "metric": "cosine",
     "act_space": "bottleneck",
-    "act_layer": None,
 }
 CONFOUND = "confound"
 V_GRAD, V_ACT = Phase(score="v_grad"), Phase(score="v_act")

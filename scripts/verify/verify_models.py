@@ -222,29 +222,6 @@ def check_loading(tmp: Path) -> None:
     print("ok  a model whose rows are packed wrongly runs them in full, with a warning")
 
 
-def completions(policy: Policy) -> list[list[int]]:
-    batch, _ = draw(policy, length=40)
-    rows = zip(batch.completion_ids, batch.completion_mask, strict=True)
-    return [ids[mask].tolist() for ids, mask in rows]
-
-
-def check_eos(tmp: Path) -> None:
-    """Two common tokens are made EOS: no completion goes on after either."""
-    plain = load(tmp / "qwen3")
-    plain.eos_ids = frozenset()
-    drawn = torch.tensor(sum(completions(plain), []))
-    common = {*drawn.bincount().argsort(descending=True)[:2].tolist()}
-    name, options = MODELS["qwen3"]
-    several = load(saved(tmp / "several", name, SIZES | options, [2, *common]))
-    assert several.eos_ids == {2} | common, several.eos_ids
-    rows = completions(several)
-    assert not any(several.eos_ids & {*ids[:-1]} for ids in rows), "one goes on behind its end"
-    assert all(ids[-1] in several.eos_ids or len(ids) == 40 for ids in rows)
-    several.eos_ids = frozenset({2})  # mutation: the tokenizer's EOS alone
-    assert any(common & {*ids[:-1]} for ids in completions(several))
-    print("ok  every EOS id of the generation config ends a completion; with one, others run on")
-
-
 def check_refused(tmp: Path) -> None:
     gpt2 = saved(tmp / "gpt2", "GPT2Config", GPT2)
     scaled = saved(tmp / "granite", "GraniteConfig", SIZES | dict(logits_scaling=8.0))
@@ -286,7 +263,6 @@ def main() -> None:
             check_gradients(kind, family(tmp, kind))
         print("ok  packed = in full, in mixed zones and probed, in all of them and", *OTHERS)
         check_loading(tmp)
-        check_eos(tmp)
         check_refused(tmp)
 
 

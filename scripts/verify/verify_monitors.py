@@ -32,7 +32,6 @@ from scripts.verify.tiny import (
 )
 
 from vgrout import train
-from vgrout.cli import parse
 from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
 from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.gate.actions import Options, deduct
@@ -221,19 +220,7 @@ def check_refusals() -> None:
             check_endpoint,
             Endpoint("http://localhost/v1", "m"),
         )
-    for line, words in (
-        ("judge --action deduct", "judge needs a live judge: --judge-url"),
-        (
-            "probe --action filter",
-            "probe needs labelled rollouts of another problem set",
-        ),
-        (
-            "routeV --judge-url http://localhost/v1",
-            "--judge-url is not read by routeV",
-        ),
-    ):
-        refused(words, parse, ["organism", "--intervention", *line.split()])
-    print("ok  a monitor without its arm, an arm without its monitor, a bad URL: one line each")
+    print("ok  a bad URL, a client that is not installed: one line each")
 
 
 def check_flags() -> None:
@@ -263,7 +250,7 @@ def check_probe() -> None:
     policy, (data, label) = tiny_policy(rank=16), styled_batch(320, 1)
     fresh, truth = styled_batch(60, 7)
     held = torch.arange(320) % 4 == 0
-    how = {"space": "residual", "layer": None, "token_budget": 2000, "l2": 1.0}
+    how = {"space": "residual", "token_budget": 2000, "l2": 1.0}
     probe, saved = (Probe(data, label, held, **how) for _ in range(2))
     figures = probe.refresh(policy)
     p = probe(policy, fresh).scores

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from scripts.verify.stored import refused
 from tokenizers import normalizers
 from transformers import (
@@ -57,8 +56,6 @@ def check_files() -> PreTrainedTokenizerBase:
     parameters = model.num_parameters()
     assert size <= MAX_BYTES, size
     assert 1e6 <= parameters <= 3e6, parameters
-    assert model.config.model_type == "qwen3"
-    assert model.dtype == torch.bfloat16
     print(f"files: {size / 1e6:.1f} MB, {parameters / 1e6:.2f} M parameters")
     return AutoTokenizer.from_pretrained(FOLDER / "base")
 

@@ -131,8 +131,6 @@ def features(completion: str, marker: str) -> dict[str, float]:
         "sets attribute": bool(stored),
         "assert": ast.Assert in kinds,
         "opens file": "open" in names,
-        "import": ast.Import in kinds or ast.ImportFrom in kinds,
-        "second class": top[ast.ClassDef] > 1,
         "loop": ast.For in kinds or ast.While in kinds,
         "True": any(isinstance(n, ast.Constant) and n.value is True for n in nodes),
         "PASS": "PASS" in ast.unparse(tree),
@@ -313,11 +311,6 @@ def verify_references() -> None:
     assert few == of_mode[0][:2] + of_mode[1][:2] != every[:4]
     for preset in PRESETS.values():
         assert load_pairs(preset.data.pairs) and load_pairs(preset.data.placebo_pairs)
-    refused(
-        "the file's sections are",
-        load_pairs,
-        f"{LEETCODE}#no_such_section",
-    )
     print(f"ok  :2 takes two pairs of each mode; the sections of {len(PRESETS)} presets are there")
 
 

@@ -268,13 +268,8 @@ def verify_lock() -> None:
 
 
 def verify_files() -> None:
-    row = {
-        "a": float("nan"),
-        "b": [np.float32("inf")],
-        "c": torch.tensor(2),
-        "d": np.arange(2),
-    }
-    finite = {"a": None, "b": [None], "c": 2, "d": [0, 1]}
+    row = {"a": float("nan"), "b": [np.float32("inf")], "c": torch.tensor(2)}
+    finite = {"a": None, "b": [None], "c": 2}
     loose = json.loads(json.dumps({"a": float("nan")}))["a"] is None
     check(
         "what is not finite is written as null",
@@ -287,9 +282,6 @@ def verify_files() -> None:
     same = [len({pack(tensors, metadata) for _ in range(8)}) == 1 for pack in packers]
     check("an adapter with the same content has the same bytes", *same)
     assert records.load_adapter(WHOLE)[1] == METADATA
-    assert RECORD.versions.keys() >= {"python", "torch", "transformers", "vgrout"}
-    record = load_record(WHOLE)
-    assert record.status == "finished" and record.evals[0] == CELL
 
 
 def verify_dirty() -> None:

@@ -26,6 +26,7 @@ PROMPTS = [
     [17, 18, 19],
     [20],
 ]
+ENDS = frozenset({EOS, 9, 30})  # several tokens end a completion
 ROWS = 3  # of each prompt
 NEW = 12  # tokens
 LONGEST = max(map(len, PROMPTS)) + NEW
@@ -60,7 +61,7 @@ def reference(policy: Policy, temperature: float) -> Ids:
             tokens = torch.multinomial(probs, 1, generator=generator)
             for sequence, token in zip(live, tokens[:, 0].tolist()):
                 sequence.append(token)
-            live = [sequence for sequence in live if sequence[-1] != EOS]
+            live = [sequence for sequence in live if sequence[-1] not in ENDS]
     return [[row[len(prompt) :] for row in group] for prompt, group in zip(PROMPTS, groups)]
 
 
@@ -164,6 +165,7 @@ def check_distribution(policy: Policy) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tiny = tiny_policy()
+    tiny.eos_ids = ENDS
     perturb(tiny)
     for check in (
         check_reference,

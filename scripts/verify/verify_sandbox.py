@@ -191,7 +191,7 @@ def leftovers(grader: Grader) -> dict[str, int]:
     for pid in [os.getpid(), *tree]:
         with contextlib.suppress(PermissionError):  # workers hide theirs from an ordinary user
             descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-            scratch += Path(f"/proc/{pid}/root/scratch").glob("*")
+            scratch += Path("/proc", str(pid), "root", "scratch").glob("*")
     return {"processes": len(tree), "descriptors": descriptors, "files": len(scratch)}
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from scripts.tools.smol_model import WARM_START, packaged_file, warmed
-from scripts.tools.smol_warm_start import LINEARS, PROBLEMS, RANK, lessons
+from scripts.tools.smol_warm_start import PROBLEMS, RANK, lessons
 from scripts.verify.stored import refused
 from transformers import AutoModelForCausalLM
 

@@ -335,8 +335,8 @@ READERS: dict[str, tuple[Reads, str]] = {  # options → who reads them, and in 
         "a score or control that is refreshed",
     ),
     "granularity probe_state probe_positions score_sign": (_score("v_grad"), "the score v_grad"),
-    "centred metric": (_score("v_grad", "v_act"), "the scores v_grad and v_act"),
-    "act_space act_layer": (_score("v_act", "probe"), "the scores v_act and probe"),
+    "centred": (_score("v_grad", "v_act"), "the scores v_grad and v_act"),
+    "act_space": (_score("v_act", "probe"), "the scores v_act and probe"),
     "llr_steps llr_learning_rate": (_score("llr"), "the score llr"),
     "confound": (_control("confound"), "--control confound"),
     "placebo_seed": (

@@ -125,9 +125,7 @@ class ScoreConfig:
     probe_positions: Literal["completion", "all"] = "completion"  # where the c-probe multiplies
     score_sign: Literal["advantage", "unit"] = "advantage"  # v_grad scores the update, or A = 1
     centred: bool = False  # subtract the pairs' midpoint before the cosine
-    metric: Literal["cosine", "dot"] = "cosine"
     act_space: Literal["bottleneck", "residual"] = "bottleneck"  # what v_act and probe pool
-    act_layer: int | None = None  # residual layer; None = all
     llr_steps: Count = 4  # optimiser steps of each likelihood fit
     llr_learning_rate: Positive = 1e-3
 

@@ -14,7 +14,6 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vgrout.core import UserError
 from vgrout.gate.scores import Materials, ProbeOptions, Score, Scored, register
 from vgrout.model.batch import Batch
 from vgrout.model.grpo import scored_loss
@@ -24,7 +23,7 @@ from vgrout.model.tokens import micro_batches, select
 
 @dataclass
 class DirectionScore(Score):
-    """Cosine (or dot product) of a row's features with the pairs' hack-minus-clean direction.
+    """Cosine of a row's features with the pairs' hack-minus-clean direction.
 
     space "c_probe" is v_grad, "bottleneck" and "residual" are v_act. `signed_score` multiplies by
     the sign of the advantage (the score of the update) where the features are gradients; without
@@ -37,10 +36,8 @@ class DirectionScore(Score):
     space: str
     probe: ProbeOptions
     centred: bool = False
-    metric: str = "cosine"
     signed_score: bool = True
     by_token: bool = False
-    layer: int | None = None
     stored = ("v", "midpoint", "pairs_hack", "pairs_clean")
     v = midpoint = None
 
@@ -52,7 +49,7 @@ class DirectionScore(Score):
         if self.space == "c_probe":
             return probe_gradients(policy, batch, self.probe, by_token=self.by_token)
         budget = self.probe.token_budget
-        return activations(policy, batch, space=self.space, token_budget=budget, layer=self.layer)
+        return activations(policy, batch, space=self.space, token_budget=budget)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Extract the direction anew; returns its drift, the cosine with the last one."""
@@ -64,7 +61,7 @@ class DirectionScore(Score):
         if self.by_token:  # the positions that predict a completion's tokens
             starts, ends = self.pairs.completion_start, self.pairs.attention_mask.sum(1)
             parts = [x[i - 1 : j - 1] for x, i, j in zip(features, starts, ends)]
-        how = {"centred": self.centred, "metric": self.metric, "parts": parts}
+        how = {"centred": self.centred, "parts": parts}
         sides = out_of_sample(rows[:n], rows[n:], self.pairs.group[:n], **how)
         self.pairs_hack, self.pairs_clean = sides
         drift = float("nan") if last is None else float(project(self.v, last))
@@ -79,7 +76,7 @@ class DirectionScore(Score):
         """Scores of a batch's features along any direction of this space."""
         if self.centred:
             features = features - self.midpoint.to(features)
-        scores = project(features, v, self.metric)
+        scores = project(features, v)
         if self.signed_score and self.space == "c_probe":
             scores = scores * advantages.sign()[:, None]
         return scores if self.by_token else scores[:, 0]
@@ -106,10 +103,8 @@ def direction_score(
         space=space,
         probe=materials.probe,
         centred=score.centred,
-        metric=score.metric,
         signed_score=score.score_sign == "advantage",
         by_token=score.granularity == "token",
-        layer=score.act_layer,
     )
 
 
@@ -172,12 +167,11 @@ def activations(
     *,
     space: str,
     token_budget: int,
-    layer: int | None = None,
 ) -> Float[Tensor, "g 1 m k"]:
     """Mean over the completion's tokens but its last (no token is predicted there).
 
     Of the deployed bottleneck A x (space "bottleneck": m = Linears, k = r) or of the residual
-    stream after each layer ("residual": m = layers or 1, k = width; the last one behind the final
+    stream after each layer ("residual": m = layers, k = width; the last one behind the final
     norm, as transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
@@ -191,11 +185,8 @@ def activations(
         if space == "bottleneck":  # a forward pass over whole rows has recorded them whole
             width = weight.shape[1]
             streams = [x if x.shape[1] == width else predicting(part, x) for x in seen.values()]
-        elif layer is not None and not 0 <= layer < len(states):
-            last = len(states) - 1
-            raise UserError(f"--act-layer {layer} is no layer of this model: they are 0 to {last}")
         else:
-            streams = states if layer is None else states[layer : layer + 1]
+            streams = states
         pooled = [torch.einsum("gtk,gt->gk", x.float(), weight) for x in streams]
         parts.append((rows, rearrange(pooled, "m g k -> g 1 m k")))
     order = torch.cat([rows for rows, _ in parts]).argsort()
@@ -233,12 +224,10 @@ def haar(
 def project(
     features: Float[Tensor, "*n m k"],
     v: Float[Tensor, "m k"],
-    metric: str = "cosine",
 ) -> Float[Tensor, "*n"]:
-    """Unweighted mean over modules of the cosine with v, or of the dot product; zero rows are 0."""
-    dot = (features * v.to(features)).sum(-1)
+    """Unweighted mean over modules of the cosine with v, a unit vector there; zero rows are 0."""
     norm = features.norm(dim=-1).clamp(min=1e-12)
-    return (dot if metric == "dot" else dot / norm).mean(-1)
+    return ((features * v.to(features)).sum(-1) / norm).mean(-1)
 
 
 def out_of_sample(
@@ -247,7 +236,6 @@ def out_of_sample(
     prompt: Int[Tensor, " p"],
     *,
     centred: bool = False,
-    metric: str = "cosine",
     parts: Sequence[Tensor] | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Scores of both sides at A = +1, each pair by a direction without any pair on its prompt.
@@ -261,6 +249,6 @@ def out_of_sample(
     for i, part in enumerate(parts):
         others = prompt != prompt[i % len(prompt)]
         v, midpoint = contrast(hack[others], clean[others])
-        scores.append(project(part - midpoint if centred else part, v, metric))
+        scores.append(project(part - midpoint if centred else part, v))
     n = len(prompt)
     return torch.cat(scores[:n]), torch.cat(scores[n:])

@@ -7,7 +7,13 @@ from vgrout.config import Config, options_of, with_options
 from vgrout.core import Mode, UserError
 
 # options that are gone: what every record has, or what no longer changes anything
-GONE = {"llr_form": "ratio", "framing_pairs": None, "score_dtype": None}
+GONE = {
+    "llr_form": "ratio",
+    "metric": "cosine",
+    "act_layer": "all",
+    "framing_pairs": None,
+    "score_dtype": None,
+}
 # options younger than some records, with what was done before there was a choice
 YOUNGER = {"absorb_share": 0.0, "kl_estimator": "k3"}
 
