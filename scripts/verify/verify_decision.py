@@ -129,12 +129,7 @@ def check_waves() -> None:
     order = [job.name for job in jobs]
     pair = ["absorbQ_s400", "no_gateQ_s400"]
     assert order[:2] == pair and order[20] == "none2r_s400" and order[-1] == "routeQ_s409"
-    for changed in (
-        ["--seeds", "41"],
-        ["--flags", "--beta 0"],
-        ["--rehearse"],
-    ):
-        assert not any(job.own for job in chosen(WAVE, *changed)), changed
+    assert not any(job.own for job in chosen(WAVE, "--flags", "--beta 0")), "another run's record"
     print("ok  plan 1 parses, its stages and seeds come in turn")
 
 

@@ -167,11 +167,8 @@ if __name__ == "__main__":
     tiny = tiny_policy()
     tiny.eos_ids = ENDS
     perturb(tiny)
-    for check in (
-        check_reference,
-        check_greedy,
-        check_bound,
-        check_distribution,
-    ):
-        check(tiny)
+    check_reference(tiny)
+    check_greedy(tiny)
+    check_bound(tiny)
+    check_distribution(tiny)
     check_batches()
