@@ -74,38 +74,27 @@ def check_scored_loss() -> None:
 
 
 def check_kl_estimators() -> None:
-    """On policy, in expectation: k3 descends KL(ref‖π), the corrected estimator KL(π‖ref)."""
-    logits = torch.tensor([0.5, -1.0, 0.2, 1.5], requires_grad=True)
+    """On policy, in expectation: k3 descends KL(ref‖π), the corrected estimator KL(π‖ref), also
+    where an outcome is all but given up."""
     ref = torch.tensor([-0.3, 0.4, 1.0, 0.1]).log_softmax(0)
-    logp = logits.log_softmax(0)
-    p, q = logp.exp(), ref.exp()
-    forward, reverse = (
-        grad(kl.sum(), logits, retain_graph=True)[0] for kl in (q * (ref - logp), p * (logp - ref))
-    )
     how = HOW | {"beta": 1.0, "normaliser": 1.0}
-    every, zero = (
-        torch.ones(1, 1, dtype=torch.bool),
-        torch.zeros(1),
-    )
-    for corrected, wanted, other in (
-        (False, forward, reverse),
-        (True, reverse, forward),
-    ):
+    every, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1)
+    for corrected, given_up in ((False, -1.0), (True, -1.0), (True, -9.0)):
+        logits = torch.tensor([0.5, given_up, 0.2, 1.5], requires_grad=True)
+        logp = logits.log_softmax(0)
+        p, q = logp.exp(), ref.exp()
+        forward, reverse = (
+            grad(kl.sum(), logits, retain_graph=True)[0]
+            for kl in (q * (ref - logp), p * (logp - ref))
+        )
+        wanted, other = (reverse, forward) if corrected else (forward, reverse)
         expected = 0.0
         for i, chance in enumerate(p.tolist()):  # each outcome is a row of one token
             token = [x[i].view(1, 1) for x in (logp, logp.detach(), ref)]
-            expected += (
-                chance
-                * grpo.grpo_loss(
-                    *token,
-                    every,
-                    zero,
-                    **how,
-                    corrected=corrected,
-                )[0]
-            )
+            loss, _ = grpo.grpo_loss(*token, every, zero, **how, corrected=corrected)
+            expected += chance * loss
         found = grad(expected, logits, retain_graph=True)[0]
-        assert torch.allclose(found, wanted, atol=1e-6), corrected
+        assert torch.allclose(found, wanted, atol=1e-6), (corrected, given_up)
         assert not torch.allclose(found, other, atol=1e-2), "not told apart"
     print("ok  k3's on-policy gradient is KL(ref‖π)'s, the corrected one's is KL(π‖ref)'s")
 

@@ -90,7 +90,7 @@ class GRPOConfig:
     weight_decay: NotNegative = 0.0  # decay toward the initialisation
     max_grad_norm: Positive = 0.1  # of each block; healthy organism steps have norms of 0.02 to 0.1
     beta: NotNegative = 0.02  # weight of the KL to the adapter-off reference
-    kl_estimator: Literal["k3", "corrected"] = "k3"  # corrected: k3 times the PPO ratio
+    kl_estimator: Literal["k3", "corrected"] = "k3"  # corrected: descends KL(π‖ref)
     epsilon: NotNegative = 0.2  # PPO clip
     token_budget: Count = 8192  # padded tokens of one micro-batch
 

@@ -86,7 +86,8 @@ def grpo_loss(
     k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by
     its tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is
     still pulled back, by a bounded force. On policy the gradient of this loss is that of KL(ref‖π),
-    the forward KL; `corrected` multiplies k3 by the ratio, and its gradient is that of KL(π‖ref).
+    the forward KL. `corrected` descends KL(π‖ref): its term ρ (logp − ref), the factor behind ρ
+    held, has the gradient of ρ · k3 without its overflow.
     `ref_logps` is None where beta is 0. Returns the loss (summed, so that micro-batches add up) and
     the per-token ratio, clip and KL for logging.
     """
@@ -99,8 +100,7 @@ def grpo_loss(
         gap = ref_logps - logps
         near = gap.clamp(max=KL_LINEAR_FROM)
         kl = torch.exp(near) - near - 1 + (math.exp(KL_LINEAR_FROM) - 1) * (gap - near)
-    if corrected:
-        kl = ratio * kl
+    pull = ratio * (logps - ref_logps).detach() if corrected and ref_logps is not None else kl
     clipped = (free > bound).float()
-    loss = ((policy + beta * kl) * mask).sum() / normaliser
+    loss = ((policy + beta * pull) * mask).sum() / normaliser
     return loss, {"ratio": ratio.detach(), "kl": kl.detach(), "clipped": clipped}
