@@ -190,6 +190,7 @@ MODELS = (  # EOS of the tokenizer and of the generation config, template, answe
     ("<|im_end|>", 2, "{{ raise_exception('no') }}", NO_CHAT),
     ("<|im_end|>", 2, "{{ messages[0].text + 'a' }}", NO_CHAT),
     ("<|im_end|>", 2, "{% for %}", NO_CHAT),
+    ("<|im_end|>", 2, "{{ 'Yes, it is.' }}", ".*template does not show the user's text"),
 )
 ADAPTERS = (  # a value of its tensor, metadata, answer to reading it for the model `m`
     (0.0, {}, ".*names no model"),

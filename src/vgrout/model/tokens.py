@@ -36,9 +36,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False
 ) -> str:
-    """The messages as the chat template writes them. UserError where it refuses them."""
+    """The messages as the chat template writes them. UserError where it refuses or hides them."""
+    what = "the model's chat template"
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -46,9 +47,13 @@ def rendered(
         )
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        what = f"the model's chat template refuses messages of {roles}"
         why = " ".join(str(error).split())[:160]
-        raise UserError(f"{what} ({why}): use another --model") from error
+        what += f" refuses messages of {roles} ({why})"
+        raise UserError(f"{what}: use another --model") from error
+    if messages[-1]["content"].strip() not in text:
+        role = messages[-1]["role"]
+        raise UserError(f"{what} does not show the {role}'s text: use another --model")
+    return text
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
