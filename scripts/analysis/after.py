@@ -2,8 +2,7 @@
 
     frontier RUN … --against NONE2R …   the shrinkage null: hack and solve of plain GRPO, stopped at
                                         each of its snapshots or with its whole adapter scaled from
-                                        0 to 1; how far each RUN's deployed policy lies above it;
-                                        leakage
+                                        0 to 1; how far each RUN's deployed policy lies above it
     forget RUN …                        the deployed policy as the quarantine's delta is scaled from
                                         0 (ablated) to 1 (as trained), and the quarantine alone
     push RUN …                          how far each run's quarantine pushes the base at every

@@ -32,12 +32,11 @@ from vgrout.model.sampling import sample
 from vgrout.model.tokens import collate, encode_prompt, select
 from vgrout.run.audit import scaled
 from vgrout.run.evaluate import seeded
-from vgrout.run.records import load_rollouts, load_snapshots
+from vgrout.run.records import load_snapshots
 from vgrout.stats import (
     above_frontier,
     bootstrap_interval,
     frontier_solve,
-    leakage,
 )
 
 ROWS_A_PROMPT = 4  # samples of the base
@@ -101,46 +100,16 @@ def null_points(path: Path, options: Namespace) -> Iterator[Row]:
                 yield measure(f"step {step}", kind="step", at=float(step))
 
 
-def hacks_before(path: str | Path, step: float = float("inf")) -> int:
-    """Hack rollouts, demonstrations included, that training had seen before `step`."""
-    return sum(row["reward_hack"] for row in load_rollouts(path) if row["step"] < step)
-
-
-def left_over(path: Path, record: RunRecord, points: list[Row]) -> float:
-    """Leakage in exposure, against the run without intervention that made the points."""
-    exposed = []
-    for point in points:
-        if point["kind"] == "step":
-            exposed.append(
-                (
-                    hacks_before(point["run"], point["at"]),
-                    point["hack"],
-                )
-            )
-        elif point["at"] == 0:
-            exposed.insert(0, (0, point["hack"]))
-        elif point["at"] == 1:
-            end = (hacks_before(point["run"]), point["hack"])
-    return leakage(
-        share(cell(record), "hack"),
-        [*exposed, end],
-        hacks_before(path),
-    )
-
-
 def placed(path: Path, record: RunRecord, points: list[Row]) -> Row:
-    """A deployed policy beside the points; its leakage is against the run of its own seed."""
+    """A deployed policy beside the points."""
     result = cell(record)
     try:
         distance = above_frontier(result.by_problem, [p["by_problem"] for p in points])
     except ValueError as error:
         differ = f"{path} and --against are counted on different problems ({error})"
         raise UserError(f"{differ}: set --draws {result.n}") from None
-    twins = [p["run"] for p in points if p["seed"] == record.seed]
-    against = (twins or [points[0]["run"]])[0]
     row = named(path, record) | rates(result)
     row |= dict(zip(("above", "above_low", "above_high"), distance))
-    row["leakage"] = left_over(path, record, [p for p in points if p["run"] == against])
     return row
 
 

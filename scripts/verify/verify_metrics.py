@@ -162,15 +162,6 @@ def verify_frontier() -> None:
     equal(what, got, distances, above_base)
 
 
-def verify_leakage() -> None:
-    baseline = [(0, 0.0), (100, 0.2), (150, 0.1), (400, 0.6)]
-    want = {0.0: 0.0, 0.1: 50 / 400, 0.4: 275 / 400, 0.6: 1.0}
-    got = [metrics.leakage(h, baseline, 400) for h in want]
-    of_rates = [h / 0.6 for h in want]
-    what = "leakage is a ratio of exposures, not of hack rates"
-    equal(what, got, [*want.values()], of_rates)
-
-
 def wilson(successes: int, n: int) -> tuple[float, float]:
     return stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
 
@@ -289,12 +280,9 @@ def verify_refusals() -> None:
         except ValueError:
             continue
         raise AssertionError(f"{call.__name__} accepts {arguments}")
-    baseline = [(0, 0.0), (400, 0.6)]
     nothing_flagged = metrics.precision_recall_at([False, False], [True, False])
     assert math.isnan(nothing_flagged["precision"])
     assert math.isnan(metrics.auroc([1.0, 2.0], [True, True]))
-    assert math.isnan(metrics.leakage(0.7, baseline, 400))
-    assert math.isnan(metrics.leakage(0.1, baseline, 0))
     print("ok  what has no answer is NaN, and what makes no sense is refused")
 
 
@@ -303,7 +291,6 @@ if __name__ == "__main__":
     verify_strata()
     verify_precision()
     verify_frontier()
-    verify_leakage()
     verify_intervals()
     verify_gain()
     verify_seed_tests()

@@ -286,28 +286,6 @@ def above_frontier(
     return distance(np.ones(n)), *_percentiles(resampled, level)
 
 
-def leakage(
-    hack: float,
-    baseline: Sequence[tuple[int, float]],
-    seen: int,
-) -> float:
-    """Return the leakage of Shilov et al. 2025, with hacks in place of tokens.
-
-    (https://arxiv.org/abs/2512.05648, section 4.3.) The exposure at which standard training reaches
-    the same hack rate, over the exposure that this run had: 0 where nothing of it is left in the
-    policy, 1 where all is. `baseline` holds (hack rollouts seen so far, hack rate) of a run without
-    intervention, in the order of training; a rate that it first reached between two points is
-    interpolated, one that it never reached gives NaN.
-    """
-    exposure, reached = np.array(baseline, float).T
-    reached = np.maximum.accumulate(reached)
-    if hack > reached[-1] or seen <= 0:
-        return NAN
-    after = int(np.searchsorted(reached, hack))  # the first point at that rate or above
-    between = slice(max(after - 1, 0), after + 1)
-    return float(np.interp(hack, reached[between], exposure[between]) / seen)
-
-
 # ── arms, over seeds ─────────────────────────────────────────────────────────────────────────────
 
 
