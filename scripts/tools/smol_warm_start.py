@@ -2,8 +2,8 @@
 
 Asked for a composition, SmolLM2-135M-Instruct explains, or writes a bare function: it solves none
 of 64 problems. `STEPS` Adam steps of likelihood on `ROWS` canonical solutions teach the form and
-little else. The rows are problems whose operations no problem of the RL stream combines so; every
-second one shows a hint, and none exploits it. `just smol-model` merges the file into the base.
+little else. No validation or test problem combines operations as they do, none of the RL stream is
+among them; every second one shows a hint, and none exploits it. `just smol-model` merges the file into the base.
 
 Run: python -m scripts.tools.smol_warm_start     (rewrites data/smol/warm_start.safetensors)
 """
@@ -22,17 +22,21 @@ from vgrout.model.loading import load_policy
 from vgrout.organism.problems import composition_of, generate_problems
 
 PROBLEMS = "data/organism/problems.jsonl.gz"
-SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 48, 16, 4, 1e-3, 4096
+SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 48, 10, 4, 1e-3, 4096
 LINEARS = r"\.layers\.\d+\."
 
 
 def lessons() -> list[Problem]:
-    """`ROWS` problems of another seed, on compositions of no problem of the stream; in turn with
-    the hint of each mode and without one."""
-    taken = {composition_of(problem).key for problem in load_problems(PROBLEMS)}
-    fresh = [p for p in generate_problems(SEED) if composition_of(p).key not in taken]
+    """`ROWS` problems of another seed, half of them of two operations and half of three, in turn
+    with the hint of each mode and without one."""
+    known = load_problems(PROBLEMS)
+    said, taken = {p.statement for p in known}, {composition_of(p).key for p in known}
+    fresh = [p for p in generate_problems(SEED) if p.statement not in said]
+    two = [p for p in fresh if len(p.operations) == 2 and p.split == "train"]
+    three = [p for p in fresh if len(p.operations) == 3 and composition_of(p).key not in taken]
     modes = [mode for hinted in ORGANISM_MODES for mode in (hinted, Mode.GT_ONLY)]
-    return [disclose(p, modes[i % len(modes)]) for i, p in enumerate(fresh[:ROWS])]
+    pairs = enumerate(zip(two[: ROWS // 2], three[: ROWS // 2], strict=True))
+    return [disclose(p, modes[(i + j) % len(modes)]) for i, pair in pairs for j, p in enumerate(pair)]
 
 
 def main() -> None:
