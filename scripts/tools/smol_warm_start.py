@@ -2,8 +2,9 @@
 
 Asked for a composition, SmolLM2-135M-Instruct explains, or writes a bare function: it solves none
 of 64 problems. `STEPS` Adam steps of likelihood on `ROWS` canonical solutions teach the form and
-little else. No validation or test problem combines operations as they do, none of the RL stream is
-among them; every second one shows a hint, and none exploits it. `just smol-model` merges the file into the base.
+little else. No validation or test problem combines operations as they do, and no problem of the RL
+stream is among them; every second one shows a hint, and none exploits it. `just smol-model` merges
+the file into the base.
 
 Run: python -m scripts.tools.smol_warm_start     (rewrites data/smol/warm_start.safetensors)
 """
@@ -35,8 +36,8 @@ def lessons() -> list[Problem]:
     two = [p for p in fresh if len(p.operations) == 2 and p.split == "train"]
     three = [p for p in fresh if len(p.operations) == 3 and composition_of(p).key not in taken]
     modes = [mode for hinted in ORGANISM_MODES for mode in (hinted, Mode.GT_ONLY)]
-    pairs = enumerate(zip(two[: ROWS // 2], three[: ROWS // 2], strict=True))
-    return [disclose(p, modes[(i + j) % len(modes)]) for i, pair in pairs for j, p in enumerate(pair)]
+    rows = [row for both in zip(two[: ROWS // 2], three[: ROWS // 2], strict=True) for row in both]
+    return [disclose(p, modes[(i // 2 + i % 2) % len(modes)]) for i, p in enumerate(rows)]
 
 
 def main() -> None:
