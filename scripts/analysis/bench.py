@@ -1,12 +1,11 @@
-"""Speed and memory: a against TRL's GRPOTrainer, b each arm against `absorb`, c the grader.
+"""Speed and memory: a against TRL's GRPOTrainer, b each arm against `absorb`.
 
-All sides of a and b are short real runs of the organism's preset, each in a process of its own; c
-grades the organism's solutions by the sandbox's workers, and by a fresh interpreter each. In every
-round each side runs once, one after the other, and a ratio is of one round, so that a machine that
-is busy for a while slows both. A round's figure is the median over a run's steps but the first;
-tables show the median over rounds with its range. Times are the loop's own `sec_*`
-(docs/reference/metrics.md). `absorb` updates as `none2r` does and is the reference of part b. Part
-a needs TRL.
+All sides are short real runs of the organism's preset, each in a process of its own. In every
+round each side runs once, one after the other, and a ratio is of one round, so that a machine
+that is busy for a while slows both. A round's figure is the median over a run's steps but the
+first; tables show the median over rounds with its range. Times are the loop's own `sec_*`
+(docs/reference/metrics.md). `absorb` updates as `none2r` does and is the reference of part b.
+Part a needs TRL.
 
 Run: python -m scripts.analysis.bench [--only b] [--rounds 5]     (writes out/bench.json, prints it)
 """
@@ -19,7 +18,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +27,6 @@ from scripts.view.output import OUT, parser, table
 
 from vgrout.config import PRESETS
 from vgrout.core import UserError, at_least, run_main
-from vgrout.env.problems import load_problems
-from vgrout.grader import Grader
 from vgrout.run.provenance import now, provenance
 from vgrout.run.records import load_metrics
 
@@ -38,14 +34,11 @@ TIMED = ("sample", "grade", "score", "update")
 PHASES = (*TIMED, "refresh", "other")
 COUNTED = ("tokens_per_second", "groups_skipped")
 OURS, THEIRS = "vGROUT none2r", "TRL GRPOTrainer"
-WORKERS, FRESH = "sandbox workers", "fresh interpreters"
 NO_TRL = "part a needs TRL: run `uv run --group bench just bench`, or leave it out with --only b"
 ARMS = "absorb none2r routeV routeA routeL routeQ absorbQ placebo oracle".split()
-GRADED = 60  # problems of part c
 TITLES = {
     "a": "Against TRL, a step of 6 × 8 rollouts",
     "b": "Each arm against `absorb`, a step by phase",
-    "c": "The grader against a fresh interpreter for each check",
 }
 Row = dict[str, float]
 Round = dict[str, Row]  # side → its figures; the first side is the reference
@@ -126,26 +119,6 @@ def by_arm(options: Namespace) -> Round:
     return {arm: one_run(arm, options.steps) for arm in options.arms}
 
 
-def graders(options: Namespace) -> Round:
-    """Seconds of a check, by two workers and by `python -c` on preamble, solution and asserts."""
-    problems = load_problems(PRESETS["organism"].data.data)[:GRADED]
-    with Grader(2) as grader:
-        start = time.perf_counter()
-        grader.grade([f"```python\n{p.canonical}\n```" for p in problems], problems)
-        pooled = time.perf_counter() - start
-    start = time.perf_counter()
-    for p in problems:
-        call = f"Solution().{p.entry_point}"
-        asserts = [f"assert {call}({case.args}) == {case.expected}" for case in p.cases]
-        program = "\n".join([p.setup_code, p.canonical, *asserts])
-        subprocess.run([sys.executable, "-c", program], check=True)
-    fresh = time.perf_counter() - start
-    return {
-        WORKERS: {"step": pooled / GRADED},
-        FRESH: {"step": fresh / GRADED},
-    }
-
-
 def machine() -> dict:
     """CPU, cores, versions and load: what a figure depends on."""
     cpu, source = Path("/proc/cpuinfo"), provenance()
@@ -209,7 +182,7 @@ def render(found: dict) -> str:
     return "\n\n".join(sections)
 
 
-MEASURED = {"a": against_trl, "b": by_arm, "c": graders}
+MEASURED = {"a": against_trl, "b": by_arm}
 
 
 def main(argv: list[str]) -> None:

@@ -8,9 +8,13 @@ from scripts.verify.tiny import EOS, PAD, planted
 from torch import Tensor
 from torch.autograd import grad
 
+from vgrout.config import GRPOConfig
 from vgrout.core import Zone
 from vgrout.model import grpo, tokens
+from vgrout.model.batch import Behaviour, Trained
+from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import logps
+from vgrout.model.update import update
 
 EPSILON, BETA, NORMALISER = 0.2, 0.05, 40.0
 HOW = {
@@ -26,12 +30,12 @@ def loop_loss(
     linear_from: float = grpo.KL_LINEAR_FROM,
 ) -> float:
     """The definition with scalars."""
-    new, old, ref, mask, A = parts
+    new, old, ref, mask, A, weight = parts
     total = 0.0
     for i, t in mask.nonzero().tolist():
         ratio = math.exp(new[i, t] - old[i, t])
         clipped = min(max(ratio, 1 - epsilon), 1 + epsilon)
-        total -= min(ratio * float(A[i]), clipped * float(A[i]))
+        total -= float(weight[i, t]) * min(ratio * float(A[i]), clipped * float(A[i]))
         gap = float(ref[i, t] - new[i, t])
         near = min(gap, linear_from)
         slope = math.exp(near) - 1
@@ -48,7 +52,7 @@ def random_parts() -> list[Tensor]:
 
 
 def check_loss() -> None:
-    parts = random_parts()
+    parts = [*random_parts(), torch.rand(5, 7)]
     ref, mask = parts[2:4]
     ref[tuple(mask.nonzero()[0])] += 20  # a token that the policy has all but given up
     found = float(grpo.grpo_loss(*parts, **HOW)[0])
@@ -97,6 +101,25 @@ def check_kl_estimators() -> None:
         assert torch.allclose(found, wanted, atol=1e-6), (corrected, given_up)
         assert not torch.allclose(found, other, atol=1e-2), "not told apart"
     print("ok  k3's on-policy gradient is KL(ref‖π)'s, the corrected one's is KL(π‖ref)'s")
+
+
+def check_importance() -> None:
+    """A learner three times as sure as the sampler: the cap lets through 1, 2 or all 3."""
+    policy, batch = planted()
+    trained = Trained(batch, torch.full_like(batch.group, int(Zone.ABSORB)), batch.group.argsort())
+    with torch.no_grad(), policy.adapter.route(trained.zones, "ablated"):
+        sampled = logps(policy, batch, 0.7) - math.log(3)
+    behaviour = Behaviour(torch.zeros_like(batch.rewards, dtype=torch.bool), sampled)
+    optimizer = BlockOptimizer(policy.adapter, 0.0, 0.0, math.inf)
+    found = []
+    for cap in (0.0, 2.0, 9.0):
+        config = GRPOConfig(beta=0.0, importance_cap=cap)
+        found.append(update(policy, optimizer, trained, behaviour, config, "ablated"))
+    norms = torch.tensor([figures["grad_norm_deployed"] for figures in found])
+    assert torch.allclose(norms / norms[0], torch.tensor([1.0, 2.0, 3.0]), rtol=1e-3), norms
+    assert found[0]["sampler_far_share"] == 1
+    assert abs(found[0]["sampler_k3"] - 2 + math.log(3)) < 1e-3, found[0]
+    print("ok  --importance-cap weighs rows by learner / sampler up to the cap, 0 leaves ratio 1")
 
 
 def check_advantages() -> None:
@@ -167,6 +190,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     check_loss()
     check_scored_loss()
+    check_importance()
     check_kl_estimators()
     check_advantages()
     check_micro_batches()

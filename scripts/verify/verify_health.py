@@ -38,6 +38,7 @@ ROW: Row = {
     "grad_norm_quarantine": 0.1,
     "sampler_mismatch": 1e-6,
     "timeout_share": 0.0,
+    "truncated_share": 0.0,
 }
 REFRESH: Row = {
     "gate_lower": 0.1,
@@ -76,6 +77,7 @@ LIMITS = {  # row of the table → the figure that it reads, short of the limit 
     "sampler and learner differ": ("sampler_mismatch", 0.04, 0.06),
     "judge fails": ("judge_failures", 15, 25),
     "completions time out": ("timeout_share", 0.1, 0.3),
+    "completions cut off": ("truncated_share", 0.1, 0.3),
 }
 BRIEF = 2  # rows: a stopping limit is broken at once, and no median moves
 STOPS = {check.what for check in CHECKS if check.stops}

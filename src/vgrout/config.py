@@ -92,6 +92,7 @@ class GRPOConfig:
     beta: NotNegative = 0.02  # weight of the KL to the adapter-off reference
     kl_estimator: Literal["k3", "corrected"] = "k3"  # corrected: descends KL(π‖ref)
     epsilon: NotNegative = 0.2  # PPO clip
+    importance_cap: NotNegative = 0.0  # of learner / sampler in the sampler's state; 0 = ratio 1
     token_budget: Count = 8192  # padded tokens of one micro-batch
 
 

@@ -75,13 +75,14 @@ def grpo_loss(
     ref_logps: Float[Tensor, "g t"] | None,
     mask: Bool[Tensor, "g t"],
     advantages: Float[Tensor, " g"],
+    weight: Float[Tensor, "g t"] | float = 1.0,
     *,
     epsilon: float,
     beta: float,
     corrected: bool = False,
     normaliser: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, "g t"]]]:
-    """Σ_i Σ_t [ −min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser.
+    """Σ_i Σ_t [ −w min(ρ A_i, clip(ρ, 1 ± ε) A_i) + β k3 ] · mask / normaliser.
 
     k3 = exp(ref − logp) − (ref − logp) − 1 (http://joschu.net/blog/kl-approx.html), continued by
     its tangent where ref − logp exceeds KL_LINEAR_FROM: what the policy has all but given up is
@@ -94,7 +95,7 @@ def grpo_loss(
     ratio = torch.exp(logps - old_logps)
     A = advantages[:, None]
     free, bound = ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A
-    policy = -torch.minimum(free, bound)
+    policy = -weight * torch.minimum(free, bound)
     kl = torch.zeros_like(logps)
     if ref_logps is not None:
         gap = ref_logps - logps

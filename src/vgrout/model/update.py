@@ -17,6 +17,7 @@ from vgrout.model.policy import Policy, logps
 
 GradientEdit = Callable[[Lora2r], None]  # changes gradients after the backward pass
 Figures = dict[str, float]
+FAR = 0.1
 
 
 def update(
@@ -44,7 +45,7 @@ def update(
         )
         total += loss
         by_token.append(figures)
-        gaps.append(gap[on_policy[rows] & behaviour.sampled[rows]])
+        gaps.append(gap)
     if edit is not None:
         edit(adapter)
     before = snapshot(adapter)
@@ -78,16 +79,21 @@ def accumulate(
     part = tokens.part(trained, rows)
     batch, mask = part.batch, part.batch.completion_mask
     sampled = behaviour.logps[rows, : mask.shape[1]]
+    known = (on_policy & behaviour.sampled)[rows, None]  # rows that train in the sampler's state
     ref = reference(policy, part, config)
     with policy.training(), policy.adapter.route(part.zones, retain_forward):
         new = logps(policy, batch, config.temperature)
         old = torch.where(on_policy[rows, None], new.detach(), sampled)
+        drift = torch.where(known, new.detach() - sampled, torch.nan)
+        cap = config.importance_cap
+        weight = drift.nan_to_num().exp().clamp(max=cap) if cap else torch.ones_like(drift)
         loss, figures = grpo.grpo_loss(
             new,
             old,
             ref,
             mask,
             batch.advantages,
+            weight,
             epsilon=config.epsilon,
             beta=config.beta,
             corrected=config.kl_estimator == "corrected",
@@ -95,8 +101,8 @@ def accumulate(
         )
         loss.backward()  # inside the context: gradient checkpointing runs the forward again
     zone = row_zones(trained.zones)[rows, None].expand_as(new)
-    figures |= {"logp": new.detach(), "zone": zone}
-    gap = (new.detach().sum(1) - sampled.sum(1)).abs() / mask.sum(1)
+    figures |= {"logp": new.detach(), "zone": zone, "drift": drift, "sampled": sampled}
+    gap = (drift * mask).sum(1).abs() / mask.sum(1)
     return float(loss.detach()), {k: v[mask] for k, v in figures.items()}, gap
 
 
@@ -136,10 +142,17 @@ def snapshot(adapter: Lora2r) -> list[Tensor]:
 
 
 def token_figures(by_token: dict[str, Float[Tensor, " n"]]) -> Figures:
-    """Means over the step's completion tokens, the ratio also by zone."""
+    """Means over the step's completion tokens, the ratio also by zone; how far the learner is from
+    the sampler in the state that sampled (share of ratios further than FAR from 1, k3); and the
+    sampler's entropy, minus its mean log-prob."""
     means = {"kl": "kl", "clip_share": "clipped", "logp_mean": "logp"}
     figures = {name: float(by_token[key].mean()) for name, key in means.items()}
     for zone in Zone:
         ratio = by_token["ratio"][by_token["zone"] == zone]
         figures[f"ratio_mean_{zone.name.lower()}"] = float(ratio.mean())
+    drift = by_token["drift"]
+    off = (drift.exp() - 1).abs() > FAR
+    figures["sampler_far_share"] = float(off[drift == drift].float().mean())
+    figures["sampler_k3"] = float((drift.expm1() - drift).nanmean())
+    figures["entropy"] = -float(by_token["sampled"].nanmean())
     return figures

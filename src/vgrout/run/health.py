@@ -218,6 +218,13 @@ CHECKS = (
         "if the machine is busy, raise --cpu-seconds or lower --workers",
     ),
     Check(
+        "completions cut off",
+        _median("truncated_share"),
+        0.2,
+        "of the students' completions reach the limit without an end",
+        "raise --max-completion-length",
+    ),
+    Check(
         DEAD,
         _unsolved,
         1.5,
