@@ -125,8 +125,8 @@ def draw(policy: Policy, size: Size, temperature: float = 0.7) -> list:
     )
 
 
-def decoding(policy: Policy, size: Size, how: AbstractContextManager = nullcontext()) -> Figures:
-    with how:
+def decoding(policy: Policy, size: Size, how: AbstractContextManager | None = None) -> Figures:
+    with how or nullcontext():
         figures = clocked(lambda: draw(policy, size))
     rows, config = size.prompts * size.rollouts, policy.model.config
     rate = rows * size.completion / figures["seconds"]

@@ -15,8 +15,8 @@ from scripts.tools.export import peft_tensors
 from scripts.tools.smol_model import BASE, WARM_START
 
 from vgrout.core import Mode, Problem, run_main
-from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.env.modes import ORGANISM_MODES
+from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.files import write_atomic
 from vgrout.model.likelihood import likelihood_steps, written
 from vgrout.model.loading import load_policy

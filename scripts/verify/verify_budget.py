@@ -10,6 +10,7 @@ import ast
 import io
 import json
 import re
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -27,11 +28,11 @@ ORDER = (  # a unit imports those before it: files and folders at the top of src
 PROGRAMS = ("train.py", "__main__.py")  # they import from anywhere, and nothing imports them
 EDGES = 45  # at most, between units
 TOP = 15  # files and folders
-WIDEST = 100  # columns of a line
 DENSEST = 10.0  # tokens a code line
 TOKENS = 170_000  # of all files
 FUNCTION_LINES = {"train.main": 60, "model.update.update": 45}
 LONGEST = 60  # lines of any other function
+RUFF = "-m ruff check --output-format=concise".split()
 FIELDS = 15  # of a section of the config
 STREAMED = 14  # columns
 PAYLOAD = {"scripts/verify/attacks.py"}  # a table of payloads: its density says nothing
@@ -39,7 +40,7 @@ SEES_LABELS = {"gate/oracle.py", "gate/controls.py", "gate/monitors/labelled.py"
 LABELS = {"correct", "reward_hack", "mechanism", "teacher", "grade", "own_tests_pass"}
 COMPUTED = {"eta_minutes"}  # streamed, but not stored
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-FOREIGN = re.compile(r"^\s*(?:import|from) pickle|torch\.load\(|trust_remote_code\s*=\s*True", re.M)
+FOREIGN = re.compile(r"torch\.load\(|trust_remote_code\s*=\s*True")
 Sources = dict[str, str]  # path from the root → text
 
 
@@ -93,15 +94,19 @@ def imports(sources: Sources) -> Iterator[str]:
 
 
 def names(sources: Sources) -> Iterator[str]:
-    """Few units, and no file shadows the standard library where its folder is a script's path."""
+    """Few files and folders stand at the top of the package."""
     units = {path.partition("/")[0] for path in package(sources)}
     if len(units) > TOP:
         yield f"{len(units)} files and folders at the top of src/vgrout, more than {TOP}"
-    stems = {(path, Path(path).stem) for path in sources if path.startswith("scripts/")}
-    stems |= {(PACKAGE + unit, unit.removesuffix(".py")) for unit in units}
-    for path, stem in sorted(stems):
-        if stem in sys.stdlib_module_names:
-            yield f"{path} shadows the standard library's {stem}"
+
+
+def lint(sources: Sources) -> Iterator[str]:
+    """ruff finds nothing: dead names, wide lines, pickles, names of the standard library."""
+    for path, text in sources.items():
+        command = [sys.executable, *RUFF, f"--stdin-filename={path}", "-"]
+        done = subprocess.run(command, input=text, text=True, cwd=ROOT, capture_output=True)
+        if done.returncode:
+            yield done.stdout.partition("\n")[0] or done.stderr
 
 
 def lengths(sources: Sources) -> Iterator[str]:
@@ -136,16 +141,13 @@ def measured(text: str) -> tuple[int, int]:
 
 
 def shape(sources: Sources) -> Iterator[str]:
-    """Files are not golfed: tokens a code line, columns, and no line that the formatter spares."""
+    """Files are not golfed: tokens a code line, and no line that the formatter spares."""
     for path, text in sources.items():
         if path in PAYLOAD:
             continue
         tokens, lines = measured(text)
         if tokens > (DENSEST + 0.05) * lines:  # 10.0, as it is printed
             yield f"{path} has {tokens / lines:.1f} tokens a code line, more than {DENSEST:g}"
-        over = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > WIDEST]
-        if over:
-            yield f"{path} line {over[0]} is wider than {WIDEST} columns, {len(over)} in all"
         if re.search("# fmt: " + "skip", text):
             yield f"{path} keeps a line from the formatter"
 
@@ -193,7 +195,7 @@ def labels(sources: Sources) -> Iterator[str]:
 
 
 def foreign_code(sources: Sources) -> Iterator[str]:
-    """No file is unpickled, and no code of a model repository is run."""
+    """No code of a model repository is run."""
     for path, text in package(sources).items():
         yield from (f"{path}: {match.group().strip()}" for match in FOREIGN.finditer(text))
 
@@ -226,7 +228,7 @@ CONFIG, TRAIN = "src/vgrout/config.py", "src/vgrout/train.py"
 GATE, UPDATE = "src/vgrout/gate/gate.py", "src/vgrout/model/update.py"
 GOOD = {
     CONFIG: "class RunConfig:\n    seed: int = 1\n",
-    TRAIN: "import vgrout.config\n\nprint(config.seed)\n",
+    TRAIN: "from vgrout import config\n\nprint(config.seed)\n",
     GATE: "",
 }
 SKIP = "x = 1  # fmt: " + "skip\n"
@@ -239,9 +241,12 @@ MUTATIONS = {  # rule → (path, text that is added there), each of which it mus
         ("src/vgrout/zap.py", "from vgrout import core\n"),
         ("scripts/view/a.py", "from vgrout.train import main\n"),
     ],
-    names: [
+    lint: [
         ("src/vgrout/types.py", ""),
         ("scripts/verify/trace.py", ""),
+        (GATE, "import pickle\n\nprint(pickle.load(x))\n"),
+        ("scripts/a.py", f"{'x' * 97} = 1\n"),
+        (GATE, "def f():\n    x = 1\n"),
     ],
     lengths: [
         (GATE, "def f():\n" + BODY * 60),
@@ -250,7 +255,6 @@ MUTATIONS = {  # rule → (path, text that is added there), each of which it mus
     ],
     shape: [
         (GATE, "x = [1, 2, 3, 4, 5, 6]\n"),
-        ("scripts/a.py", f"{'x' * WIDEST} = 1\n"),
         (GATE, SKIP),
     ],
     size: [
@@ -269,7 +273,7 @@ MUTATIONS = {  # rule → (path, text that is added there), each of which it mus
         (UPDATE, "w = row.teacher\n"),
     ],
     foreign_code: [
-        (GATE, "import pickle\n"),
+        (GATE, "load(trust_remote_code=True)\n"),
         (UPDATE, "m = torch.load(path)\n"),
     ],
 }
