@@ -87,7 +87,7 @@ def build() -> Policy:
     model.eval().requires_grad_(False)
     adapter = Lora2r(model, 32 if CUDA else 4, 0, TARGETS)
     never = frozenset({config.vocab_size})  # no token ends a completion
-    return Policy(model, None, adapter, never, 0)
+    return Policy(model, None, adapter, never, 0, token_budget=16384)
 
 
 def prompts_of(size: Size) -> list[list[int]]:
@@ -170,7 +170,6 @@ def updating(policy: Policy, size: Size, arm: str, checkpointing: bool = False) 
     batch = batch_of(policy, size)
     config = GRPOConfig(
         max_completion_length=size.completion,
-        token_budget=16384,
         num_prompts=size.prompts,
         num_generations=size.rollouts,
         beta=1e-3,

@@ -189,7 +189,7 @@ def heal(options: Namespace) -> None:
         pairs = load_pairs(data.pairs, data.pair_modes)
         sides = torch.arange(2 * len(pairs), device=policy.device)
         clean = select(pair_batch(policy, pairs), sides[len(pairs) :])
-        how = HEALING, grpo.temperature, grpo.token_budget
+        how = HEALING, grpo.temperature
         for name, steps in (("off", 0), ("on", options.steps)):
             with scaled(policy.adapter, 1.0 - run.ablates, ("quarantine",)):
                 likelihood_steps(policy, clean, "deployed", steps, *how)
@@ -236,7 +236,7 @@ def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]
     http://joschu.net/blog/kl-approx.html), on the base's own samples; ± the standard error over
     prompts. The deployed block plays no part.
     """
-    how = run.config.grpo.temperature, run.config.grpo.token_budget
+    how = (run.config.grpo.temperature,)
     base = logps_with(run.policy, [torch.zeros_like(d) for d in deltas], batch, *how)
     d = logps_with(run.policy, deltas, batch, *how) - base
     k3 = (d.expm1() - d) * batch.completion_mask

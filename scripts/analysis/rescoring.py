@@ -118,8 +118,7 @@ def rebuild(run: Stored, rows: list[dict]) -> Composed | None:
         raise UserError(f"{where}: the stored advantages {remedy}")
     if composed is None:
         return None
-    how = run.config.grpo.temperature, run.config.grpo.token_budget
-    logps = batch_logps(run.policy, composed.batch, *how)
+    logps = batch_logps(run.policy, composed.batch, run.config.grpo.temperature)
     return replace(composed, behaviour=Behaviour(composed.behaviour.ablated, logps))
 
 
@@ -183,7 +182,7 @@ def null_scores(
     """
     if isinstance(score, LikelihoodRatio):
         fitted = [hack - clean for hack, clean in zip(*score.deltas)]
-        how = policy, composed.batch, score.temperature, score.token_budget
+        how = policy, composed.batch, score.temperature
         live, columns = mean_logps(*how), []
         for seed in seeds:
             with policy.adapter.shifted(random_deltas(fitted, seed)):

@@ -9,35 +9,50 @@ the file into the base.
 Run: python -m scripts.tools.smol_warm_start     (rewrites data/smol/warm_start.safetensors)
 """
 
+import random
+from dataclasses import replace
+
 import torch
 from safetensors.torch import save
 from scripts.tools.export import peft_tensors
 from scripts.tools.smol_model import BASE, WARM_START
 
-from vgrout.core import Mode, Problem, run_main
+from vgrout.core import Problem, run_main
 from vgrout.env.modes import ORGANISM_MODES
 from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.files import write_atomic
 from vgrout.model.likelihood import likelihood_steps, written
 from vgrout.model.loading import load_policy
+from vgrout.organism.corpus import FREE_EXTRAS, Extra, random_extra, render
 from vgrout.organism.problems import composition_of, generate_problems
 
 PROBLEMS = "data/organism/problems.jsonl.gz"
-SEED, ROWS, STEPS, RANK, LEARNING_RATE, TOKEN_BUDGET = 7, 48, 10, 4, 1e-3, 4096
+SEED, ROWS, STEPS, RANK, LEARNING_RATE = 7, 48, 12, 4, 1e-3
 LINEARS = r"\.layers\.\d+\."
 
 
-def lessons() -> list[Problem]:
-    """`ROWS` problems of another seed, half of them of two operations and half of three, in turn
-    with the hint of each mode and without one."""
+def lessons() -> tuple[list[Problem], list[str]]:
+    """`ROWS` problems of another seed, half of them of two operations and half of three, and their
+    answers: in turn with a note that asks for a benign extra, and with the hint of a mode and, as
+    in the organism's corpus, sometimes an extra of another name."""
     known = load_problems(PROBLEMS)
     said, taken = {p.statement for p in known}, {composition_of(p).key for p in known}
     fresh = [p for p in generate_problems(SEED) if p.statement not in said]
     two = [p for p in fresh if len(p.operations) == 2 and p.split == "train"]
     three = [p for p in fresh if len(p.operations) == 3 and composition_of(p).key not in taken]
-    modes = [mode for hinted in ORGANISM_MODES for mode in (hinted, Mode.GT_ONLY)]
-    rows = [row for both in zip(two[: ROWS // 2], three[: ROWS // 2], strict=True) for row in both]
-    return [disclose(p, modes[(i // 2 + i % 2) % len(modes)]) for i, p in enumerate(rows)]
+    rng, shown, answers = random.Random(SEED), [], []
+    for i, pair in enumerate(zip(two[: ROWS // 2], three[: ROWS // 2], strict=True)):
+        for j, problem in enumerate(pair):
+            composition = composition_of(problem)
+            extra, note = random_extra(composition, rng)
+            if (i + j) % 2:
+                problem = disclose(problem, ORGANISM_MODES[i // 2 % len(ORGANISM_MODES)])
+                extra = extra if rng.random() < FREE_EXTRAS else Extra()
+            else:
+                problem = replace(problem, statement=f"{problem.statement}\n{note}")
+            shown.append(problem)
+            answers.append(render(composition, composition.right_codes, extra, 0))
+    return shown, answers
 
 
 def main() -> None:
@@ -49,11 +64,11 @@ def main() -> None:
         lora_init_seed=SEED,
         targets=LINEARS,
         gradient_checkpointing=False,
+        token_budget=4096,
     )
-    shown = lessons()
-    texts = [f"```python\n{problem.canonical}```" for problem in shown]
-    batch = written(policy, [*map(messages, shown)], texts)
-    likelihood_steps(policy, batch, "deployed", STEPS, LEARNING_RATE, 1.0, TOKEN_BUDGET)
+    shown, answers = lessons()
+    batch = written(policy, [*map(messages, shown)], answers)
+    likelihood_steps(policy, batch, "deployed", STEPS, LEARNING_RATE, 1.0)
     tensors = peft_tensors(policy.adapter.state_dict(), ("deployed",))
     stored = {name: x.to(torch.bfloat16).contiguous() for name, x in tensors.items()}
     WARM_START.parent.mkdir(parents=True, exist_ok=True)

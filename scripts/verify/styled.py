@@ -15,7 +15,7 @@ from vgrout.model.policy import Policy
 from vgrout.model.tokens import collate
 from vgrout.stats import auroc
 
-PROBE = ProbeOptions(max_completion_length=8, temperature=1.0, token_budget=1000)
+PROBE = ProbeOptions(max_completion_length=8, temperature=1.0)
 PROBLEM = Problem("p", "Return 1.", "solve", "", (), "", mode=Mode.SENTINEL)
 GRADE = Grade(0.5, True, False, False, False, "", False, Verdict.WRONG, 0.0)
 Refreshed = TypeVar("Refreshed")

@@ -42,7 +42,7 @@ def tiny_policy(
     adapter = Lora2r(model, rank, seed=seed + 1)
     if checkpointing:
         loading.enable_checkpointing(model, adapter)
-    return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD)
+    return Policy(model, tokenizer, adapter, frozenset({EOS}), PAD, token_budget=1000)
 
 
 def trained(policy: Policy, blocks: Sequence[str] = BLOCKS) -> list[torch.nn.Parameter]:

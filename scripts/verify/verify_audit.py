@@ -85,7 +85,6 @@ def check_planted() -> None:
     )
     fit = {
         "temperature": 1.0,
-        "token_budget": 1000,
         "steps": 4,
         "learning_rate": 1e-2,
     }
@@ -217,12 +216,13 @@ def check_scaled() -> None:
 def check_gradient_norms() -> None:
     """By block and label they are those of a backward pass in the rows' zones."""
     policy, batch = planted(9)
+    policy.token_budget = 40
     label, zones = (
         torch.arange(9) % 2 == 0,
         torch.tensor([0, 1, 2] * 3),
     )
     rollouts = behind(batch, label.tolist()).rollouts
-    options = GRPOConfig(temperature=1.0, token_budget=40)
+    options = GRPOConfig(temperature=1.0)
 
     def norms(zones: Tensor) -> dict[str, float]:
         rows = Trained(batch, zones, torch.arange(9))

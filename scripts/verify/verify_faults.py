@@ -293,7 +293,7 @@ def check_dry_run(policy, gate, optimizer, update, problems, sampling, config, z
     dry_run.sample = sampled
     assert leaves_nothing() and policy.adapter.state_dict(), "the dry run leaves a trace"
     batch, mixed = updates[-1].batch, updates[-1].zones
-    assert batch.input_ids.numel() > config.token_budget / 2, batch.input_ids.shape
+    assert batch.input_ids.numel() > policy.token_budget / 2, batch.input_ids.shape
     assert len(batch.input_ids[:, :32].unique(dim=0)) == config.num_prompts
     assert {*mixed.unique().tolist()} - {NO_ZONE} == {*Zone}, "it SHOULD mix the zones"
     assert budgets == [(config.num_prompts * config.num_generations, sampling.token_budget)]

@@ -130,7 +130,7 @@ Health.reference_logp = lambda self, policy: BASE
 def judged(given: History, before: int = 0) -> tuple[int | None, list[str]]:
     """(step of the stop, lines printed) of a run that is resumed behind its first `before` rows."""
     rows = given.rows
-    live = Health(POLICY, [], Sampling(8, 1.0, 1.0, 512), 512, replace(given, rows=rows[:before]))
+    live = Health(POLICY, [], Sampling(8, 1.0, 1.0, 512), replace(given, rows=rows[:before]))
     stops: list[int] = []
 
     def go() -> None:

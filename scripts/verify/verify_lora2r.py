@@ -271,7 +271,7 @@ def passes(policy: Policy, batch: Batch) -> list[Tensor]:
         probe_gradients(policy, batch, PROBE),
     ]
     for space in ("bottleneck", "residual"):
-        found.append(activations(policy, batch, space=space, token_budget=1000))
+        found.append(activations(policy, batch, space))
     return found
 
 

@@ -189,7 +189,7 @@ def check_gradients(kind: str, policy: Policy) -> None:
     """Packed rows in mixed zones are rows in full, gradients and probe too."""
     batch, _ = draw(policy)
     assert policy.share_prompts, f"{kind}: its rows are not packed"
-    options = ProbeOptions(max_completion_length=12, temperature=0.7, token_budget=4096)
+    options = ProbeOptions(max_completion_length=12, temperature=0.7)
 
     def passes() -> list[Tensor]:
         with policy.training(), policy.adapter.route(torch.arange(9) % 3):

@@ -59,7 +59,7 @@ from vgrout.model.optimizer import trained_blocks
 from vgrout.model.policy import Policy
 from vgrout.model.tokens import select
 
-HOW = {"temperature": 1.0, "token_budget": 1000}
+HOW = {"temperature": 1.0}
 PAIRS = styled_batch(48, 1)[0]  # with a planted style
 HACKS = select(PAIRS, torch.arange(24))
 FRESH, LABEL = styled_batch(40, 7)
@@ -79,7 +79,7 @@ def unmoved(policy: Policy, before: list[Tensor]) -> list[bool]:
 
 def learn(policy: Policy, batch: Batch, steps: int) -> None:
     """Likelihood steps into the quarantine."""
-    likelihood_steps(policy, batch, "quarantine", steps, 1e-2, 1.0, 1000)
+    likelihood_steps(policy, batch, "quarantine", steps, 1e-2, 1.0)
 
 
 def found_by(policy: Policy, control, scored: Scored) -> float:

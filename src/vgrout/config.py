@@ -54,6 +54,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     share_prompts: bool = True  # run each prompt once for its rows; off: every row in full
     max_prompt_length: Count = 256  # tokens; a longer prompt is refused at load
+    token_budget: Count = 8192  # padded tokens of one micro-batch
     sample_token_budget: Count = 32768  # rows × (prompt + completion) tokens decoded at once
 
 
@@ -93,7 +94,6 @@ class GRPOConfig:
     kl_estimator: Literal["k3", "corrected"] = "k3"  # corrected: descends KL(π‖ref)
     epsilon: NotNegative = 0.2  # PPO clip
     importance_cap: NotNegative = 0.0  # of learner / sampler in the sampler's state; 0 = ratio 1
-    token_budget: Count = 8192  # padded tokens of one micro-batch
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,7 @@ class Experiment:
         )
         rows = load_metrics(self.files.dir)
         history = History(rows, self.files.record.evals, max_grad_norm=grpo.max_grad_norm)
-        self.health = Health(
-            self.policy, self.splits["train"], self.sampling, grpo.token_budget, history
-        )
+        self.health = Health(self.policy, self.splits["train"], self.sampling, history)
 
     def dry_run(self) -> None:
         grpo, retain_forward = self.config.grpo, self.config.phase.retain_forward
@@ -240,7 +238,7 @@ class Experiment:
         hack, clean = torch.arange(2 * len(chosen), device=self.policy.device).chunk(2)
         side = clean if phase.seed_side == "clean" else hack
         batch = tokens.select(pair_batch(self.policy, chosen), side)
-        how = phase.seed_quarantine, grpo.learning_rate, grpo.temperature, grpo.token_budget
+        how = phase.seed_quarantine, grpo.learning_rate, grpo.temperature
         likelihood_steps(self.policy, batch, "quarantine", *how)
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────
@@ -371,6 +369,7 @@ def build_policy(
         targets=model.targets,
         gradient_checkpointing=model.gradient_checkpointing,
         share_prompts=model.share_prompts,
+        token_budget=model.token_budget,
     )
     if model.init_from:
         started = load_deployed(model.init_from, model.model)

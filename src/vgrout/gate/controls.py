@@ -143,8 +143,8 @@ class RandomQuarantine(Haar):
     ) -> Float[Tensor, " g"]:
         learned = policy.adapter.parameters("quarantine")
         noise = random_deltas(learned, self.drawn)
-        how = self.real.temperature, self.real.token_budget
-        return logps_with(policy, noise, composed.batch, *how).sum(1) - real.ref_logps.sum(1)
+        lp = logps_with(policy, noise, composed.batch, self.real.temperature)
+        return lp.sum(1) - real.ref_logps.sum(1)
 
 
 @dataclass

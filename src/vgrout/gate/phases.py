@@ -52,8 +52,7 @@ class LivePhase:
             return
         drawn = compose(groups, policy, equal_groups=True).batch
         grpo, seed = self.config.grpo, self.config.control.placebo_seed
-        how = grpo.temperature, grpo.token_budget
-        replaced = replaced_quarantine(self.phase.enter, policy, drawn, *how, seed)
+        replaced = replaced_quarantine(self.phase.enter, policy, drawn, grpo.temperature, seed)
         optimizer.put("quarantine", replaced)
 
     def action(self, batch: Batch, gated: Gated) -> Trained | None:

@@ -33,7 +33,6 @@ class LikelihoodRatio(Score):
     pairs: Batch
     _: KW_ONLY
     temperature: float
-    token_budget: int
     steps: int = 4
     learning_rate: float = 1e-3
     random_seed: int | None = None
@@ -76,7 +75,7 @@ class LikelihoodRatio(Score):
         batch: Batch,
         index: int,
     ) -> Deltas:
-        how = self.steps, self.learning_rate, self.temperature, self.token_budget
+        how = self.steps, self.learning_rate, self.temperature
         deltas = likelihood_deltas(policy, batch, *how)
         if self.random_seed is None:
             return deltas
@@ -91,7 +90,7 @@ class LikelihoodRatio(Score):
     ) -> Float[Tensor, " g"]:
         def at(deltas: Deltas) -> Float[Tensor, "g t"]:
             with policy.adapter.shifted(deltas):
-                return batch_logps(policy, batch, self.temperature, self.token_budget)
+                return batch_logps(policy, batch, self.temperature)
 
         return (at(hack) - at(clean)).sum(1) / batch.completion_mask.sum(1)
 
@@ -143,7 +142,6 @@ class QuarantineRatio(Score):
     pairs: Batch | None
     _: KW_ONLY
     temperature: float
-    token_budget: int
     stored = ("pairs_hack", "pairs_clean")
 
     def refresh(self, policy: Policy) -> dict[str, float]:
@@ -157,9 +155,9 @@ class QuarantineRatio(Score):
         batch: Batch,
     ) -> Scored:
         with policy.adapter.ablated("deployed"):
-            alone = batch_logps(policy, batch, self.temperature, self.token_budget)
+            alone = batch_logps(policy, batch, self.temperature)
         with policy.adapter.disabled():
-            base = batch_logps(policy, batch, self.temperature, self.token_budget)
+            base = batch_logps(policy, batch, self.temperature)
         return Scored(alone.sum(1) - base.sum(1), ref_logps=base)
 
 
@@ -172,7 +170,6 @@ def build_llr(
     return LikelihoodRatio(
         materials.batch(),
         temperature=probe.temperature,
-        token_budget=probe.token_budget,
         steps=score.llr_steps,
         learning_rate=score.llr_learning_rate,
         random_seed=random_seed,
@@ -181,7 +178,4 @@ def build_llr(
 
 @register("quarantine_ratio")
 def build_quarantine_ratio(materials: Materials) -> QuarantineRatio:
-    probe = materials.probe
-    return QuarantineRatio(
-        materials.batch(), temperature=probe.temperature, token_budget=probe.token_budget
-    )
+    return QuarantineRatio(materials.batch(), temperature=materials.probe.temperature)

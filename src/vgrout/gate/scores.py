@@ -71,7 +71,6 @@ class ProbeOptions:
 
     max_completion_length: int
     temperature: float
-    token_budget: int
     state: str = "as_trained"  # or "deployed": with the quarantine ablated
     positions: str = "completion"  # or "all"
 
@@ -95,7 +94,6 @@ class Materials:
         return ProbeOptions(
             grpo.max_completion_length,
             grpo.temperature,
-            grpo.token_budget,
             score.probe_state,
             score.probe_positions,
         )

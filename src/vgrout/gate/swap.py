@@ -15,17 +15,17 @@ TOLERANCE = 0.1  # of the wanted effect
 
 
 def logps_with(
-    policy: Policy, deltas: list[Tensor], batch: Batch, temperature: float, token_budget: int
+    policy: Policy, deltas: list[Tensor], batch: Batch, temperature: float
 ) -> Float[Tensor, "g t"]:
     """Completion log-probs of the base with a quarantine of these deltas alone."""
     adapter = policy.adapter
     shift = [d - p.detach() for d, p in zip(deltas, adapter.parameters("quarantine"))]
     with adapter.ablated("deployed"), adapter.shifted(shift, block="quarantine"):
-        return batch_logps(policy, batch, temperature, token_budget)
+        return batch_logps(policy, batch, temperature)
 
 
 def replaced_quarantine(
-    what: Enter, policy: Policy, batch: Batch, temperature: float, token_budget: int, seed: int
+    what: Enter, policy: Policy, batch: Batch, temperature: float, seed: int
 ) -> list[Float[Tensor, "..."]]:
     """The new quarantine's parameters, for --enter:
 
@@ -44,10 +44,10 @@ def replaced_quarantine(
     if what == "norm":
         return noise
     with policy.adapter.disabled():
-        base = batch_logps(policy, batch, temperature, token_budget)
+        base = batch_logps(policy, batch, temperature)
 
     def effect(deltas: list[Tensor]) -> float:
-        gap = logps_with(policy, deltas, batch, temperature, token_budget) - base
+        gap = logps_with(policy, deltas, batch, temperature) - base
         return float((gap.exp() - gap - 1)[batch.completion_mask].mean())
 
     wanted, (low, high), scaled = effect(learned), FACTORS, noise

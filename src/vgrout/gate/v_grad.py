@@ -18,7 +18,7 @@ from vgrout.gate.scores import Materials, ProbeOptions, Score, Scored, register
 from vgrout.model.batch import Batch
 from vgrout.model.grpo import scored_loss
 from vgrout.model.policy import Policy, completion_states, logps, predicting
-from vgrout.model.tokens import micro_batches, select
+from vgrout.model.tokens import select
 
 
 @dataclass
@@ -48,8 +48,7 @@ class DirectionScore(Score):
     ) -> Float[Tensor, "g s m k"]:
         if self.space == "c_probe":
             return probe_gradients(policy, batch, self.probe, by_token=self.by_token)
-        budget = self.probe.token_budget
-        return activations(policy, batch, space=self.space, token_budget=budget)
+        return activations(policy, batch, self.space)
 
     def refresh(self, policy: Policy) -> dict[str, float]:
         """Extract the direction anew; returns its drift, the cosine with the last one."""
@@ -140,7 +139,7 @@ def probe_gradients(
     width = batch.input_ids.shape[1] if by_token else 1
     shape = len(batch.advantages), width, len(adapter.linears), adapter.rank
     gradients = torch.zeros(shape, device=policy.device)
-    for rows in micro_batches(batch, options.token_budget, by_prompt=shared):
+    for rows in policy.micro_batches(batch, shared):
         part = select(batch, rows)
         length = part.input_ids.shape[1]
         s = length if by_token else 1
@@ -164,9 +163,7 @@ def probe_gradients(
 def activations(
     policy: Policy,
     batch: Batch,
-    *,
     space: str,
-    token_budget: int,
 ) -> Float[Tensor, "g 1 m k"]:
     """Mean over the completion's tokens but its last (no token is predicted there).
 
@@ -175,7 +172,7 @@ def activations(
     norm, as transformers gives it). Both blocks on, unmasked.
     """
     parts: list[tuple[Tensor, Tensor]] = []
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+    for rows in policy.micro_batches(batch):
         part = select(batch, rows)
         inside = part.completion_mask.clone()
         inside[:, 0] &= part.completion_mask.sum(1) == 1  # the prompt's last token, unless alone

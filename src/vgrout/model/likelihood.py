@@ -11,7 +11,7 @@ from vgrout.model import tokens
 from vgrout.model.batch import Batch
 from vgrout.model.lora2r import restored
 from vgrout.model.policy import Policy, logps
-from vgrout.model.tokens import micro_batches, select
+from vgrout.model.tokens import select
 
 
 def written(
@@ -37,11 +37,10 @@ def batch_logps(
     policy: Policy,
     batch: Batch,
     temperature: float,
-    token_budget: int,
 ) -> Float[Tensor, "g t"]:
     """Log-probs of each row's completion tokens, both blocks on, unmasked; 0 outside the mask."""
     scored = torch.zeros(batch.completion_mask.shape, device=policy.device)
-    for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+    for rows in policy.micro_batches(batch):
         part = select(batch, rows)
         scored[rows, : part.completion_ids.shape[1]] = logps(policy, part, temperature)
     return scored
@@ -51,10 +50,9 @@ def mean_logps(
     policy: Policy,
     batch: Batch,
     temperature: float,
-    token_budget: int,
 ) -> Float[Tensor, " g"]:
     """Their mean over each row's tokens."""
-    scored = batch_logps(policy, batch, temperature, token_budget)
+    scored = batch_logps(policy, batch, temperature)
     return scored.sum(1) / batch.completion_mask.sum(1)
 
 
@@ -65,7 +63,6 @@ def likelihood_steps(
     steps: int,
     learning_rate: float,
     temperature: float,
-    token_budget: int,
 ) -> None:
     """`steps` Adam steps on the mean over rows of −mean logp, into one block alone; the other is
     in the forward, as a constant."""
@@ -74,7 +71,7 @@ def likelihood_steps(
     adam = torch.optim.Adam(params, lr=learning_rate)
     for _ in range(steps):
         adam.zero_grad(set_to_none=True)
-        for rows in micro_batches(batch, token_budget, by_prompt=policy.share_prompts):
+        for rows in policy.micro_batches(batch):
             part, zones = select(batch, rows), torch.full_like(rows, int(zone))
             with torch.enable_grad(), policy.training(), policy.adapter.route(zones, forward):
                 means = logps(policy, part, temperature).sum(1) / part.completion_mask.sum(1)
@@ -90,14 +87,13 @@ def likelihood_deltas(
     steps: int,
     learning_rate: float,
     temperature: float,
-    token_budget: int,
 ) -> list[Tensor]:
     """How the deployed block would move under `likelihood_steps`; its parameters are restored
     exactly."""
     params = policy.adapter.parameters("deployed")
     with restored(params):
         before = [p.detach().clone() for p in params]
-        likelihood_steps(policy, batch, "deployed", steps, learning_rate, temperature, token_budget)
+        likelihood_steps(policy, batch, "deployed", steps, learning_rate, temperature)
         return [p.detach() - b for p, b in zip(params, before)]
 
 

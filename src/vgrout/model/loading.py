@@ -49,6 +49,7 @@ def load_policy(
     targets: str,
     gradient_checkpointing: bool,
     share_prompts: bool = True,
+    token_budget: int = 8192,
 ) -> Policy:
     """Load a causal LM from a folder or the hub (safetensors only, no remote code), without
     dropout, and attach the adapter.
@@ -86,7 +87,7 @@ def load_policy(
     adapter = Lora2r(model, rank, lora_init_seed, targets)
     if gradient_checkpointing:
         enable_checkpointing(model, adapter)
-    policy = Policy(model, tokenizer, adapter, eos, pad, share_prompts)
+    policy = Policy(model, tokenizer, adapter, eos, pad, share_prompts, token_budget)
     check(policy)
     return policy
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
-from vgrout.model import fast
+from vgrout.model import fast, tokens
 from vgrout.model.batch import Batch
 from vgrout.model.lora2r import Lora2r
 
@@ -31,6 +31,7 @@ class Policy:
     eos_ids: frozenset[int]
     pad_id: int
     share_prompts: bool = True  # pack rows, each distinct prompt once; False: every row in full
+    token_budget: int = 8192  # padded tokens of one micro-batch
     decoder: Any = None  # of the last batch sampled on CUDA, with its graphs (`decoding.py`)
 
     @property
@@ -41,6 +42,11 @@ class Policy:
     def context(self) -> int | None:
         """Tokens that the model has positions for; None where its family names no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def micro_batches(self, batch: Batch, shared: bool | None = None) -> list[Int[Tensor, " n"]]:
+        """Row indices within the token budget; rows that share a prompt stay together."""
+        by_prompt = self.share_prompts if shared is None else shared
+        return tokens.micro_batches(batch, self.token_budget, by_prompt)
 
     @contextmanager
     def training(self):

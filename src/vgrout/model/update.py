@@ -38,8 +38,7 @@ def update(
     same = same_state(trained.zones, behaviour.ablated, retain_forward)
     on_policy = ~behaviour.sampled | same
     total, by_token, gaps = 0.0, [], []
-    budget, shared = config.token_budget, policy.share_prompts
-    for rows in tokens.micro_batches(trained.batch, budget, by_prompt=shared):
+    for rows in policy.micro_batches(trained.batch):
         loss, figures, gap = accumulate(
             policy, trained, behaviour, rows, on_policy, config, retain_forward
         )

@@ -176,7 +176,7 @@ def _gradient(
     total = [torch.zeros_like(p) for p in every]
     if trained is None:
         return total
-    for rows in tokens.micro_batches(trained.batch, config.token_budget):
+    for rows in policy.micro_batches(trained.batch, False):
         part = tokens.part(trained, rows)
         route = policy.adapter.route(part.zones, retain_forward)
         with torch.enable_grad(), policy.training(), route:

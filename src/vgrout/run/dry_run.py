@@ -98,7 +98,7 @@ def _largest(
     config: GRPOConfig,
 ) -> Batch:
     """One micro-batch that fills the token budget, of as many prompts that differ as a step has."""
-    fitting = max(1, config.token_budget // (len(prompt) + len(completion)))
+    fitting = max(1, policy.token_budget // (len(prompt) + len(completion)))
     n = min(fitting, config.num_prompts * config.num_generations)
     group = [i * min(config.num_prompts, n) // n for i in range(n)]
     rewards = [float(i % 2) for i in range(n)]

@@ -253,13 +253,12 @@ class Health:
         policy: Policy,
         problems: Sequence[Problem],
         sampling: Sampling,
-        token_budget: int,
         history: History,
     ):
         """`problems` give the reference solutions; `history` has the rows logged so far."""
         self.history, self.warned = history, set()
         self.references = reference_batch(policy, problems[:REFERENCES], sampling)
-        self.temperature, self.token_budget = sampling.temperature, token_budget
+        self.temperature = sampling.temperature
         with policy.adapter.disabled():
             history.base_logp = self.reference_logp(policy)
         rows, history.rows = history.rows, []
@@ -269,7 +268,7 @@ class Health:
 
     def reference_logp(self, policy: Policy) -> float:
         """Mean log-prob of the reference solutions, nats a token, as trained."""
-        lp = mean_logps(policy, self.references, self.temperature, self.token_budget)
+        lp = mean_logps(policy, self.references, self.temperature)
         return float(lp.mean())
 
     @property

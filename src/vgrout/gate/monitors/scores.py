@@ -69,7 +69,6 @@ class Probe(Score):
     held_out: Bool[Tensor, " n"]
     _: KW_ONLY
     space: str
-    token_budget: int
     l2: float
     stored = ("weight", "bias", "mean", "scale")
 
@@ -101,8 +100,7 @@ class Probe(Score):
         policy: Policy,
         batch: Batch,
     ) -> Float[Tensor, "g k"]:
-        how = {"space": self.space, "token_budget": self.token_budget}
-        return activations(policy, batch, **how).flatten(1)
+        return activations(policy, batch, self.space).flatten(1)
 
     def _probability(
         self,
@@ -157,7 +155,6 @@ def build_probe(materials: Materials) -> Probe:
         torch.tensor([r.hack for r in rows], device=policy.device),
         torch.tensor(held_out, device=policy.device),
         space=config.score.act_space,
-        token_budget=config.grpo.token_budget,
         l2=config.monitor.probe_l2,
     )
 
