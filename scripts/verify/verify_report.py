@@ -24,6 +24,7 @@ from scripts.verify.stored import (
 from scripts.view import show
 from scripts.view.report import browsable, edges, page
 
+from vgrout.run import runlog
 from vgrout.run.records import load_rollouts
 
 LINK = "<script src='https://example.invalid/x.js'></script><img src=x onerror=alert(1)><!-- "
@@ -140,7 +141,20 @@ def check_terminal(run: Path) -> None:
     print("ok  control characters of a completion are printed as escapes; raw ones are noticed")
 
 
+def check_bottom_line() -> None:
+    """A log's tail: what happened, the table, argv. A run that hacks, or is frozen, fails."""
+    for hack, solve, said in ((9, 9, "✗ the deployed"), (1, 3, "✗ it has not"), (1, 9, "✓ hack")):
+        cells = [novel_cell(0, 1, 3, 20), novel_cell(8, hack, solve, 20)]
+        record = planted_record(evals=cells, argv=["a"], status="finished", steps_done=8)
+        printed = captured(runlog.final_table, record)
+        places = [printed.index(words) for words in (said, "RESULT", "hack ↓", "argv: a")]
+        assert places == sorted(places), printed
+        assert printed.count("✗") + printed.count("✓") == 1, "one cue"
+    print("ok  the tail of a log says first whether the hack stayed out and solving rose")
+
+
 def main() -> None:
+    check_bottom_line()
     with tempfile.TemporaryDirectory() as tmp:
         runs = [planted(Path(tmp) / "one"), planted(Path(tmp) / "two", hacks=0)]
         text = page(runs, 100)

@@ -177,7 +177,6 @@ class RunConfig:
     final_draws: Count = 480  # draws of each cell of the final 2×2 evaluation
     save_every: Whole = 20  # steps between checkpoints; 0 = none
     snapshot_every: Whole = 0  # steps between adapter snapshots for the audit; 0 = none
-    track: str = ""  # trackio | wandb mirrors metrics.jsonl; "" for none
     threads: Whole = 0  # torch threads; 0 = torch's own choice
     workers: Count = 2  # sandbox processes
     cpu_seconds: Positive = 1.0  # CPU time of one call of a solution in the sandbox

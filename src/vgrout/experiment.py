@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from vgrout import arms
 from vgrout.arms import Phase
-from vgrout.config import Config
+from vgrout.config import Config, options_of
 from vgrout.core import Group, Problem, RunRecord, UserError
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
@@ -43,7 +43,6 @@ from vgrout.run.faults import StopSignal, explained, recorded
 from vgrout.run.health import DEAD, Health, History
 from vgrout.run.provenance import provenance
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics
-from vgrout.run.tracking import check_tracker, tracker
 
 # weights, tokenizer, chat template and generation settings: what shapes prompts and completions
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -97,9 +96,9 @@ class Experiment:
         self.files = self.stack.enter_context(recorded(open_run(config, record)))
         self.timed = self.files.timed  # wall seconds of what is inside, for row and record
         self.start = self.restore()
-        track = tracker(run.track, self.files.record, self.files.dir)
+        usual = options_of(arms.defaults(self.preset, run.intervention, grpo.steps))
+        runlog.anchor(self.files.record, usual, options_of(config))
         self.printed = runlog.StepLog(grpo.steps)
-        self.sinks = (self.files.log_metrics, track, self.printed.row)
         self.evaluations = Evaluations(
             self.files,
             self.policy,
@@ -189,7 +188,7 @@ class Experiment:
         composed: Composed | None,
         gated: Gated | None,
     ) -> None:
-        """Files, tracker, table; then the run's health, which may stop it."""
+        """Files, table; then the run's health, which may stop it."""
         if step == 0:
             first = groups[0].rollouts[0]
             runlog.sample(self.policy.tokenizer.decode(first.prompt_ids), first)
@@ -199,8 +198,8 @@ class Experiment:
         rate = sampled_tokens(groups) / max(seconds["sec_sample"], 1e-9)
         row = {"step": step} | figures | seconds | {"tokens_per_second": rate}
         self.files.log_rollouts(rollout_rows(step, groups, composed, gated))
-        for sink in self.sinks:
-            sink(row)
+        self.files.log_metrics(row)
+        self.printed.row(row)
         self.health(row)
         self.files.record.steps_done = step + 1
 
@@ -306,7 +305,6 @@ class Inputs:
         config: Config,
         splits: dict[str, list[Problem]],
     ):
-        check_tracker(config.run.track)
         data, phase = config.data, config.phase
         seeds = phase.seed_side if phase.seed_quarantine else ""
         reads, semantic = arms.reads_pairs(config), phase.control == "semantic"
