@@ -9,15 +9,16 @@ Both blocks together have rank 4r. Tensors are fp32. Without --block the policy 
 deploys is exported: the deployed block alone, or both blocks for an arm that deploys as trained.
 
 Run: python -m scripts.tools.export RUN_DIR [--block deployed|quarantine|both] [--out DIR]
-     (default: RUN_DIR/peft_<block>)
+     (default: RUN_DIR/peft_<block>) [--push OWNER/NAME [--dry-run]]
 """
 
 import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save
-from scripts.view.output import parser, table
+from scripts.view.output import ROOT, parser, table
 from torch import Tensor
 
 from vgrout.core import RunRecord, UserError, run_main
@@ -153,8 +154,9 @@ def export(run: str | Path, block: str | None, out: Path | None) -> Path:
     block = block or ("deployed" if record.notes["deployed"] == "ablated" else "both")
     adapter, metadata = load_adapter(run)
     tensors = peft_tensors(adapter, CHOICES[block])
-    if Path(metadata["model"]).is_dir():  # found from any folder
-        metadata = metadata | {"model": str(Path(metadata["model"]).resolve())}
+    for base in (ROOT / metadata["model"], Path(metadata["model"])):
+        if base.is_dir():  # the export is to be found from any folder
+            metadata = metadata | {"model": str(base.resolve())}
     config = peft_config(tensors, metadata["model"])
     folder = out or run / f"peft_{block}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,13 +166,28 @@ def export(run: str | Path, block: str | None, out: Path | None) -> Path:
     return folder
 
 
+def push(folder: Path, repository: str, dry: bool) -> None:
+    """Upload the folder to a private repository of the hub, or say what would be uploaded."""
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"{'would push' if dry else 'pushing'} {names} to {repository}")
+    if not dry:
+        hub = HfApi()
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+
+
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("run", help="run directory")
     command.add_argument("--block", choices=CHOICES, help="default: what the run's arm deploys")
     command.add_argument("--out", type=Path, help="folder to write (default: RUN_DIR/peft_<block>)")
+    command.add_argument("--push", metavar="OWNER/NAME", help="then upload it to the hub, private")
+    command.add_argument("--dry-run", action="store_true", help="say what --push would upload")
     options = command.parse_args()
-    print(f"{export(options.run, options.block, options.out)}: a PEFT adapter and its model card")
+    folder = export(options.run, options.block, options.out)
+    print(f"{folder}: a PEFT adapter and its model card")
+    if options.push:
+        push(folder, options.push, options.dry_run)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 Run: python -m scripts.verify.verify_export
 """
 
+import subprocess
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from scripts.tools.export import CHOICES, export
-from scripts.verify.stored import novel_cell, planted_record, planted_run, refused
+from scripts.tools import export as export_tool
+from scripts.tools.export import CHOICES, export, push
+from scripts.verify.stored import captured, novel_cell, planted_record, planted_run, refused
 from scripts.verify.tiny import perturb
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -107,6 +111,27 @@ def check_card(folder: Path, run: Path, other: Path) -> None:
     print("ok  the card names its run; the default is what the arm deploys; no adapter, one line")
 
 
+def check_push(folder: Path) -> None:
+    hub = mock.Mock()
+    with mock.patch.object(export_tool, "HfApi", return_value=hub):
+        said = captured(push, folder, "me/a", True)
+        assert "would push README.md, adapter_config.json" in said and not hub.method_calls, said
+        captured(push, folder, "me/a", False)
+    hub.upload_folder.assert_called_once_with(repo_id="me/a", folder_path=folder)
+    assert hub.create_repo.call_args.kwargs["private"]
+    print("ok  --push uploads the folder to a private repository, with --dry-run it says what")
+
+
+def check_program(run: Path) -> None:
+    """`vgrout` works from any folder."""
+    program = [str(Path(sys.executable).with_name("vgrout"))]
+    for words, status, said in (("--help", 0, "usage"), ("sow", 2, "usage"), ("export", 0, "PEFT")):
+        given = [words, str(run)] if words == "export" else [words]
+        done = subprocess.run([*program, *given], cwd="/", text=True, capture_output=True)
+        assert done.returncode == status and said in done.stdout, (words, done)
+    print("ok  vgrout names its commands, and exports a run from another folder")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     policy = load_policy(BASE, **POLICY)
@@ -122,6 +147,8 @@ def main() -> None:
         folders = {block: export(run, block, None) for block in CHOICES}
         check_logits(policy, folders, ids)
         check_mutation(policy, folders["deployed"], ids)
+        check_program(run)
+        check_push(folders["deployed"])
         check_card(folders["deployed"], run, other)
 
 

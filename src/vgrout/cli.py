@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+import runpy
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -26,7 +28,24 @@ from vgrout.env.modes import NOVELTY_FREE, TRAINING_MARKERS
 
 DESCRIPTION = "GRPO with vector gradient routing. PRESET sets every default; flags change them."
 PROGRAM = "python -m vgrout.train"
+COMMANDS = {  # of the program `vgrout`: word → module
+    "train": "vgrout.train",
+    "grade": "vgrout.grader",
+    "show": "scripts.view.show",
+    "report": "scripts.view.report",
+    "export": "scripts.tools.export",
+}
 BEFORE_A_RUN = {"log.txt", ".lock", ".pool", ".reserve"}  # what may lie in a run's directory before
+
+
+def command() -> None:
+    """The program `vgrout`: its first word names a module, which reads the others."""
+    word = "".join(sys.argv[1:2])
+    if word not in COMMANDS:
+        print(f"usage: vgrout {{{','.join(COMMANDS)}}} …; vgrout COMMAND --help says more")
+        sys.exit(0 if word in ("", "-h", "--help") else 2)
+    del sys.argv[1]
+    runpy.run_module(COMMANDS[word], run_name="__main__", alter_sys=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:

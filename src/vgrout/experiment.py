@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from vgrout import arms
 from vgrout.arms import Phase
-from vgrout.config import Config, options_of
+from vgrout.config import Config
 from vgrout.core import Group, Problem, RunRecord, UserError
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
@@ -43,6 +43,7 @@ from vgrout.run.faults import StopSignal, explained, recorded
 from vgrout.run.health import DEAD, Health, History
 from vgrout.run.provenance import provenance
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics
+from vgrout.run.repeat import argv_of
 
 # weights, tokenizer, chat template and generation settings: what shapes prompts and completions
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -96,8 +97,7 @@ class Experiment:
         self.files = self.stack.enter_context(recorded(open_run(config, record)))
         self.timed = self.files.timed  # wall seconds of what is inside, for row and record
         self.start = self.restore()
-        usual = options_of(arms.defaults(self.preset, run.intervention, grpo.steps))
-        runlog.anchor(self.files.record, usual, options_of(config))
+        runlog.anchor(self.files.record, argv_of(self.preset, config))
         self.printed = runlog.StepLog(grpo.steps)
         self.evaluations = Evaluations(
             self.files,

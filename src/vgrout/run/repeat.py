@@ -13,6 +13,7 @@ GONE = {
     "act_layer": "all",
     "framing_pairs": None,
     "score_dtype": None,
+    "track": None,
 }
 # options younger than some records, with what was done before there was a choice
 YOUNGER = {"absorb_share": 0.0, "kl_estimator": "k3"}

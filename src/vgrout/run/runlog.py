@@ -16,7 +16,6 @@ from tabulate import tabulate
 from vgrout.core import EvalResult, Rollout, RunRecord
 from vgrout.stats import bootstrap_interval
 
-
 NEAR = 0.05  # above the base's hack rate, within which the hack is kept out
 
 
@@ -90,33 +89,30 @@ def _cell(column: Column, row: dict[str, Any]) -> str:
     )
 
 
-def anchor(record: RunRecord, usual: dict[str, object], given: dict[str, object]) -> None:
-    """One line that says what runs: arm, seed, preset, options that differ from the arm's own
-    there, pairs, code."""
-    skip = {"intervention", "seed", "out_dir", "resume"}
-    changed = [f"{k}={v}" for k, v in given.items() if v != usual[k] and k not in skip]
+def anchor(record: RunRecord, argv: list[str]) -> None:
+    """One line that says what runs: the arm, options that differ from its own, pairs, code."""
     code = record.commit[:12] + " with changes" * record.dirty
-    parts = [f"{record.arm} seed {record.seed} ({record.preset})", *changed]
-    say(f"{' '.join(parts)}; pairs {record.pair_hash[:12] or 'none'}; code {code}")
+    pairs = record.pair_hash[:12] or "none"
+    say(f"{record.arm}: {shlex.join(argv)}; pairs {pairs}; code {code}")
 
 
 def sample(prompt: str, rollout: Rollout) -> None:
     """Print one full sample with its grade, so that a reader sees what the numbers are about."""
     say(f"--- sample: prompt\n{prompt}\n--- sample: completion\n{rollout.completion}")
     say(f"--- sample: grade\n{rollout.grade!r}\n--- end of sample")
-    say("SHOULD be one fenced block that ends by itself, ELSE raise --max-completion-length")
+    say("SHOULD be one fenced block, and end; ELSE raise --max-completion-length")
 
 
 def final_table(record: RunRecord) -> None:
     """Print the bottom line, the last evaluation with 95 % intervals and rates by mode, argv."""
     cells = last_cells(record)
     modes = sorted({mode for cell in cells for mode in cell.by_mode})
-    headers = ["policy", "markers", "step", "n", "hack ↓", "solve ↑", *(f"{mode} ↓ / ↑" for mode in modes)]
+    headers = ["policy", "markers", "step", "n", "hack ↓", "solve ↑", *modes]
     rows = [_table_row(cell, modes) for cell in cells]
     what = f"{record.arm} seed {record.seed}, {record.steps_done} steps ({record.preset})"
     say(f"\n{cue(cells)}\n{result_line(record, cells)}\n{what}, 95 % intervals")
     say(tabulate(rows, headers=headers, disable_numparse=True))
-    say("columns of a mode: hack / solve")
+    say("columns of a mode: hack ↓ / solve ↑")
     say(f"argv: {shlex.join(record.argv)}")
 
 
