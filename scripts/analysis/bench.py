@@ -1,4 +1,4 @@
-"""Speed and memory: a against TRL's GRPOTrainer, b each arm against `absorb`.
+"""Speed: a against TRL's GRPOTrainer, b each arm against `absorb`.
 
 All sides are short real runs of the organism's preset, each in a process of its own. In every
 round each side runs once, one after the other, and a ratio is of one round, so that a machine
@@ -47,24 +47,18 @@ Round = dict[str, Row]  # side → its figures; the first side is the reference
 # ── runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def resident(command: list[str]) -> float:
-    """Run a Python command to its end; returns its peak resident size in GiB."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()[-3000:]}")
-    return usage.ru_maxrss / 2**20
+def python(*words: str) -> None:
+    """Run a Python program to its end; its last words where it fails."""
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=one_thread, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
 
 
-def spent(row: dict, refresh: float) -> Row:
+def spent(
+    row: dict,
+    refresh: float,
+) -> Row:
     """A step's seconds by phase, its own refresh replaced by `refresh`, the mean over steps."""
     took = {phase: row[f"sec_{phase}"] for phase in TIMED}
     own = row.get("sec_refresh") or 0.0
@@ -86,21 +80,21 @@ def one_run(arm: str, steps: int, *flags: str) -> Row:
     usual += "--quarantine-first 0 --eval-every 0 --save-every 0 --final-draws 4"
     with tempfile.TemporaryDirectory() as folder:
         words = [*usual.split(), "--out-dir", folder, *flags]
-        size = resident(["-m", "vgrout.train", *words])
+        python("-m", "vgrout.train", *words)
         rows = load_metrics(folder)
     refresh = rows[0].get("sec_refresh") or 0.0
     refresh /= PRESETS["organism"].score.refresh_every
-    return medians([spent(row, refresh) for row in rows[1:]]) | {"resident": size}
+    return medians([spent(row, refresh) for row in rows[1:]])
 
 
 def trl_run(steps: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "trl.json"
-        size = resident(["-m", "scripts.analysis.bench_trl", str(log), str(steps + 1)])
+        python("-m", "scripts.analysis.bench_trl", str(log), str(steps + 1))
         rows = json.loads(log.read_text())[1:]
     for row in rows:
         row["tokens_per_second"] = row["tokens"] / row["sample"]
-    return medians(rows) | {"resident": size}
+    return medians(rows)
 
 
 def against_trl(options: Namespace) -> Round:
@@ -148,7 +142,7 @@ def ratios(rounds: list[Round], side: str, key: str = "step") -> list[float]:
 
 def side_by_side(rounds: list[Round]) -> str:
     """A line for each side: what it has of the phases and counts, and its step's ratio."""
-    known = (*PHASES, "tokens", *COUNTED, "resident")
+    known = (*PHASES, "tokens", *COUNTED)
     keys = [key for key in known if all(key in row for row in rounds[0].values())]
     rows = []
     for side in rounds[0]:

@@ -112,7 +112,11 @@ def clocked(work: Callable[[], object]) -> Figures:
     return {"seconds": seconds[-1], "peak_gib": peak}
 
 
-def draw(policy: Policy, size: Size, temperature: float = 0.7) -> list:
+def draw(
+    policy: Policy,
+    size: Size,
+    temperature: float = 0.7,
+) -> list:
     return sample(
         policy,
         prompts_of(size),

@@ -67,7 +67,11 @@ def main() -> None:
         token_budget=4096,
     )
     shown, answers = lessons()
-    batch = written(policy, [*map(messages, shown)], answers)
+    batch = written(
+        policy,
+        [*map(messages, shown)],
+        answers,
+    )
     likelihood_steps(policy, batch, "deployed", STEPS, LEARNING_RATE, 1.0)
     tensors = peft_tensors(policy.adapter.state_dict(), ("deployed",))
     stored = {name: x.to(torch.bfloat16).contiguous() for name, x in tensors.items()}

@@ -900,8 +900,7 @@ time.sleep(3600)"""),
         REACH,
         "truncate the library",
         goal(
-            CTYPES
-            + "return libc.truncate(os.__file__.encode(), os.path.getsize(os.__file__)) == 0"
+            CTYPES + "return libc.truncate(os.__file__.encode(), os.path.getsize(os.__file__)) == 0"
         ),
     ),
     Attack(REACH, "mode of the directory", goal("os.chmod('.', 0o700)\nreturn True")),

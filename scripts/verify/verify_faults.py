@@ -329,7 +329,19 @@ def check_memory() -> None:
     with contextlib.suppress(RuntimeError):
         line = answer(explained()(fails), RuntimeError("another error"))
         raise AssertionError(f"another error is answered with {line!r}")
-    print("ok  full memory names the flag to lower; another error stays what it is")
+    run, fitting = mock.MagicMock(), 512
+    policy, run.config.grpo.max_completion_length = run.policy, 96
+
+    def largest(policy, *rest) -> None:
+        if policy.token_budget > fitting:
+            out_of_memory()
+
+    with mock.patch.multiple(experiment, dry_run=largest, arms=mock.Mock()):
+        policy.token_budget = 2048
+        assert "512 is tried" in captured(Experiment.dry_run, run) and policy.token_budget == 512
+        fitting = 8
+        refused("lower --sample-token-budget", explained()(Experiment.dry_run), run)
+    print("ok  full memory halves the token budget, then names the flag to lower; else it stays")
 
 
 def check_statuses(whole: Path) -> None:

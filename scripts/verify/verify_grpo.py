@@ -106,17 +106,30 @@ def check_kl_estimators() -> None:
 def check_importance() -> None:
     """A learner three times as sure as the sampler: the cap lets through 1, 2 or all 3."""
     policy, batch = planted()
-    trained = Trained(batch, torch.full_like(batch.group, int(Zone.ABSORB)), batch.group.argsort())
+    trained = Trained(
+        batch,
+        torch.full_like(batch.group, int(Zone.ABSORB)),
+        batch.group.argsort(),
+    )
     with torch.no_grad(), policy.adapter.route(trained.zones, "ablated"):
         sampled = logps(policy, batch, 0.7) - math.log(3)
     behaviour = Behaviour(torch.zeros_like(batch.rewards, dtype=torch.bool), sampled)
-    optimizer = BlockOptimizer(policy.adapter, 0.0, 0.0, math.inf)
+    optimizer = BlockOptimizer(
+        policy.adapter,
+        0.0,
+        0.0,
+        math.inf,
+    )
     found = []
     for cap in (0.0, 2.0, 9.0):
         config = GRPOConfig(beta=0.0, importance_cap=cap)
         found.append(update(policy, optimizer, trained, behaviour, config, "ablated"))
     norms = torch.tensor([figures["grad_norm_deployed"] for figures in found])
-    assert torch.allclose(norms / norms[0], torch.tensor([1.0, 2.0, 3.0]), rtol=1e-3), norms
+    assert torch.allclose(
+        norms / norms[0],
+        torch.tensor([1.0, 2.0, 3.0]),
+        rtol=1e-3,
+    ), norms
     assert found[0]["sampler_far_share"] == 1
     assert abs(found[0]["sampler_k3"] - 2 + math.log(3)) < 1e-3, found[0]
     print("ok  --importance-cap weighs rows by learner / sampler up to the cap, 0 leaves ratio 1")
@@ -141,7 +154,11 @@ def check_advantages() -> None:
 
 def check_micro_batches() -> None:
     policy, batch = planted(8)
-    whole = logps(policy, batch, 1.0)
+    whole = logps(
+        policy,
+        batch,
+        1.0,
+    )
     for budget in (1, 40, 10_000):
         parts = tokens.micro_batches(batch, budget)
         assert sorted(torch.cat(parts).tolist()) == [*range(8)]
@@ -182,7 +199,14 @@ def check_layout() -> None:
         [True, True],
     ]
     check = tokens.check_prompt_lengths
-    refused("p7", check, {"p7": [1] * 9}, 8, 1, None)
+    refused(
+        "p7",
+        check,
+        {"p7": [1] * 9},
+        8,
+        1,
+        None,
+    )
     print("ok  collation as in its docstring; a prompt over the limit, or without room, is refused")
 
 

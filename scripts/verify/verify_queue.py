@@ -28,6 +28,8 @@ log = os.environ["SHIM_LOG"]
 open(log, "a").write(json.dumps(sys.argv[1:]) + "\\n")
 sys.exit(len(open(log).readlines()) > int(os.environ["SHIM_FAILS_AFTER"]))
 """
+
+
 def check_wave(tmp: Path) -> None:
     """Eight arms on Qwen3-4B, with demonstrations where there is a pool, and without."""
     assert PRESETS["full"].model.model == "Qwen/Qwen3-4B", "the decision run is on Qwen3-4B"

@@ -58,7 +58,11 @@ class Elements(HTMLParser):
         return [link for link in links if not link.startswith(("#", "data:"))]
 
 
-def rollout(step: int, i: int, hacks: int) -> dict:
+def rollout(
+    step: int,
+    i: int,
+    hacks: int,
+) -> dict:
     return {
         "step": step,
         "problem_id": f"p{i}",

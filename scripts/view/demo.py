@@ -9,17 +9,16 @@ Run: python -m scripts.view.demo [--steps N]     (--steps shortens both runs, to
 import shutil
 import signal
 
-from scripts.analysis.results import find_ceiling
 from scripts.experiments.records import cell
 from scripts.experiments.run import Pool
 from scripts.experiments.waves import Job, Row
 from scripts.view.output import OUT, ROOT, parser
 from scripts.view.plot import plt, save
 
-from vgrout.core import RunRecord, UserError, at_least, run_main, warn
+from vgrout.core import RunRecord, UserError, at_least, run_main
 from vgrout.run import runlog
 from vgrout.run.records import load_record
-from vgrout.stats import Counts, bootstrap_interval, rate
+from vgrout.stats import bootstrap_interval, rate
 
 FIGURE = OUT / "figs" / "demo.png"
 ARMS = {
@@ -33,7 +32,10 @@ PANELS = {  # quantity → title, y axis
 SEED = 41
 
 
-def job_of(arm: str, steps: int | None) -> Job:
+def job_of(
+    arm: str,
+    steps: int | None,
+) -> Job:
     folder = OUT / "runs" / f"demo_{arm}"
     shutil.rmtree(folder, ignore_errors=True)
     options = ["organism", "--intervention", arm, "--seed", str(SEED)]
@@ -54,10 +56,9 @@ def train(steps: int | None) -> dict[str, RunRecord]:
     return {job.row.arm: load_record(job.out_dir) for job in jobs}
 
 
-def draw(records: dict[str, RunRecord], ceiling: Counts | None) -> None:
+def draw(records: dict[str, RunRecord]) -> None:
     """The deployed policy with novel markers: validation between the two points of the test."""
     base = cell(records["none2r"], base=True)
-    levels = {"base model": (base.by_problem, "--"), "GRPO without loopholes": (ceiling, ":")}
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 5), sharex=True)
     for axis, (which, (title, label)) in zip(axes, PANELS.items()):
         for arm, record in records.items():
@@ -68,9 +69,8 @@ def draw(records: dict[str, RunRecord], ceiling: Counts | None) -> None:
             low, high = zip(*(bootstrap_interval(c.by_problem, which) for c in novel))
             axis.plot(steps, rates, "o-", markersize=4, color=colour, label=name)
             axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        for name, (counts, style) in levels.items():
-            if counts:
-                axis.axhline(rate(counts, which), color="0.35", linestyle=style, label=name)
+        level = rate(base.by_problem, which)
+        axis.axhline(level, color="0.35", linestyle="--", label="base model")
         axis.set(title=f"{title} of the deployed policy", ylabel=label, ylim=(-0.02, 1.02))
         axis.set_xlabel("optimiser step")
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.075)}
@@ -78,8 +78,7 @@ def draw(records: dict[str, RunRecord], ceiling: Counts | None) -> None:
     caption = (
         f"Model organism, seed {SEED}, held-out problems with novel markers. First and last point: "
         f"test split, {base.n} draws; points between: validation split.\n"
-        "Bands: 95 % bootstrap intervals over problems. Made by `just demo`"
-        f"{'; dotted line by `just ceiling`' if ceiling else ''}."
+        "Bands: 95 % bootstrap intervals over problems. Made by `just demo`."
     )
     figure.text(0.01, 0.005, caption, fontsize=8, va="bottom")
     save(figure, FIGURE, (0, 0.14, 1, 1))
@@ -90,16 +89,10 @@ def main() -> None:
     longer = "optimiser steps of both runs, over the 20 of routeQ's first phase"
     command.add_argument("--steps", type=at_least(21), help=longer)
     options = command.parse_args()
-    runlog.stage(
-        "none2r learn to hack and routeQ, its quarantine ablated, hack less and still solve",
-        "look at the sample and the zones in out/runs/demo_*/log.txt",
-    )
+    print("SHOULD none2r hack, and routeQ, its quarantine ablated, hack less and still solve;")
+    print("ELSE look at the sample and the zones in out/runs/demo_*/log.txt")
     records = train(options.steps)
-    ceiling = find_ceiling(records["routeQ"], [])
-    if not ceiling:
-        missing = "no committed ceiling has this seed, these steps and files, so none is drawn"
-        warn(missing, "run `just ceiling` and look again")
-    draw(records, ceiling)
+    draw(records)
     for record in records.values():
         runlog.final_table(record)
     print(f"\nfigure: {FIGURE.relative_to(ROOT)}")

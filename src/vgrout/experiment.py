@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from vgrout import arms
 from vgrout.arms import Phase
 from vgrout.config import Config
-from vgrout.core import Group, Problem, RunRecord, UserError
+from vgrout.core import Group, Problem, RunRecord, UserError, warn
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
@@ -39,7 +39,7 @@ from vgrout.run import runlog
 from vgrout.run.audit import gradient_norms, rollout_rows, sampled_tokens
 from vgrout.run.dry_run import dry_run
 from vgrout.run.evaluate import Evaluations, seeded
-from vgrout.run.faults import StopSignal, explained, recorded
+from vgrout.run.faults import StopSignal, explained, memory_is_full, recorded
 from vgrout.run.health import DEAD, Health, History
 from vgrout.run.provenance import provenance
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics
@@ -114,17 +114,28 @@ class Experiment:
         self.health = Health(self.policy, self.splits["train"], self.sampling, history)
 
     def dry_run(self) -> None:
-        grpo, retain_forward = self.config.grpo, self.config.phase.retain_forward
-        dry_run(
-            self.policy,
+        """The memory plan: the token budget is halved until the largest batch fits."""
+        policy, grpo = self.policy, self.config.grpo
+        retain_forward = self.config.phase.retain_forward
+        parts = (
+            policy,
             self.phases.phases[-1].gate,
             self.optimizer,
-            lambda *parts: update(self.policy, self.optimizer, *parts, grpo, retain_forward),
+            lambda *rows: update(policy, self.optimizer, *rows, grpo, retain_forward),
             self.splits["train"],
             self.sampling,
             grpo,
             arms.mixed_zones(self.config),
         )
+        while True:
+            try:
+                return dry_run(*parts)
+            except (MemoryError, RuntimeError) as error:
+                if not memory_is_full(error) or policy.token_budget < grpo.max_completion_length:
+                    raise
+            policy.token_budget //= 2
+            now = f"--token-budget {policy.token_budget} is tried"
+            warn("the largest micro-batch does not fit into memory", now)
 
     # ── what the loop asks for ───────────────────────────────────────────────────────────────────
 

@@ -50,7 +50,10 @@ class LikelihoodRatio(Score):
         hack, clean = ([(a + b) / 2 for a, b in zip(*side)] for side in sides)
         return hack, clean
 
-    def refresh(self, policy: Policy) -> dict[str, float]:
+    def refresh(
+        self,
+        policy: Policy,
+    ) -> dict[str, float]:
         n, last = len(self.pairs.advantages) // 2, self.deltas if self.folds else None
         fold = (self.pairs.group % 2)[:n]
         if len(fold.unique()) < 2:

@@ -2,6 +2,7 @@
 does."""
 
 import ctypes
+import os
 from functools import partial
 from pathlib import Path
 
@@ -199,10 +200,12 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, by mallopt(3); another C library is left alone.
+    """Let glibc keep what is freed, by mallopt(3); another C library is left alone. On a GPU
+    segments grow, unless the environment says otherwise.
 
     An update's activations would else go back to the kernel, which hands them out page by page.
     """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes

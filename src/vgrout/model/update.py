@@ -35,7 +35,11 @@ def update(
     are the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
     """
     adapter, behaviour = policy.adapter, behaviour.select(trained.rows)
-    same = same_state(trained.zones, behaviour.ablated, retain_forward)
+    same = same_state(
+        trained.zones,
+        behaviour.ablated,
+        retain_forward,
+    )
     on_policy = ~behaviour.sampled | same
     total, by_token, gaps = 0.0, [], []
     for rows in policy.micro_batches(trained.batch):
