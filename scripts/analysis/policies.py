@@ -236,9 +236,9 @@ def push_of(run: Stored, batch: Batch, deltas: list[Tensor]) -> dict[str, float]
     http://joschu.net/blog/kl-approx.html), on the base's own samples; ± the standard error over
     prompts. The deployed block plays no part.
     """
-    how = (run.config.grpo.temperature,)
-    base = logps_with(run.policy, [torch.zeros_like(d) for d in deltas], batch, *how)
-    d = logps_with(run.policy, deltas, batch, *how) - base
+    T = run.config.grpo.temperature
+    base = logps_with(run.policy, [torch.zeros_like(d) for d in deltas], batch, T)
+    d = logps_with(run.policy, deltas, batch, T) - base
     k3 = (d.expm1() - d) * batch.completion_mask
     empty = torch.zeros(int(batch.group.max()) + 1)
     group = batch.group.cpu()

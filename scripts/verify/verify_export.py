@@ -124,11 +124,15 @@ def check_push(folder: Path) -> None:
 
 def check_program(run: Path) -> None:
     """`vgrout` works from any folder."""
-    program = [str(Path(sys.executable).with_name("vgrout"))]
-    for words, status, said in (("--help", 0, "usage"), ("sow", 2, "usage"), ("export", 0, "PEFT")):
-        given = [words, str(run)] if words == "export" else [words]
-        done = subprocess.run([*program, *given], cwd="/", text=True, capture_output=True)
-        assert done.returncode == status and said in done.stdout, (words, done)
+    program = str(Path(sys.executable).with_name("vgrout"))
+    export_it = ["export", str(run)]
+    for words, status, said in (
+        (["--help"], 0, "usage"),
+        (["sow"], 2, "usage"),
+        (export_it, 0, "PEFT"),
+    ):
+        done = subprocess.run([program, *words], cwd="/", text=True, capture_output=True)
+        assert done.returncode == status and said in done.stdout, done
     print("ok  vgrout names its commands, and exports a run from another folder")
 
 

@@ -109,10 +109,9 @@ def final_table(record: RunRecord) -> None:
     modes = sorted({mode for cell in cells for mode in cell.by_mode})
     headers = ["policy", "markers", "step", "n", "hack ↓", "solve ↑", *modes]
     rows = [_table_row(cell, modes) for cell in cells]
-    what = f"{record.arm} seed {record.seed}, {record.steps_done} steps ({record.preset})"
-    say(f"\n{cue(cells)}\n{result_line(record, cells)}\n{what}, 95 % intervals")
+    say(f"\n{cue(cells)}\n{result_line(record, cells)}")
     say(tabulate(rows, headers=headers, disable_numparse=True))
-    say("columns of a mode: hack ↓ / solve ↑")
+    say("columns of a mode: hack ↓ / solve ↑; 95 % intervals")
     say(f"argv: {shlex.join(record.argv)}")
 
 
