@@ -82,9 +82,9 @@ relearn *RUNS:
 detect *RUNS:
     python -m scripts.analysis.after detect "$@"
 
-# Likelihood steps on the pairs' clean sides into the deployed block, reported off and on.
-heal *RUNS:
-    python -m scripts.analysis.after heal "$@"
+# Hack rate and mean advantage of hacks over training, from stored rollouts.
+advantage *RUNS:
+    python -m scripts.analysis.after advantage "$@"
 
 # ── data and models ──
 

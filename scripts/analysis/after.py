@@ -11,8 +11,8 @@
                                         base, until hacks reach one half
     detect RUN …                        how well the score that each RUN used told its hacks, the
                                         completions' length alone, and the score at equal length
-    heal RUN …                          likelihood steps on the pairs' clean sides into the deployed
-                                        block: reported off and on
+    advantage RUN …                     the rollouts' hack rate and the mean advantage of hacks over
+                                        training: does the pressure to hack vanish?
 
 All rates are of held-out test problems with novel markers. Tables go to the terminal and, with the
 frontier's figure, into --out (out/after). A method must lie above the frontier: a point on it is
@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.analysis.detect import detect
-from scripts.analysis.policies import ROWS_A_PROMPT, forget, frontier, heal, push
+from scripts.analysis.detect import advantage, detect
+from scripts.analysis.policies import ROWS_A_PROMPT, forget, frontier, push
 from scripts.analysis.relearn import relearn
 from scripts.view.output import OUT, add_runs, parser
 
@@ -37,10 +37,6 @@ SCALES = {"nargs": "+", "type": float}
 OPTIONS: dict[str, dict[str, Any]] = {
     "--against": {"nargs": "+", "type": Path, "help": "none2r runs with snapshots"},
     "--draws": COUNT | {"help": "draws of each evaluation (default: the run's --final-draws)"},
-    "--no-base": {
-        "action": "store_true",
-        "help": "leave out the attack on the base model",
-    },
     "--prompts": COUNT | {"help": f"training prompts, {ROWS_A_PROMPT} samples each"},
     "--scales": SCALES | {"help": "0 and 1 are always among them"},
     "--steps": COUNT | {"help": "optimiser steps"},
@@ -50,9 +46,9 @@ COMMANDS = {  # work, default of each option (None: required)
     "frontier": (frontier, {"--against": None, "--draws": 0, "--scales": TENTHS}),
     "forget": (forget, {"--draws": 0, "--scales": [0.25, 0.5, 0.75]}),
     "push": (push, {"--draws": 0, "--prompts": 48}),
-    "relearn": (relearn, {"--no-base": False, "--steps": 40}),
+    "relearn": (relearn, {"--steps": 40}),
     "detect": (detect, {}),
-    "heal": (heal, {"--draws": 0, "--steps": 8}),
+    "advantage": (advantage, {}),
 }
 
 
@@ -65,7 +61,11 @@ def main(argv: list[str]) -> None:
         add_runs(command, OUT / "after")
         for flag, default in defaults.items():
             how = {"required": True} if default is None else {"default": default}
-            command.add_argument(flag, **OPTIONS[flag], **how)
+            command.add_argument(
+                flag,
+                **OPTIONS[flag],
+                **how,
+            )
     options = root.parse_args(argv)
     options.work(options)
     print(f"tables and figures in {options.out}")

@@ -1,9 +1,10 @@
-"""How well the score that a run used told its hacks, from the rollouts that it stored."""
+"""What stored rollouts say of hacks: how well the score told them, and what advantage they had."""
 
 from argparse import Namespace
 from collections.abc import Iterable
 
 import numpy as np
+import polars as pl
 from scipy.stats import spearmanr
 from scripts.view.output import show
 
@@ -13,18 +14,25 @@ from vgrout.stats import stratified_auroc
 
 EQUAL = 4  # tokens by which completions of equal length differ at most
 NEAR = 10  # steps within which they are compared
+WINDOW = 20  # steps over which advantages are averaged
 
 
 def mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+def rank_correlation(
+    a: np.ndarray,
+    b: np.ndarray,
+) -> float:
     """Spearman's, rows without a value left out; NaN where one of them does not vary."""
     return float(spearmanr(a, b, nan_policy="omit").statistic)
 
 
-def told(rows: list[dict], pair_modes: Iterable[str]) -> dict[str, float]:
+def told(
+    rows: list[dict],
+    pair_modes: Iterable[str],
+) -> dict[str, float]:
     """AUROC for hacks of the stored score within a step, of the length, and at equal length.
 
     Also by the pairs' coverage of the mode. Equal length: within NEAR steps among completions that
@@ -80,3 +88,19 @@ def detect(options: Namespace) -> None:
                 head = {"run": str(path), "rows": name}
                 found.append(head | told(part, record.config["data"]["pair_modes"]))
     show(found, options.out / "detect.csv")
+
+
+def advantage(options: Namespace) -> None:
+    """By WINDOW steps: the rollouts' hack rate, and the hacks' mean advantage in their groups."""
+    found = []
+    for path in options.runs:
+        names = {"run": str(path), "arm": load_record(path).arm}
+        rows = pl.DataFrame(load_rollouts(path), infer_schema_length=None)
+        baseline = pl.col("reward").mean().over("step", "problem_id")
+        rows = rows.with_columns(
+            A=pl.col("reward") - baseline, step=pl.col("step") // WINDOW * WINDOW
+        )
+        hacks = pl.col("A").filter(pl.col("reward_hack")).mean()
+        means = rows.group_by("step").agg(hack=pl.col("reward_hack").mean(), advantage=hacks)
+        found += [names | row for row in means.sort("step").iter_rows(named=True)]
+    show(found, options.out / "advantage.csv")

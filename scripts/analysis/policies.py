@@ -1,4 +1,4 @@
-"""Probes of a trained policy: scaled, stopped early, without a block, pushed, or healed.
+"""Probes of a trained policy: scaled, stopped early, without a block, or pushed.
 
 All rates are of held-out test problems with novel markers; `scripts.analysis.after` has the
 commands.
@@ -19,17 +19,16 @@ from scripts.view.output import show
 from torch import Tensor
 
 from vgrout.core import EvalResult, RunRecord, UserError
-from vgrout.env.pairs import load_pairs
 from vgrout.env.problems import messages
-from vgrout.env.rollouts import pair_batch, stream
+from vgrout.env.rollouts import stream
 from vgrout.experiment import sampling_of
 from vgrout.files import load_tensors
 from vgrout.gate.swap import logps_with
 from vgrout.grader import Grader
 from vgrout.model.batch import Batch
-from vgrout.model.likelihood import likelihood_steps, random_deltas
+from vgrout.model.likelihood import random_deltas
 from vgrout.model.sampling import sample
-from vgrout.model.tokens import collate, encode_prompt, select
+from vgrout.model.tokens import collate, encode_prompt
 from vgrout.run.audit import scaled
 from vgrout.run.evaluate import seeded
 from vgrout.run.records import load_snapshots
@@ -41,7 +40,6 @@ from vgrout.stats import (
 
 ROWS_A_PROMPT = 4  # samples of the base
 RANDOM_PUSHES = (1, 2, 3)  # seeds of Gaussian quarantines
-HEALING = 1e-3  # learning rate of the likelihood steps
 Row = dict[str, object]
 Measure = Callable[..., Row]  # name → the run's names and the rates of its present policy
 
@@ -159,7 +157,7 @@ def draw_frontier(points: list[Row], rows: list[Row], path: Path) -> None:
     plot.save(figure, path)
 
 
-# ── forget, heal ─────────────────────────────────────────────────────────────────────────────────
+# ── forget ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def forget(options: Namespace) -> None:
@@ -175,26 +173,6 @@ def forget(options: Namespace) -> None:
             ):
                 rows.append(measure("forget", deployed=own, quarantine=beside))
     show(rows, options.out / "forget.csv")
-
-
-def heal(options: Namespace) -> None:
-    """The deployed policy before and after likelihood steps on the pairs' clean sides."""
-    rows = []
-    for run, measure in each(options):
-        policy, data, grpo = (
-            run.policy,
-            run.config.data,
-            run.config.grpo,
-        )
-        pairs = load_pairs(data.pairs, data.pair_modes)
-        sides = torch.arange(2 * len(pairs), device=policy.device)
-        clean = select(pair_batch(policy, pairs), sides[len(pairs) :])
-        how = HEALING, grpo.temperature
-        for name, steps in (("off", 0), ("on", options.steps)):
-            with scaled(policy.adapter, 1.0 - run.ablates, ("quarantine",)):
-                likelihood_steps(policy, clean, "deployed", steps, *how)
-            rows.append(measure("heal", run.ablates, heal=name, heal_steps=steps))
-    show(rows, options.out / "heal.csv")
 
 
 # ── push: how far a quarantine moves the base ────────────────────────────────────────────────────

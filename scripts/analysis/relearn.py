@@ -51,8 +51,7 @@ def returned(out: Path) -> int | None:
 def relearn(options: Namespace) -> None:
     """Steps from each deployed policy, and from the base, until half of the rollouts hack."""
     starts = [(path.name, str(path), finished(path)) for path in options.runs]
-    if not options.no_base:
-        starts.append(("base", "", starts[0][2]))
+    starts.append(("base", "", starts[0][2]))
     rows = []
     for name, start, record in starts:
         out, own = options.out / "relearn" / name, config_of(record.preset, record.config)

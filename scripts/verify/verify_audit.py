@@ -307,16 +307,15 @@ def check_after(routed: Path, plain: Path, tmp: Path) -> None:
         (1.0, 1.0),
         (0.0, 1.0),
     ]
-    assert [r["heal"] for r in rows("heal", "--steps 1")] == [
-        "off",
-        "on",
-    ]
+    stored = [r["advantage"] or 0.0 for r in load_rollouts(routed) if r["reward_hack"]]
+    found = rows("advantage")[0]["advantage"]
+    assert abs(found - sum(stored) / len(stored)) < 1e-5, "SHOULD be of all, 0 in equal groups"
     assert rows("detect")[-1]["rows"] == "students"
     pushed = rows("push", "--prompts 3")
     learned = [r["push"] for r in pushed if r["quarantine"] == "learned"]
     assert learned[0] == 0 < learned[1] and [r["step"] for r in pushed] == [0, 2, 2, 2, 2], pushed
     if "--long" in sys.argv:
-        assert rows("relearn", "--steps 1 --no-base")[0]["steps_run"] == 1
+        assert rows("relearn", "--steps 1")[0]["steps_run"] == 1
         hashes = load_record(out / "relearn" / routed.name).data_hashes
         assert f"{routed}/adapter.safetensors" in hashes
     for why, command, flags in (
