@@ -31,15 +31,14 @@ from vgrout.organism.operations import TABLE, Composition, Step
 from vgrout.organism.problems import compiled
 from vgrout.stats import auroc
 
-ORGANISM, LEETCODE = (
-    "data/pairs/organism.md",
-    "data/pairs/leetcode.md",
-)
+ORGANISM = "data/pairs/organism.md"
 DATA = Path("data/organism")
 PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#mechanism": (ORGANISM_MODES, 12),
     f"{ORGANISM}#mechanism_b": (ORGANISM_MODES, 12),
-    f"{LEETCODE}#mechanism": (ALL_MODES, 6),
+    "data/pairs/leetcode.md#mechanism": (ALL_MODES, 6),
+    "data/pairs/leetcode.md#placebo": (ALL_MODES, 2),
+    "data/pairs/leetcode.md#framing": (ALL_MODES, 2),
     f"{ORGANISM}#placebo": (ORGANISM_MODES, 6),
     f"{ORGANISM}#framing": (ORGANISM_MODES, 3),
 }

@@ -221,6 +221,7 @@ _FULL = with_options(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95
         sample_token_budget=2**18,  # 36 GiB of KV cache at Qwen3-4B's 144 KiB a token
         data="data/leetcode/leetcode_train_medhard_filtered.jsonl",
         pairs="data/pairs/leetcode.md#mechanism",
+        placebo_pairs="data/pairs/leetcode.md#placebo",
         teacher_pool="",
         teacher_per_group=1,
         refresh_every=10,
