@@ -107,9 +107,9 @@ PRETRAINED = "--threads 1 --eval-every 10"
 
 def pretrained() -> tuple[Row, ...]:
     """Plan 2: the first runs on a pretrained model; no demonstration in any arm."""
-    rows = ("none2r", ""), ("no_loophole", ""), ("absorbQ", " --quarantine-first 15")
-    rows += (("no_gateQ", " --quarantine-first 15"),)
-    return tuple(Row(arm, arm, PRETRAINED + flags, (401, 402, 403)) for arm, flags in rows)
+    first = f"{PRETRAINED} --quarantine-first 15"
+    flags = dict(none2r=PRETRAINED, no_loophole=PRETRAINED, absorbQ=first, no_gateQ=first)
+    return tuple(Row(arm, arm, words, (401, 402, 403)) for arm, words in flags.items())
 
 
 POOL = "data/leetcode/teacher.jsonl.gz"

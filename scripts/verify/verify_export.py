@@ -118,7 +118,6 @@ def check_push(folder: Path) -> None:
         assert "would push README.md, adapter_config.json" in said and not hub.method_calls, said
         captured(push, folder, "me/a", False)
     hub.upload_folder.assert_called_once_with(repo_id="me/a", folder_path=folder)
-    assert hub.create_repo.call_args.kwargs["private"]
     print("ok  --push uploads the folder to a private repository, with --dry-run it says what")
 
 

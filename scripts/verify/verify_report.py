@@ -153,7 +153,6 @@ def check_bottom_line() -> None:
         printed = captured(runlog.final_table, record)
         places = [printed.index(words) for words in (said, "RESULT", "hack ↓", "argv: a")]
         assert places == sorted(places), printed
-        assert printed.count("✗") + printed.count("✓") == 1, "one cue"
     print("ok  the tail of a log says first whether the hack stayed out and solving rose")
 
 

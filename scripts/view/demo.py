@@ -69,8 +69,7 @@ def draw(records: dict[str, RunRecord]) -> None:
             low, high = zip(*(bootstrap_interval(c.by_problem, which) for c in novel))
             axis.plot(steps, rates, "o-", markersize=4, color=colour, label=name)
             axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        level = rate(base.by_problem, which)
-        axis.axhline(level, color="0.35", linestyle="--", label="base model")
+        axis.axhline(rate(base.by_problem, which), color="0.35", linestyle="--", label="base")
         axis.set(title=f"{title} of the deployed policy", ylabel=label, ylim=(-0.02, 1.02))
         axis.set_xlabel("optimiser step")
     where = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.075)}
