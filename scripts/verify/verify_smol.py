@@ -31,7 +31,11 @@ def check_merge(folder: Path) -> None:
     """Weights with a LoRA merged are what peft computes with it."""
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     weights = {name: x.clone() for name, x in base.state_dict().items()}
-    options = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+    options = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules="all-linear",
+    )
     planted = get_peft_model(base, options, autocast_adapter_dtype=False)
     for name, x in planted.named_parameters():
         if "lora_" in name:
