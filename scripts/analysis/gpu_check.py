@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from vgrout.config import GRPOConfig
+from vgrout.config import GRPOConfig, PhaseConfig
 from vgrout.gate.scores import ProbeOptions
 from vgrout.gate.v_grad import probe_gradients
 from vgrout.model import sampling, tokens
@@ -185,7 +185,7 @@ def updating(policy: Policy, size: Size, arm: str, checkpointing: bool = False) 
     sampled = torch.zeros_like(batch.completion_mask, dtype=torch.float32)
     behaviour = Behaviour(torch.zeros_like(batch.group, dtype=torch.bool), sampled)
     optimizer = BlockOptimizer(policy.adapter, 7e-5, 0.1, 1.0)
-    figures = clocked(lambda: update(policy, optimizer, trained, behaviour, config, "ablated"))
+    figures = clocked(lambda: update(policy, optimizer, trained, behaviour, config, PhaseConfig()))
     policy.model.gradient_checkpointing_disable()
     count = size.prompts * (0.75 * size.prompt) + n * size.completion
     parameters = sum(p.numel() for p in policy.model.parameters())

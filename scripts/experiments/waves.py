@@ -112,6 +112,26 @@ def pretrained() -> tuple[Row, ...]:
     return tuple(Row(arm, arm, words, (401, 402, 403)) for arm, words in flags.items())
 
 
+MECHANISM = "--steps 120 --eval-every 20 --eval-draws 120 --threads 1"
+
+
+def mechanism() -> tuple[Row, ...]:
+    """Plan 3: what rows in ABSORB take from the quarantine, cell by cell."""
+    by, random = f"{MECHANISM} --absorb-by", "--enter effect"
+    return (
+        Row("clip", "clipQ", MECHANISM, TEN_SEEDS),
+        Row("shuffled", "absorbQ", f"{by} shuffled", TEN_SEEDS),
+        Row("push", "absorbQ", f"{by} push", TEN_SEEDS),
+        Row("both", "absorbQ", MECHANISM, TEN_SEEDS),
+        Row("none", "no_gateQ", MECHANISM, TEN_SEEDS),
+        Row("silence", "absorbQ", f"{by} silence", TEN_SEEDS, stage=1),
+        Row("ratio", "absorbQ", f"{by} ratio", TEN_SEEDS, stage=1),
+        Row("frozen", "absorbQ", f"{by} frozen", TEN_SEEDS, stage=1),
+        Row("random_clip", "clipQ", f"{MECHANISM} {random}", TEN_SEEDS, stage=1),
+        Row("random_push", "absorbQ", f"{by} push {random}", TEN_SEEDS, stage=1),
+    )
+
+
 POOL = "data/leetcode/teacher.jsonl.gz"
 THREE_SEEDS = (51, 52, 53)
 REAL = (  # arm, why it is run, what would resolve the question
@@ -183,6 +203,11 @@ WAVES = {
         "smol",
         pretrained(),
         contrast=Contrast("absorbQ", "no_gateQ", "no_loophole", solve_at=(20, 30)),
+    ),
+    "03_mechanism": Wave(
+        "organism",
+        mechanism(),
+        contrast=Contrast("clip", "shuffled", "none", solve_at=(60, 80, 100)),
     ),
     "real": Wave("full", real()),
 }

@@ -118,7 +118,7 @@ def gradients(standin: Path, *flags: str, temperature: float = TEMPERATURE) -> d
             seen[block] = torch.cat([p.grad.flatten() for p in adapter.parameters(block)])
 
     optimizer = BlockOptimizer(policy.adapter, 1e-3, 0.0, 1e9)
-    parts = (trained, behaviour, config.grpo, config.phase.retain_forward)
+    parts = (trained, behaviour, config.grpo, config.phase)
     update(policy, optimizer, *parts, edit=capture)
     return seen
 

@@ -1,6 +1,7 @@
 """The loss equals one written as loops, advantages are Dr. GRPO's, micro-batches add up."""
 
 import math
+from typing import get_args
 
 import torch
 from scripts.verify.stored import refused
@@ -8,9 +9,10 @@ from scripts.verify.tiny import EOS, PAD, planted
 from torch import Tensor
 from torch.autograd import grad
 
-from vgrout.config import GRPOConfig
+from vgrout.config import AbsorbBy, GRPOConfig, PhaseConfig
 from vgrout.core import Zone
 from vgrout.model import grpo, tokens
+from vgrout.model.absorb import token_weights
 from vgrout.model.batch import Behaviour, Trained
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import logps
@@ -103,27 +105,25 @@ def check_kl_estimators() -> None:
     print("ok  k3's on-policy gradient is KL(ref‖π)'s, the corrected one's is KL(π‖ref)'s")
 
 
+def absorbing(ablated: bool) -> tuple:
+    """(policy, optimizer without a rate, rows in ABSORB, sampler), the learner thrice as sure."""
+    policy, batch = planted()
+    zones = torch.full_like(batch.group, int(Zone.ABSORB))
+    trained = Trained(batch, zones, batch.group.argsort())
+    with torch.no_grad(), policy.adapter.route(zones):
+        sampled = logps(policy, batch, 0.7) - math.log(3)
+    behaviour = Behaviour(torch.full_like(zones, ablated, dtype=torch.bool), sampled)
+    optimizer = BlockOptimizer(policy.adapter, 0.0, 0.0, math.inf)
+    return policy, optimizer, trained, behaviour
+
+
 def check_importance() -> None:
     """A learner three times as sure as the sampler: the cap lets through 1, 2 or all 3."""
-    policy, batch = planted()
-    trained = Trained(
-        batch,
-        torch.full_like(batch.group, int(Zone.ABSORB)),
-        batch.group.argsort(),
-    )
-    with torch.no_grad(), policy.adapter.route(trained.zones, "ablated"):
-        sampled = logps(policy, batch, 0.7) - math.log(3)
-    behaviour = Behaviour(torch.zeros_like(batch.rewards, dtype=torch.bool), sampled)
-    optimizer = BlockOptimizer(
-        policy.adapter,
-        0.0,
-        0.0,
-        math.inf,
-    )
+    parts = absorbing(ablated=False)
     found = []
     for cap in (0.0, 2.0, 9.0):
         config = GRPOConfig(beta=0.0, importance_cap=cap)
-        found.append(update(policy, optimizer, trained, behaviour, config, "ablated"))
+        found.append(update(*parts, config, PhaseConfig()))
     norms = torch.tensor([figures["grad_norm_deployed"] for figures in found])
     assert torch.allclose(
         norms / norms[0],
@@ -132,6 +132,32 @@ def check_importance() -> None:
     ), norms
     assert abs(found[0]["sampler_k3"] - 2 + math.log(3)) < 1e-3, found[0]
     print("ok  --importance-cap weighs rows by learner / sampler up to the cap, 0 leaves ratio 1")
+
+
+def check_absorb() -> None:
+    """What a row in ABSORB takes from the quarantine: its weights, and which blocks they train."""
+    rho = torch.tensor([[0.5, 1.0, 2.0, 1.1, 9.0]])
+    mask, odds = torch.tensor([[True] * 4 + [False]]), (rho.log(), torch.zeros_like(rho))
+    for how, better, worse in (
+        ("clip", [0.5, 1, 0, 1.1], [0, 1, 2, 1.1]),
+        ("silence", [1, 1, 0, 1], [0, 1, 1, 1]),
+        ("ratio", [0.5, 1, 2, 1.1], [0.5, 1, 2, 1.1]),
+    ):
+        for A, wanted in ((1.0, better), (-1.0, worse)):
+            found = token_weights(how, *odds, mask, torch.tensor([A]), 0.2)[0, :4]
+            assert torch.allclose(found, torch.tensor(wanted).float()), (how, A, found)
+    dealt = token_weights("shuffled", *odds, mask, torch.ones(1), 0.2)[0, :4]
+    assert dealt.tolist() != [0.5, 1, 0, 1.1], "the placebo is what it stands for"
+    assert sorted(dealt.tolist()) == sorted(rho.masked_fill(rho == 2, 0)[0, :4].tolist())
+
+    parts = absorbing(ablated=True)
+    forms = get_args(AbsorbBy)
+    figures = {how: update(*parts, GRPOConfig(), PhaseConfig(absorb_by=how)) for how in forms}
+    trains = {how: found["grad_norm_quarantine"] > 0 for how, found in figures.items()}
+    assert [how for how in forms if trains[how]] == ["both", "push"], trains
+    ratios = {how: found["ratio_mean_absorb"] for how, found in figures.items()}
+    assert ratios["push"] == 1 and abs(ratios["both"] - 3) < 1e-3, ratios
+    print("ok  --absorb-by: push has ratio 1, the filters PPO's weights; they hold the quarantine")
 
 
 def check_advantages() -> None:
@@ -214,6 +240,7 @@ if __name__ == "__main__":
     check_loss()
     check_scored_loss()
     check_importance()
+    check_absorb()
     check_kl_estimators()
     check_advantages()
     check_micro_batches()

@@ -9,6 +9,7 @@ from typing import Literal
 
 from vgrout.config import (
     PRESETS,
+    AbsorbBy,
     Action,
     Config,
     Control,
@@ -33,6 +34,7 @@ class Phase:
     score: Score = "pinned"
     zone: Zone = Zone.ABSORB  # of a pinned score
     absorb_share: float = 0.0  # of rows pinned to RETAIN: this share, by chance, is in ABSORB
+    absorb_by: AbsorbBy = "both"  # what those rows take from the quarantine
     cut: Literal["band", "midpoint", "zero"] = "band"
     control: Control = ""
     action: Action = "route"
@@ -98,6 +100,7 @@ ARMS = {
     ),
     "no_gateQ": _two(RETAIN, "A quarantine trained first does not help by being there."),
     "absorbQ": _two(ABSORB_SOME, "Rows shared with a quarantine that learned to hack protect."),
+    "clipQ": _two(replace(ABSORB_SOME, absorb_by="clip"), "PPO's clip against it is enough."),
     "matched_absorbQ": _two(
         replace(ABSORB_SOME, enter="effect"), "A random quarantine of equal effect does not."
     ),
@@ -250,7 +253,7 @@ def label(config: Config) -> str:
     return "+".join([name, *changed])
 
 
-SHAPE = ("score", "control", "action", "enter", "zone", "loophole_pays", "inoculate")
+SHAPE = "score control action enter zone loophole_pays inoculate absorb_by".split()
 
 
 def _shape(config: Config) -> dict[str, object]:
@@ -310,6 +313,10 @@ def _scored(config: Config) -> bool:
     return config.phase.score != "pinned"
 
 
+def _shares(config: Config) -> bool:
+    return config.phase.absorb_share > 0
+
+
 def _pool(config: Config) -> bool:
     return bool(config.data.teacher_pool)
 
@@ -348,6 +355,7 @@ READERS: dict[str, tuple[Reads, str]] = {  # options → who reads them, and in 
     "penalty": (_action("deduct"), "--action deduct"),
     "phase_pays enter": (_two_phases, "a first phase: --quarantine-first"),
     "seed_side": (_seeds, "--seed-quarantine"),
+    "absorb_by": (_shares, "--absorb-share"),
     "routeV_random_v_seed": (_is_route_v, "--intervention routeV"),
     "judge_url judge_model judge_concurrency judge_timeout judge_retries judge_max_tokens": (
         _score("judge"),
@@ -391,6 +399,7 @@ def _words(phase: Phase) -> str:
         f"{phase.steps} steps" if phase.steps else "",
         score,
         f"{phase.absorb_share:g} in ABSORB" if phase.absorb_share else "",
+        f"by {phase.absorb_by}" if phase.absorb_by != "both" else "",
         f"control {phase.control}" if phase.control else "",
         phase.action if phase.action != "route" else "",
         f"quarantine: {phase.enter}" if phase.enter else "",

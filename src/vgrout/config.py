@@ -38,6 +38,7 @@ Score = Literal["pinned", "v_grad", "v_act", "llr", "quarantine_ratio", "judge",
 Control = Literal["", "haar", "semantic", "random", "confound", "oracle"]
 Action = Literal["route", "filter", "penalise", "deduct"]
 Enter = Literal["", "reset", "norm", "effect", "inverted"]
+AbsorbBy = Literal["both", "push", "clip", "shuffled", "silence", "ratio", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class PhaseConfig:
     phase_pays: bool = True  # the loophole pays in the first phase too
     enter: Enter = ""  # what takes the learned quarantine's place after the first phase
     absorb_share: Share = 0.0  # of rows pinned to RETAIN: this share, by chance, is in ABSORB
+    absorb_by: AbsorbBy = "both"  # what those rows take from the quarantine: model/absorb.py
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine
     gen_deploy_frac: Share = 0.0  # share of student rows sampled with the quarantine ablated
     retained_advantages: bool = False  # rows that train the deployed block share a baseline

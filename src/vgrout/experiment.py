@@ -115,13 +115,12 @@ class Experiment:
 
     def dry_run(self) -> None:
         """The memory plan: the token budget is halved until the largest batch fits."""
-        policy, grpo = self.policy, self.config.grpo
-        retain_forward = self.config.phase.retain_forward
+        policy, grpo, phase = self.policy, self.config.grpo, self.config.phase
         parts = (
             policy,
             self.phases.phases[-1].gate,
             self.optimizer,
-            lambda *rows: update(policy, self.optimizer, *rows, grpo, retain_forward),
+            lambda *rows: update(policy, self.optimizer, *rows, grpo, phase),
             self.splits["train"],
             self.sampling,
             grpo,

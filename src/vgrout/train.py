@@ -60,7 +60,7 @@ def main(preset: str, config: Config) -> None:
                         trained,
                         composed.behaviour,
                         config.grpo,
-                        config.phase.retain_forward,
+                        config.phase,
                     )
             run.schedule.step()
             figures |= audit(groups, composed, gated, policy.eos_ids)  # labels, for the log alone

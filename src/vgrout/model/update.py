@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vgrout.config import GRPOConfig
+from vgrout.config import GRPOConfig, PhaseConfig
 from vgrout.core import NO_ZONE, Zone
 from vgrout.model import grpo, tokens
+from vgrout.model.absorb import FILTERS, forward_zones, token_weights
 from vgrout.model.batch import Behaviour, Trained
 from vgrout.model.lora2r import BLOCKS, Lora2r
 from vgrout.model.optimizer import BlockOptimizer, trained_blocks
@@ -26,7 +27,7 @@ def update(
     trained: Trained,
     behaviour: Behaviour,
     config: GRPOConfig,
-    retain_forward: str,
+    phase: PhaseConfig,
     edit: GradientEdit | None = None,
 ) -> Figures:
     """One optimiser step on the rows of `trained`; returns the step's loss, ratios and norms.
@@ -35,16 +36,12 @@ def update(
     are the row's own: the ratio is 1. `edit` acts on the gradients before they are clipped.
     """
     adapter, behaviour = policy.adapter, behaviour.select(trained.rows)
-    same = same_state(
-        trained.zones,
-        behaviour.ablated,
-        retain_forward,
-    )
-    on_policy = ~behaviour.sampled | same
+    zones = forward_zones(trained.zones, phase.absorb_by)
+    on_policy = ~behaviour.sampled | same_state(zones, behaviour.ablated, phase.retain_forward)
     total, by_token, gaps = 0.0, [], []
     for rows in policy.micro_batches(trained.batch):
         loss, figures, gap = accumulate(
-            policy, trained, behaviour, rows, on_policy, config, retain_forward
+            policy, trained, behaviour, rows, on_policy, config, phase
         )
         total += loss
         by_token.append(figures)
@@ -52,7 +49,9 @@ def update(
     if edit is not None:
         edit(adapter)
     before = snapshot(adapter)
-    norms = optimizer.step(trained_blocks(trained.zones))
+    blocks = trained_blocks(zones)
+    blocks["quarantine"] &= phase.absorb_by != "frozen"
+    norms = optimizer.step(blocks)
     moved = torch.stack([(a - b).norm() for a, b in zip(snapshot(adapter), before)]).norm()
     joined = {k: torch.cat([part[k] for part in by_token]) for k in by_token[0]}
     return token_figures(joined) | {
@@ -72,7 +71,7 @@ def accumulate(
     rows: Int[Tensor, " n"],
     on_policy: Bool[Tensor, " g"],
     config: GRPOConfig,
-    retain_forward: str,
+    phase: PhaseConfig,
 ) -> tuple[float, dict[str, Tensor], Float[Tensor, " n"]]:
     """Forward and backward of one micro-batch.
 
@@ -84,12 +83,22 @@ def accumulate(
     sampled = behaviour.logps[rows, : mask.shape[1]]
     known = (on_policy & behaviour.sampled)[rows, None]  # rows that train in the sampler's state
     ref = reference(policy, part, config)
-    with policy.training(), policy.adapter.route(part.zones, retain_forward):
+    ratio_is_one, weight = on_policy[rows, None], torch.ones_like(sampled)
+    absorbed = part.zones == Zone.ABSORB
+    if phase.absorb_by == "push":
+        ratio_is_one = ratio_is_one | absorbed[:, None]
+    if phase.absorb_by in FILTERS:
+        with torch.no_grad(), policy.adapter.route(part.zones, phase.retain_forward):
+            beside = logps(policy, batch, config.temperature)
+        how = beside, sampled, mask, batch.advantages, config.epsilon
+        weight[absorbed] = token_weights(phase.absorb_by, *how)[absorbed]
+    zones = forward_zones(part.zones, phase.absorb_by)
+    with policy.training(), policy.adapter.route(zones, phase.retain_forward):
         new = logps(policy, batch, config.temperature)
-        old = torch.where(on_policy[rows, None], new.detach(), sampled)
+        old = torch.where(ratio_is_one, new.detach(), sampled)
         drift = torch.where(known, new.detach() - sampled, torch.nan)
-        cap = config.importance_cap
-        weight = drift.nan_to_num().exp().clamp(max=cap) if cap else torch.ones_like(drift)
+        if cap := config.importance_cap:
+            weight = weight * drift.nan_to_num().exp().clamp(max=cap)
         loss, figures = grpo.grpo_loss(
             new,
             old,

@@ -16,7 +16,7 @@ GONE = {
     "track": None,
 }
 # options younger than some records, with what was done before there was a choice
-YOUNGER = {"absorb_share": 0.0, "kl_estimator": "k3"}
+YOUNGER = {"absorb_share": 0.0, "absorb_by": "both", "kl_estimator": "k3"}
 
 
 def config_of(preset: str, stored: dict[str, Any]) -> Config:
