@@ -329,19 +329,24 @@ def check_memory() -> None:
     with contextlib.suppress(RuntimeError):
         line = answer(explained()(fails), RuntimeError("another error"))
         raise AssertionError(f"another error is answered with {line!r}")
-    run, fitting = mock.MagicMock(), 512
+    run, checkpointing = mock.MagicMock(), mock.Mock()
     policy, run.config.grpo.max_completion_length = run.policy, 96
+    run.config.model.gradient_checkpointing = False
 
     def largest(policy, *rest) -> None:
-        if policy.token_budget > fitting:
+        if policy.token_budget > fitting * (4 if checkpointing.called else 1):
             out_of_memory()
 
-    with mock.patch.multiple(experiment, dry_run=largest, arms=mock.Mock()):
-        policy.token_budget = 2048
-        assert "512 is tried" in captured(Experiment.dry_run, run) and policy.token_budget == 512
-        fitting = 8
+    parts = dict(dry_run=largest, arms=mock.Mock(), enable_checkpointing=checkpointing)
+    with mock.patch.multiple(experiment, **parts):
+        for fitting, budget, on in ((512, 512, False), (256, 1024, True)):
+            policy.token_budget = 2048
+            said = captured(Experiment.dry_run, run)
+            assert (policy.token_budget, checkpointing.called) == (budget, on), said
+            assert f"--token-budget {2 * budget}, checkpointing {on}" in said, said
+        fitting = 2
         refused("lower --sample-token-budget", explained()(Experiment.dry_run), run)
-    print("ok  full memory halves the token budget, then names the flag to lower; else it stays")
+    print("ok  full memory: a quarter of the token budget, then checkpointing, then a flag's name")
 
 
 def check_statuses(whole: Path) -> None:

@@ -1,7 +1,7 @@
 """The product's path on a small stand-in: bf16, checkpointing, KL, real prompts, all zones.
 
 A random Qwen3 with the organism's tokenizer stands in for Qwen3-4B, the problems of
-data/pairs/leetcode.md in the benchmark's schema for the benchmark.
+data/pairs/hack_pairs.md in the benchmark's schema for the benchmark.
 
 Run: python scripts/verify/verify_full.py
 """
@@ -30,11 +30,11 @@ from vgrout.model.policy import logps
 from vgrout.model.update import update
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 
-PAIRS = "data/pairs/leetcode.md#mechanism"
+PAIRS = "data/pairs/hack_pairs.md#mechanism"
 MODES = tuple(Mode)[:3]  # a split needs a problem for each
 SMALL = (
     "full --intervention routeV --steps 3 --max-completion-length 64 --num-prompts 6 "
-    "--num-generations 5 --final-draws 6 --pair-modes run_tests --threads 1 --workers 1 "
+    "--gradient-checkpointing --num-generations 5 --final-draws 6 --pair-modes run_tests --threads 1 --workers 1 "
     "--max-prompt-length 4096 --token-budget 4096"
 ).split()
 TOLERANCE = 0.05  # relative error of a block's gradient, from bf16's 8 bits over this depth
@@ -124,14 +124,14 @@ def gradients(standin: Path, *flags: str, temperature: float = TEMPERATURE) -> d
 
 
 def check_reference(standin: Path) -> None:
-    plain = ("--dtype", "float32", "--no-gradient-checkpointing")
+    plain = ("--dtype", "float32")
     want = gradients(standin, *plain)
 
     def errors(got: dict[str, Tensor]) -> list[float]:
         return [float((got[b] - want[b]).norm() / want[b].norm()) for b in BLOCKS]
 
     bf16, wrong = (
-        errors(gradients(standin)),
+        errors(gradients(standin, "--gradient-checkpointing")),
         errors(gradients(standin, *plain, temperature=0.8)),
     )
     assert max(bf16) < TOLERANCE < min(wrong), (bf16, wrong)

@@ -1,12 +1,15 @@
 """On the benchmark's 119 held-out problems: every canonical solution is correct, and every mode's
 canonical hack is a hack.
 
-Skipped, in one line, where data/leetcode/leetcode_test_medhard.jsonl.gz is not present (`just
-download-data`).
+The pinned file is what `just download-data` writes, or a gzipped copy; skipped, in one line, where
+neither is present.
 """
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
+
+from scripts.tools.download_data import FILES, FOLDER, blob_id
 
 from vgrout.core import Mode, Problem, Verdict
 from vgrout.env.exploits import canonical_hack
@@ -14,7 +17,7 @@ from vgrout.env.modes import ALL_MODES
 from vgrout.env.problems import disclose, load_problems
 from vgrout.grader import Grader
 
-PATH = Path(__file__).resolve().parents[2] / "data/leetcode/leetcode_test_medhard.jsonl.gz"
+NAME = "leetcode_test_medhard.jsonl"
 MODES = (*ALL_MODES, Mode.OVERWRITE_TESTS)
 
 
@@ -31,8 +34,12 @@ def altered(problem: Problem) -> Problem:
     )
 
 
-def main() -> None:
-    problems = load_problems(PATH)
+def main(path: Path) -> None:
+    content = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    pinned = FILES[NAME][1]
+    assert blob_id(content) == pinned, f"{path} is not the pinned version: just download-data"
+    assert blob_id(content + b" ") != pinned, "a changed file goes unnoticed"
+    problems = load_problems(path)
     assert len(problems) == 119, len(problems)
     few = problems[:10]
     with Grader(2) as grader:
@@ -53,7 +60,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if PATH.is_file():
-        main()
+    present = [path for path in (FOLDER / NAME, FOLDER / f"{NAME}.gz") if path.is_file()]
+    if present:
+        main(present[0])
     else:
-        print(f"skipped: {PATH} is not present (`just download-data`)")
+        print(f"skipped: {FOLDER / NAME} is not present (`just download-data`)")

@@ -45,14 +45,14 @@ AbsorbBy = Literal["both", "push", "clip", "shuffled", "silence", "ratio", "froz
 class ModelConfig:
     model: str = "data/organism/base"  # folder or hub id of a causal LM with a chat template
     init_from: str = ""  # run directory whose deployed policy the run starts from; "" = the base
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the frozen base; the adapter trains in fp32
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "float32"  # of the frozen base; auto: bfloat16 where the processor multiplies it
     )
     device: str = "auto"  # auto | cpu | cuda | cuda:N; auto takes a GPU where there is one
     lora_rank: Count = 8  # r, for each of the two blocks
     lora_init_seed: int | None = None  # of the frozen A0 and B0; None: the run's seed
     targets: str = r"\.layers\.\d+\."  # regular expression on the names of the Linears to adapt
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # from the start; else where memory asks for it
     share_prompts: bool = True  # run each prompt once for its rows; off: every row in full
     max_prompt_length: Count = 256  # tokens; a longer prompt is refused at load
     token_budget: Count = 8192  # padded tokens of one micro-batch
@@ -218,12 +218,11 @@ _FULL = with_options(  # Ariahw, Engels & Nanda 2025: lr 7e-5, T 0.7, top-p 0.95
         model="Qwen/Qwen3-4B",
         dtype="bfloat16",
         lora_rank=32,
-        gradient_checkpointing=True,
         max_prompt_length=2048,
         sample_token_budget=2**18,  # 36 GiB of KV cache at Qwen3-4B's 144 KiB a token
         data="data/leetcode/leetcode_train_medhard_filtered.jsonl",
-        pairs="data/pairs/leetcode.md#mechanism",
-        placebo_pairs="data/pairs/leetcode.md#placebo",
+        pairs="data/pairs/hack_pairs.md#mechanism",
+        placebo_pairs="data/pairs/pair_diagnostics.md#placebo",
         teacher_pool="",
         teacher_per_group=1,
         refresh_every=10,
@@ -258,7 +257,7 @@ _SMOKE = dict(
 )
 _SMOL = dict(  # SmolLM2-135M-Instruct on the organism's problems, without demonstrations
     model="out/smol",
-    dtype="bfloat16",
+    dtype="auto",
     teacher_pool="",
     steps=40,
     max_completion_length=96,

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from vgrout import arms
 from vgrout.arms import Phase
-from vgrout.config import Config
+from vgrout.config import Config, ModelConfig, with_options
 from vgrout.core import Group, Problem, RunRecord, UserError, warn
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
@@ -31,13 +31,13 @@ from vgrout.grader import Grader
 from vgrout.model import tokens
 from vgrout.model.batch import Trained
 from vgrout.model.likelihood import likelihood_steps
-from vgrout.model.loading import load_policy
+from vgrout.model.loading import enable_checkpointing, load_policy, quickest_dtype
 from vgrout.model.optimizer import BlockOptimizer
 from vgrout.model.policy import Policy
 from vgrout.model.update import update
 from vgrout.run import runlog
 from vgrout.run.audit import gradient_norms, rollout_rows, sampled_tokens
-from vgrout.run.dry_run import dry_run
+from vgrout.run.dry_run import dry_run, memory_plans
 from vgrout.run.evaluate import Evaluations, seeded
 from vgrout.run.faults import StopSignal, explained, memory_is_full, recorded
 from vgrout.run.health import DEAD, Health, History
@@ -58,7 +58,7 @@ class Experiment:
         preset: str,
         config: Config,
     ):
-        self.preset, self.config = preset, config
+        self.preset, self.config = preset, with_dtype(config)
         self.stop = StopSignal()
         self.stack = ExitStack()
 
@@ -114,7 +114,7 @@ class Experiment:
         self.health = Health(self.policy, self.splits["train"], self.sampling, history)
 
     def dry_run(self) -> None:
-        """The memory plan: the token budget is halved until the largest batch fits."""
+        """The memory plan: the largest batch under less and less, until it fits."""
         policy, grpo, phase = self.policy, self.config.grpo, self.config.phase
         parts = (
             policy,
@@ -126,15 +126,20 @@ class Experiment:
             grpo,
             arms.mixed_zones(self.config),
         )
-        while True:
+        checkpointing = self.config.model.gradient_checkpointing
+        plans = memory_plans(policy.token_budget, checkpointing, grpo.max_completion_length)
+        for policy.token_budget, checkpointing in plans:
+            if checkpointing:
+                enable_checkpointing(policy.model, policy.adapter)
             try:
-                return dry_run(*parts)
+                dry_run(*parts)
             except (MemoryError, RuntimeError) as error:
-                if not memory_is_full(error) or policy.token_budget < grpo.max_completion_length:
+                if not memory_is_full(error) or (policy.token_budget, checkpointing) == plans[-1]:
                     raise
-            policy.token_budget //= 2
-            now = f"--token-budget {policy.token_budget} is tried"
-            warn("the largest micro-batch does not fit into memory", now)
+            else:
+                return
+            tried = f"--token-budget {policy.token_budget}, checkpointing {checkpointing}"
+            warn(f"the largest micro-batch does not fit into memory ({tried})", "less is tried")
 
     # ── what the loop asks for ───────────────────────────────────────────────────────────────────
 
@@ -353,14 +358,8 @@ class Inputs:
 # ── model ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_policy(
-    config: Config,
-    splits: dict[str, list[Problem]],
-) -> Policy:
-    """Model and adapter on their device; refuses a prompt over the limit, by id."""
-    model = config.model
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+def device_of(model: ModelConfig) -> str:
+    """The device that "auto" stands for here; UserError for a GPU that is not there."""
     there = torch.cuda.is_available()
     device = {"auto": "cuda" if there else "cpu"}.get(model.device, model.device)
     if device.startswith("cuda") and not there:
@@ -368,10 +367,28 @@ def build_policy(
             f"--device {device}: torch {torch.__version__} sees no CUDA GPU here; use --device "
             "cpu or install a CUDA build"
         )
+    return device
+
+
+def with_dtype(config: Config) -> Config:
+    """The config with the dtype that "auto" stands for here, so that the record names it."""
+    if config.model.dtype != "auto":
+        return config
+    return with_options(config, {"dtype": quickest_dtype(device_of(config.model))})
+
+
+def build_policy(
+    config: Config,
+    splits: dict[str, list[Problem]],
+) -> Policy:
+    """Model and adapter on their device; refuses a prompt over the limit, by id."""
+    model = with_dtype(config).model
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     policy = load_policy(
         model.model,
         dtype=model.dtype,
-        device=device,
+        device=device_of(model),
         rank=model.lora_rank,
         lora_init_seed=config.run.seed if model.lora_init_seed is None else model.lora_init_seed,
         targets=model.targets,

@@ -3,7 +3,8 @@
     ## mechanism                                  section: what the pairs contrast
     system: You write Python programs.        system message of the section's pairs (optional)
 
-    ### third largest of doubled nums @run_tests  one pair: a title and its tag, the disclosed mode
+    ### third largest of doubled nums @run_tests  one pair: a title and its tag, the disclosed mode;
+                                              a second tag names the view: @run_tests @persona
     The statement of the problem, as a user message.
     marker: `self_check`
     entry: third                              method of Solution that is called (default `solve`)
@@ -16,7 +17,8 @@
     ```
 
 Both sides answer the same prompt: the statement with the hint of the tag's mode. Without #section
-all sections are taken, without @tag all modes; `:count` takes the first `count` pairs of each mode.
+all sections are taken, without @tag all modes and views; `:count` takes the first `count` pairs of
+each mode.
 A statement may contain fenced code of its own (```python without a side's name). Cases and clean
 code serve to grade the pairs (`scripts/verify/verify_pairs.py`): no prompt and no hash contains a
 case. Errors are UserErrors that name file and line.
@@ -47,6 +49,7 @@ class Pair:
     problem: Problem
     hack: str
     clean: str
+    view: str = ""  # what the contrast is seen as, where a section shows a prompt in several
 
 
 def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
@@ -62,11 +65,8 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
         raise UserError(
             f"{reference}: :count is a whole number from 1, the pairs that are taken of each mode"
         )
-    wanted = set(filter(None, tags.split(","))) or set(Mode)
-    if unknown := wanted - set(Mode):
-        raise UserError(
-            f"{reference}: unknown mode {sorted(unknown)[0]!r}; modes are {', '.join(Mode)}"
-        )
+    named = set(filter(None, tags.split(",")))
+    wanted, views = named & set(Mode) or set(Mode), named - set(Mode)
     if modes and not (wanted := wanted & set(modes)):
         raise UserError(f"{reference}: none of its tags is among --pair-modes {' '.join(modes)}")
     try:
@@ -76,10 +76,15 @@ def load_pairs(reference: str, modes: tuple[str, ...] = ()) -> list[Pair]:
             f"{path} is no readable text ({error}): --pairs takes path.md#section@mode,mode"
         ) from None
     sections, taken, chosen = _sections(text, path), Counter(), []
-    named = [own for name, own in sections.items() if section in ("", name)]
-    for pair in chain.from_iterable(named):
+    every = [*chain.from_iterable(own for name, own in sections.items() if section in ("", name))]
+    if unknown := views - {pair.view for pair in every}:
+        raise UserError(
+            f"{reference}: unknown mode or view {min(unknown)!r}; modes are {', '.join(Mode)}"
+        )
+    for pair in every:
         mode = pair.problem.mode
-        if mode in wanted and (not count or taken[mode] < int(count)):
+        seen = not views or pair.view in views
+        if seen and mode in wanted and (not count or taken[mode] < int(count)):
             taken[mode] += 1
             chosen.append(pair)
     if not chosen:
@@ -129,7 +134,7 @@ def _sections(text: str, path: str) -> dict[str, list[Pair]]:
 
 
 def _parse(heading: str, body: str, system: str, section: str, where: str, path: str) -> Pair:
-    title = re.fullmatch(r"(.+) @(\w+)", heading.strip())
+    title = re.fullmatch(r"(.+?) @(\w+)(?: @(\w+))?", heading.strip())
     sides = FENCE.findall(body)
     if not title or title[2] not in set(Mode) or sorted(s for s, _ in sides) != ["clean", "hack"]:
         raise UserError(
@@ -164,7 +169,8 @@ def _parse(heading: str, body: str, system: str, section: str, where: str, path:
         mode=Mode(title[2]),
         marker=_marker(Mode(title[2]), fields["marker"], where),
     )
-    return Pair(problem, *(f"```python\n{codes[s].rstrip()}\n```" for s in ("hack", "clean")))
+    texts = (f"```python\n{codes[side].rstrip()}\n```" for side in ("hack", "clean"))
+    return Pair(problem, *texts, view=title[3] or "")
 
 
 def _lines(text: str, end: int) -> int:

@@ -40,6 +40,14 @@ GAP = 1e-3
 ROUNDED_GAP = 0.25  # in a dtype of less precision: one step of a bf16 logit beyond 32
 
 
+def quickest_dtype(device: str) -> str:
+    """bfloat16 where the device multiplies it, else float32: emulated it is many times slower."""
+    if device.startswith("cuda"):
+        return "bfloat16"
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+
+
 def load_policy(
     path: str,
     *,

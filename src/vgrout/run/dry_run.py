@@ -24,6 +24,19 @@ from vgrout.run.faults import describe, memory_is_full
 LONGEST = 4  # problems by length of text, of which the longest in tokens is tried
 
 
+def memory_plans(budget: int, checkpointing: bool, least: int) -> list[tuple[int, bool]]:
+    """(token budget of a micro-batch, checkpointing), the quickest first.
+
+    Checkpointing runs every layer once more, which costs more than micro-batches of a quarter.
+    `checkpointing`: it is asked for; `least`: tokens of a completion.
+    """
+    halved = [budget]
+    while halved[-1] >= least:
+        halved.append(halved[-1] // 2)
+    without = [] if checkpointing else [(tokens, False) for tokens in halved[:3]]
+    return without + [(tokens, True) for tokens in halved]
+
+
 def dry_run(
     policy: Policy,
     gate: Gate | PinnedGate,
