@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -33,6 +34,8 @@ TOKENS = 170_000  # of all files
 FUNCTION_LINES = {"train.main": 60, "model.update.update": 45}
 LONGEST = 60  # lines of any other function
 RUFF = "-m ruff check --output-format=concise".split()
+TY = "-m ty check --output-format=concise --ignore=all".split()
+TYPES = "unresolved-reference missing-argument unknown-argument too-many-positional-arguments"
 FIELDS = 15  # of a section of the config
 STREAMED = 14  # columns
 PAYLOAD = {"scripts/verify/attacks.py"}  # a table of payloads: its density says nothing
@@ -107,6 +110,19 @@ def lint(sources: Sources) -> Iterator[str]:
         done = subprocess.run(command, input=text, text=True, cwd=ROOT, capture_output=True)
         if done.returncode:
             yield done.stdout.partition("\n")[0] or done.stderr
+
+
+def types(sources: Sources) -> Iterator[str]:
+    """ty finds no name, argument or function's parameter that is not there."""
+    found = [f"--error={rule}" for rule in TYPES.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        for path, text in sources.items():
+            Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, path).write_text(text)
+        command = [sys.executable, *TY, *found, "--python", sys.prefix, "."]
+        done = subprocess.run(command, text=True, cwd=folder, capture_output=True)
+    if done.returncode:
+        yield from done.stdout.splitlines()[:-1] or [done.stderr]
 
 
 def lengths(sources: Sources) -> Iterator[str]:
@@ -247,6 +263,10 @@ MUTATIONS = {  # rule → (path, text that is added there), each of which it mus
         (GATE, "import pickle\n\nprint(pickle.load(x))\n"),
         ("scripts/a.py", f"{'x' * 97} = 1\n"),
         (GATE, "def f():\n    x = 1\n"),
+    ],
+    types: [
+        (GATE, "x = never\n"),
+        (GATE, "def f(a): ...\n\n\nf(1, 2)\nf()\nf(a=1, b=2)\n"),
     ],
     lengths: [
         (GATE, "def f():\n" + BODY * 60),

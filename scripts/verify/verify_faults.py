@@ -334,17 +334,17 @@ def check_memory() -> None:
     run.config.model.gradient_checkpointing = False
 
     def largest(policy, *rest) -> None:
-        if policy.token_budget > fitting * (4 if checkpointing.called else 1):
+        if policy.token_budget > policy.fitting * (4 if checkpointing.called else 1):
             out_of_memory()
 
     parts = dict(dry_run=largest, arms=mock.Mock(), enable_checkpointing=checkpointing)
     with mock.patch.multiple(experiment, **parts):
-        for fitting, budget, on in ((512, 512, False), (256, 1024, True)):
+        for policy.fitting, budget, on in ((512, 512, False), (256, 1024, True)):
             policy.token_budget = 2048
             said = captured(Experiment.dry_run, run)
             assert (policy.token_budget, checkpointing.called) == (budget, on), said
             assert f"--token-budget {2 * budget}, checkpointing {on}" in said, said
-        fitting = 2
+        policy.fitting = 2
         refused("lower --sample-token-budget", explained()(Experiment.dry_run), run)
     print("ok  full memory: a quarter of the token budget, then checkpointing, then a flag's name")
 

@@ -97,7 +97,13 @@ def check_kl_estimators() -> None:
         expected = 0.0
         for i, chance in enumerate(p.tolist()):  # each outcome is a row of one token
             token = [x[i].view(1, 1) for x in (logp, logp.detach(), ref)]
-            loss, _ = grpo.grpo_loss(*token, every, zero, **how, corrected=corrected)
+            loss, _ = grpo.grpo_loss(
+                *token,
+                every,
+                zero,
+                **how,
+                corrected=corrected,
+            )
             expected += chance * loss
         found = grad(expected, logits, retain_graph=True)[0]
         assert torch.allclose(found, wanted, atol=1e-6), (corrected, given_up)
@@ -146,13 +152,26 @@ def check_absorb() -> None:
         for A, wanted in ((1.0, better), (-1.0, worse)):
             found = token_weights(how, *odds, mask, torch.tensor([A]), 0.2)[0, :4]
             assert torch.allclose(found, torch.tensor(wanted).float()), (how, A, found)
-    dealt = token_weights("shuffled", *odds, mask, torch.ones(1), 0.2)[0, :4]
+    dealt = token_weights(
+        "shuffled",
+        *odds,
+        mask,
+        torch.ones(1),
+        0.2,
+    )[0, :4]
     assert dealt.tolist() != [0.5, 1, 0, 1.1], "the placebo is what it stands for"
     assert sorted(dealt.tolist()) == sorted(rho.masked_fill(rho == 2, 0)[0, :4].tolist())
 
     parts = absorbing(ablated=True)
     forms = get_args(AbsorbBy)
-    figures = {how: update(*parts, GRPOConfig(), PhaseConfig(absorb_by=how)) for how in forms}
+    figures = {
+        how: update(
+            *parts,
+            GRPOConfig(),
+            PhaseConfig(absorb_by=how),
+        )
+        for how in forms
+    }
     trains = {how: found["grad_norm_quarantine"] > 0 for how, found in figures.items()}
     assert [how for how in forms if trains[how]] == ["both", "push"], trains
     ratios = {how: found["ratio_mean_absorb"] for how, found in figures.items()}
@@ -198,7 +217,11 @@ def check_micro_batches() -> None:
                 atol=1e-5,
             )
     batch.completion_start = batch.completion_start + 1
-    assert not torch.allclose(logps(policy, batch, 1.0), whole, atol=1e-3), "off by one"
+    assert not torch.allclose(
+        logps(policy, batch, 1.0),
+        whole,
+        atol=1e-3,
+    ), "off by one"
     print("ok  micro-batches cover every row once, within the budget, with the whole's log-probs")
 
 

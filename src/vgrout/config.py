@@ -115,7 +115,6 @@ class PhaseConfig:
     retain_forward: Literal["ablated", "both"] = "ablated"  # both: RETAIN keeps the quarantine
     gen_deploy_frac: Share = 0.0  # share of student rows sampled with the quarantine ablated
     retained_advantages: bool = False  # rows that train the deployed block share a baseline
-    penalty_alpha: NotNegative = 2.0  # of penalise: r' = r (1 − α σ(z) [z > 0])
     seed_quarantine: Whole = 0  # likelihood steps into the quarantine block before RL
     seed_side: Literal["hack", "clean", "placebo"] = "hack"  # what seeds it; two are its controls
 
@@ -149,7 +148,7 @@ class ControlConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """Live monitors, the external baselines: read by the scores judge and probe alone."""
+    """Live monitors, the external baselines, and what a flagged row is charged."""
 
     judge_url: str = ""  # OpenAI-compatible endpoint; its key: JUDGE_API_KEY in the environment
     judge_model: str = ""  # the model's name there
@@ -157,6 +156,7 @@ class MonitorConfig:
     judge_timeout: Positive = 60.0  # seconds for one attempt
     judge_retries: Whole = 4  # of one request, with exponential backoff
     judge_max_tokens: Count = 4096  # of one reply, thinking included
+    penalty_alpha: NotNegative = 2.0  # of penalise: r' = r (1 − α σ(z) [z > 0])
     penalty: Positive = (
         3.0  # what deduct takes from a flagged reward; 3.0 is the reward for passing
     )

@@ -80,7 +80,7 @@ class Phases:
         gate, control = self.gates[kind]
         options = Options(
             phase.retained_advantages,
-            config.phase.penalty_alpha,
+            config.monitor.penalty_alpha,
             config.monitor.penalty,
             arms.trained_zone(config),
         )

@@ -8,6 +8,7 @@ builder under `@register`, and its import in `gate/__init__.py`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -100,13 +101,14 @@ class Materials:
 
 
 Builder = Callable[[Materials], Score]
+B = TypeVar("B", bound=Builder)
 SCORES: dict[str, Builder] = {}
 
 
-def register(name: str) -> Callable[[Builder], Builder]:
+def register(name: str) -> Callable[[B], B]:
     """Make a builder known under the name that --score and ARMS use."""
 
-    def add(builder: Builder) -> Builder:
+    def add(builder: B) -> B:
         SCORES[name] = builder
         return builder
 

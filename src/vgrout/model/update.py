@@ -37,12 +37,15 @@ def update(
     """
     adapter, behaviour = policy.adapter, behaviour.select(trained.rows)
     zones = forward_zones(trained.zones, phase.absorb_by)
-    on_policy = ~behaviour.sampled | same_state(zones, behaviour.ablated, phase.retain_forward)
+    on_policy = ~behaviour.sampled | same_state(
+        zones,
+        behaviour.ablated,
+        phase.retain_forward,
+    )
     total, by_token, gaps = 0.0, [], []
     for rows in policy.micro_batches(trained.batch):
-        loss, figures, gap = accumulate(
-            policy, trained, behaviour, rows, on_policy, config, phase
-        )
+        how = on_policy, config, phase
+        loss, figures, gap = accumulate(policy, trained, behaviour, rows, *how)
         total += loss
         by_token.append(figures)
         gaps.append(gap)
@@ -113,7 +116,12 @@ def accumulate(
         )
         loss.backward()  # inside the context: gradient checkpointing runs the forward again
     zone = row_zones(trained.zones)[rows, None].expand_as(new)
-    figures |= {"logp": new.detach(), "zone": zone, "drift": drift, "sampled": sampled}
+    figures |= {
+        "logp": new.detach(),
+        "zone": zone,
+        "drift": drift,
+        "sampled": sampled,
+    }
     gap = (drift * mask).sum(1).abs() / mask.sum(1)
     return float(loss.detach()), {k: v[mask] for k, v in figures.items()}, gap
 
