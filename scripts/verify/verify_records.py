@@ -300,6 +300,10 @@ def verify_dirty() -> None:
     changed = provenance.dirty(source)
     what = "a new record leaves the tree clean, a new file elsewhere does not"
     check(what, not after_record, not changed)
+    untouched = provenance.uncommitted(source)
+    (source / "kept").write_text("x = 1\n")
+    what = "a patch holds what was changed since the commit"
+    check(what, "+x = 1" in provenance.uncommitted(source), untouched)
 
 
 def verify_damage() -> None:

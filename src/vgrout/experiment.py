@@ -22,7 +22,7 @@ from vgrout.core import Group, Problem, RunRecord, UserError, warn
 from vgrout.env import pairs, problems
 from vgrout.env.demos import TeacherPool
 from vgrout.env.rollouts import Composed, Prompt, Sampling, pair_batch, stream
-from vgrout.files import nested, part, sha256_file
+from vgrout.files import nested, part, sha256_file, write_atomic
 from vgrout.gate.gate import Gated
 from vgrout.gate.monitors.judge import Endpoint, check_endpoint
 from vgrout.gate.phases import Phases
@@ -41,7 +41,7 @@ from vgrout.run.dry_run import dry_run, memory_plans
 from vgrout.run.evaluate import Evaluations, seeded
 from vgrout.run.faults import StopSignal, explained, memory_is_full, recorded
 from vgrout.run.health import DEAD, Health, History
-from vgrout.run.provenance import provenance
+from vgrout.run.provenance import provenance, uncommitted
 from vgrout.run.records import SCHEMA_VERSION, Run, load_deployed, load_metrics
 from vgrout.run.repeat import argv_of
 
@@ -458,7 +458,10 @@ def open_run(
     config: Config,
     record: RunRecord,
 ) -> Run:
-    """A fresh run directory, or with --resume the one that is there."""
+    """A fresh run directory, or with --resume the one that is there; changed code leaves a patch."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     out_dir = config.run.out_dir or f"out/runs/{stamp}_{record.arm}_s{record.seed}"
-    return Run.create(out_dir, record, config.run.resume, config.run.accept_changed_data)
+    run = Run.create(out_dir, record, config.run.resume, config.run.accept_changed_data)
+    if patch := uncommitted():
+        write_atomic(run.dir / "uncommitted.patch", patch.encode())
+    return run

@@ -8,17 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
 SOURCE = (":(top)", ":(top,exclude)data/records")  # finished runs are stored there, no code
 
 
 def provenance() -> dict[str, Any]:
     """Return the RunRecord fields that say what ran: commit, dirty, argv, versions, started."""
-    here = Path(__file__).parent
-    commit = _git(here, "rev-parse", "HEAD")
+    commit = _git(HERE, "rev-parse", "HEAD")
     packages = ("vgrout", "torch", "transformers", "safetensors", "numpy")
     return {
         "commit": commit or "unknown",  # an installed wheel has no repository
-        "dirty": dirty(here),
+        "dirty": dirty(HERE),
         "argv": ["python", *sys.orig_argv[1:]],
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in packages},
@@ -29,6 +29,11 @@ def provenance() -> dict[str, Any]:
 def dirty(folder: Path) -> bool:
     """Does the work tree around a folder differ from its commit?"""
     return bool(_git(folder, "status", "--porcelain", "--", *SOURCE))
+
+
+def uncommitted(folder: Path = HERE) -> str:
+    """The changes to tracked files around a folder since their commit, as a patch."""
+    return _git(folder, "diff", "HEAD", "--", *SOURCE)
 
 
 def now() -> str:
