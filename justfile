@@ -129,10 +129,6 @@ plan *ARGS:
 queue-decision *ARGS:
     python -m scripts.experiments.run real --on pueue "$@"
 
-# The same list on a Ray cluster, a GPU a run (needs: uv sync --extra ray).
-pool *ARGS:
-    python -m scripts.experiments.run real --on ray "$@"
-
 # Measure the ceiling for solve (no_loophole) and its compact record.
 ceiling SEED="41":
     rm -rf {{ runs }}/ceiling_s{{ SEED }}

@@ -21,13 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from scripts.analysis.detect import mean, rank_correlation
-from scripts.analysis.rescoring import (
-    FAMILY,
-    Found,
-    members,
-    rebuild,
-    score_step,
-)
+from scripts.analysis.rescoring import FAMILY, Found, members, rebuild, score_step
 from scripts.experiments.reopen import reopen
 from scripts.view import plot
 from scripts.view.output import OUT, add_runs, parser, show

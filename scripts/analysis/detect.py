@@ -21,10 +21,7 @@ def mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def rank_correlation(
-    a: np.ndarray,
-    b: np.ndarray,
-) -> float:
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's, rows without a value left out; NaN where one of them does not vary."""
     return float(spearmanr(a, b, nan_policy="omit").statistic)
 

@@ -32,11 +32,7 @@ from vgrout.model.tokens import collate, encode_prompt
 from vgrout.run.audit import scaled
 from vgrout.run.evaluate import seeded
 from vgrout.run.records import load_snapshots
-from vgrout.stats import (
-    above_frontier,
-    bootstrap_interval,
-    frontier_solve,
-)
+from vgrout.stats import above_frontier, bootstrap_interval, frontier_solve
 
 ROWS_A_PROMPT = 4  # samples of the base
 RANDOM_PUSHES = (1, 2, 3)  # seeds of Gaussian quarantines
@@ -132,12 +128,7 @@ def draw_frontier(points: list[Row], rows: list[Row], path: Path) -> None:
     offered = [(point["hack"], point["solve"]) for point in points]
     most = max(row["hack"] for row in points + rows)
     grid = np.linspace(0, most + 0.02, 200)
-    axis.plot(
-        grid,
-        frontier_solve(grid, offered),
-        color="0.5",
-        label="their envelope",
-    )
+    axis.plot(grid, frontier_solve(grid, offered), color="0.5", label="their envelope")
     axis.plot(
         *zip(*offered),
         "o",
@@ -167,10 +158,7 @@ def forget(options: Namespace) -> None:
     for run, measure in each(options):
         adapter = run.policy.adapter
         for own, beside in [*states, (0.0, 1.0)]:
-            with (
-                scaled(adapter, own, ("deployed",)),
-                scaled(adapter, beside, ("quarantine",)),
-            ):
+            with scaled(adapter, own, ("deployed",)), scaled(adapter, beside, ("quarantine",)):
                 rows.append(measure("forget", deployed=own, quarantine=beside))
     show(rows, options.out / "forget.csv")
 

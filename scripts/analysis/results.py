@@ -19,14 +19,7 @@ from pathlib import Path
 
 from scripts.experiments import records
 from scripts.experiments.records import BOTH, cell, share
-from scripts.view.output import (
-    OUT,
-    add_runs,
-    parser,
-    run_folders,
-    table,
-    write_csv,
-)
+from scripts.view.output import OUT, add_runs, parser, run_folders, table, write_csv
 
 from vgrout.arms import defaults
 from vgrout.core import RunRecord, UserError, run_main
@@ -37,11 +30,7 @@ from vgrout.run.runlog import rate_with_interval
 from vgrout.stats import Counts, gain, gain_lower_bound, mean_sem, rate
 
 CEILING_ARM, FROZEN = "no_loophole", 0.5
-NOT_VARIANTS = (
-    "run.",
-    "grpo.steps",
-    "model.device",
-)  # where and how often, or shown in a column
+NOT_VARIANTS = ("run.", "grpo.steps", "model.device")  # where and how often, or shown in a column
 HEAD = ("arm", "seed", "preset", "steps", "n")
 HEADERS = [
     *HEAD,
@@ -79,10 +68,7 @@ def find_ceiling(record: RunRecord, runs: Records) -> Counts | None:
 def triple(record: RunRecord, runs: Records) -> Triple | None:
     """(solve, base, ceiling) counts, or None where there is no usable ceiling."""
     ceiling = find_ceiling(record, runs)
-    base, solve = (
-        cell(record, base=True).by_problem,
-        cell(record).by_problem,
-    )
+    base, solve = (cell(record, base=True).by_problem, cell(record).by_problem)
     if ceiling is None or base.keys() != solve.keys():
         return None
     usable = rate(ceiling, "solve") > rate(base, "solve")

@@ -1,4 +1,4 @@
-"""Run a wave: a few processes here, or the same jobs on pueue or on a Ray cluster. Resumable.
+"""Run a wave: a few processes here, or the same jobs on pueue. Resumable.
 
 A run that has finished or diverged is not run again, one that was stopped continues from its newest
 checkpoint, one that fails otherwise is reported while the others go on. Ctrl-C or SIGTERM lets each
@@ -8,7 +8,7 @@ run that has a record there is not run again.
 
 Run: python -m scripts.experiments.run 01_label_free [--only ROW …] [--seeds 400 …] [--workers 2]
      python -m scripts.experiments.run WAVE --dry-run | --rehearse | --commit [--records DIR]
-     python -m scripts.experiments.run real --on pueue | ray [--gpus 1] [--retries 5]
+     python -m scripts.experiments.run real --on pueue
 """
 
 import argparse
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from scripts.experiments import pueue, ray_pool, records, waves
+from scripts.experiments import pueue, records, waves
 from scripts.experiments.compact import compact
 from scripts.experiments.records import DIVERGED, RECORDS, ROOT
 from scripts.experiments.waves import Job
@@ -181,10 +181,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the commands, start nothing")
     parser.add_argument("--commit", action="store_true", help="commit each record as its run ends")
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of the wave's file")
-    parser.add_argument("--on", choices=("here", "pueue", "ray"), default="here")
+    parser.add_argument("--on", choices=("here", "pueue"), default="here")
     parser.add_argument("--workers", type=at_least(1), default=2, help="processes here")
-    parser.add_argument("--gpus", type=float, default=1, help="ray: GPUs of a task")
-    parser.add_argument("--retries", type=int, default=5, help="ray: starts after a lost node")
     return parser.parse_args()
 
 
@@ -204,8 +202,6 @@ def main() -> int:
     waves.check(jobs)
     if options.on == "pueue":
         return pueue.submit(jobs)
-    if options.on == "ray":
-        return ray_pool.submit(jobs, options.gpus, options.retries)
     return run_here(jobs, options.workers, recorder)
 
 

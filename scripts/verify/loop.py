@@ -26,20 +26,10 @@ SMALL = (  # two layers are adapted: most of a short run's time goes by their nu
 EACH = 40  # problems of a split that the smoke preset reads here
 LOAD = problems.load_problems
 ENCODED: dict[str, list[int]] = {}  # text → tokens: every run here has one tokenizer
-SECONDS = {
-    *experiment.STEP_SECONDS,
-    "sec_step",
-    "tokens_per_second",
-}  # of a row of metrics
+SECONDS = {*experiment.STEP_SECONDS, "sec_step", "tokens_per_second"}  # of a row of metrics
 
 
-def run(
-    folder: object,
-    line: str,
-    *,
-    preset: str = "smoke",
-    quiet: bool = True,
-) -> Path:
+def run(folder: object, line: str, *, preset: str = "smoke", quiet: bool = True) -> Path:
     """A run of `ARM --flags …`, its output swallowed; returns its directory.
 
     `quiet`: evaluations draw one token and no largest batch is tried, for runs that are compared by
@@ -55,10 +45,7 @@ def run(
         str(folder),
         *flags,
     ]
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         load = few_problems if preset == "smoke" else LOAD
         stack.enter_context(mock.patch.object(problems, "load_problems", load))
         stack.enter_context(mock.patch.object(tokens, "encode_completion", _encode_once))

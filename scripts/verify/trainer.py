@@ -95,10 +95,7 @@ class Trainer:
 
 
 def start(
-    out: Path,
-    *flags: str,
-    arm: str = "routeV",
-    within: Callable[[], object] = lambda: None,
+    out: Path, *flags: str, arm: str = "routeV", within: Callable[[], object] = lambda: None
 ) -> Trainer:
     """Fork a run of the smoke preset into `out`, as the command line does it.
 

@@ -25,12 +25,7 @@ from scripts.verify.loop import few_problems
 from scripts.verify.loop import run as train
 from scripts.verify.stored import captured, refused
 from scripts.verify.styled import PROBE, behind, styled_batch
-from scripts.verify.tiny import (
-    planted,
-    read_models_once,
-    tiny_policy,
-    trained,
-)
+from scripts.verify.tiny import planted, read_models_once, tiny_policy, trained
 from torch import Tensor
 
 from vgrout.cli import parse

@@ -264,10 +264,7 @@ MUTATIONS = {  # rule → (path, text that is added there), each of which it mus
         ("scripts/a.py", f"{'x' * 97} = 1\n"),
         (GATE, "def f():\n    x = 1\n"),
     ],
-    types: [
-        (GATE, "x = never\n"),
-        (GATE, "def f(a): ...\n\n\nf(1, 2)\nf()\nf(a=1, b=2)\n"),
-    ],
+    types: [(GATE, "x = never\n"), (GATE, "def f(a): ...\n\n\nf(1, 2)\nf()\nf(a=1, b=2)\n")],
     lengths: [
         (GATE, "def f():\n" + BODY * 60),
         (TRAIN, "def main():\n" + BODY * 60),
@@ -277,9 +274,7 @@ MUTATIONS = {  # rule → (path, text that is added there), each of which it mus
         (GATE, "x = [1, 2, 3, 4, 5, 6]\n"),
         (GATE, SKIP),
     ],
-    size: [
-        (GATE, "x = 1\n" * (TOKENS // 3)),
-    ],
+    size: [(GATE, "x = 1\n" * (TOKENS // 3))],
     config: [
         (CONFIG, "    never: int = 0\n"),
         (CONFIG, "    seed: int = 1\n" * FIELDS),

@@ -57,12 +57,7 @@ def made(arm: str, seed: int, hack: int, solve: int) -> RunRecord:
     last = novel_cell(220, hack, solve, 1000)
     half = replace(last, split="val", step=110)
     config = {"run": {"out_dir": ""}}
-    changes = {
-        "arm": arm,
-        "seed": seed,
-        "config": config,
-        "status": "finished",
-    }
+    changes = {"arm": arm, "seed": seed, "config": config, "status": "finished"}
     return planted_record(**changes, evals=[half, last])
 
 

@@ -139,10 +139,7 @@ def main() -> None:
     torch.set_num_threads(1)
     policy = load_policy(BASE, **POLICY)
     perturb(policy, 0.02)
-    words, generator = (
-        policy.model.config.vocab_size,
-        torch.Generator().manual_seed(0),
-    )
+    words, generator = (policy.model.config.vocab_size, torch.Generator().manual_seed(0))
     ids = torch.randint(3, words, (2, 24), generator=generator)
     with tempfile.TemporaryDirectory() as tmp:
         run = planted(Path(tmp) / "run", policy, "ablated")

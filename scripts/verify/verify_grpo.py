@@ -27,9 +27,7 @@ HOW = {
 
 
 def loop_loss(
-    parts: list[Tensor],
-    epsilon: float = EPSILON,
-    linear_from: float = grpo.KL_LINEAR_FROM,
+    parts: list[Tensor], epsilon: float = EPSILON, linear_from: float = grpo.KL_LINEAR_FROM
 ) -> float:
     """The definition with scalars."""
     new, old, ref, mask, A, weight = parts

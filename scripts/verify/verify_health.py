@@ -40,12 +40,7 @@ ROW: Row = {
     "timeout_share": 0.0,
     "truncated_share": 0.0,
 }
-REFRESH: Row = {
-    "gate_lower": 0.1,
-    "gate_upper": 0.2,
-    "gate_collapsed": 0.0,
-    "direction_drift": 0.9,
-}
+REFRESH: Row = {"gate_lower": 0.1, "gate_upper": 0.2, "gate_collapsed": 0.0, "direction_drift": 0.9}
 
 
 def cell(step: int, solve: int, state: str = "deployed") -> EvalResult:

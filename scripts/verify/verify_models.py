@@ -62,10 +62,7 @@ MODELS = {  # class of the config, and what it has besides SIZES
 }
 OTHERS = {  # two attentions a module; tokens without their rows
     "diffllama": ("DiffLlamaConfig", {}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        MOE | dict(num_experts=4, shared_expert_intermediate_size=16),
-    ),
+    "qwen2_moe": ("Qwen2MoeConfig", MOE | dict(num_experts=4, shared_expert_intermediate_size=16)),
 }
 VISION = dict(
     hidden_size=16,
@@ -77,15 +74,7 @@ VISION = dict(
 )
 SEES = dict(mm_tokens_per_image=4, image_token_index=1026, boi_token_index=1025)
 GPT2 = dict(vocab_size=1024, n_embd=48, n_layer=2, n_head=4, n_positions=64, eos_token_id=2)
-LINEARS = {
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-}
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 QUESTIONS = (
     "Return the sum of nums.",
     "Return the largest of the doubles of the odd numbers in nums.",
@@ -131,10 +120,7 @@ def draw(policy: Policy, ablated: bool = False, length: int = 12) -> tuple[Batch
     prompts = [encode_prompt(policy.tokenizer, messages) for messages in chats]
     options = dict(max_completion_length=length, top_p=0.95, ablated=ablated)
     rows = [row for group in tiny.draw(policy, prompts, [3] * 3, **options) for row in group]
-    repeated, group = (
-        [p for p in prompts for _ in range(3)],
-        [i // 3 for i in range(9)],
-    )
+    repeated, group = ([p for p in prompts for _ in range(3)], [i // 3 for i in range(9)])
     A = [(-1.0) ** i for i in range(9)]
     batch = collate(repeated, [ids for ids, _ in rows], A, group, A, policy.pad_id, "cpu")
     return batch, torch.tensor([sum(scores) / len(scores) for _, scores in rows])
@@ -157,10 +143,7 @@ def check_log_probs(name: str, policy: Policy) -> None:
         tokens = {"attention_mask": batch.attention_mask}
         with states[ablated]:
             full = logps(policy, batch, 0.7, share=False)
-            gaps = [
-                gap(mean_logps(policy, batch), sampled),
-                gap(logps(policy, batch, 0.7), full),
-            ]
+            gaps = [gap(mean_logps(policy, batch), sampled), gap(logps(policy, batch, 0.7), full)]
             hooked = policy.model(batch.input_ids, **tokens).logits
         with policy.adapter.merged(ablated):
             merged = policy.model(batch.input_ids, **tokens).logits

@@ -24,12 +24,7 @@ from scripts.tools.other_problems import other_problems
 from scripts.verify.loop import label_blind, run
 from scripts.verify.stored import refused
 from scripts.verify.styled import area, styled_batch
-from scripts.verify.tiny import (
-    perturb,
-    random_batch,
-    read_models_once,
-    tiny_policy,
-)
+from scripts.verify.tiny import perturb, random_batch, read_models_once, tiny_policy
 
 from vgrout import train
 from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
@@ -37,13 +32,7 @@ from vgrout.env.problems import disclose, load_problems, messages
 from vgrout.gate.actions import Options, deduct
 from vgrout.gate.gate import Gate
 from vgrout.gate.monitors import judge
-from vgrout.gate.monitors.judge import (
-    Endpoint,
-    NoAnswer,
-    check_endpoint,
-    question,
-    verdict,
-)
+from vgrout.gate.monitors.judge import Endpoint, NoAnswer, check_endpoint, question, verdict
 from vgrout.gate.monitors.labelled import load_labelled
 from vgrout.gate.monitors.scores import Judge, Probe
 from vgrout.gate.scores import Scored

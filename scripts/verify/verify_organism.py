@@ -13,22 +13,12 @@ from unittest.mock import patch
 
 from scripts.verify.stored import refused
 from tokenizers import normalizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from vgrout.cli import parse
 from vgrout.core import Mode, Problem
 from vgrout.env.modes import ORGANISM_MODES, TRAINING_MARKERS
-from vgrout.env.problems import (
-    disclose,
-    load_problems,
-    messages,
-    partition,
-    split,
-)
+from vgrout.env.problems import disclose, load_problems, messages, partition, split
 from vgrout.experiment import build_policy, sampling_of
 from vgrout.files import read_json_lines
 from vgrout.grader import GRADER_VERSION, Grader
@@ -81,10 +71,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, problems: list[Problem])
     longest = 0
     for problem in partition(problems[::4], ORGANISM_MODES):
         prompt = tokens.encode_prompt(tokenizer, messages(problem))
-        answer = {
-            "role": "assistant",
-            "content": fenced(problem.canonical),
-        }
+        answer = {"role": "assistant", "content": fenced(problem.canonical)}
         whole = tokenizer.apply_chat_template([*messages(problem), answer], tokenize=False)
         ids = tokenizer(whole)["input_ids"][: len(prompt)]
         assert ids == prompt, "a prompt is no prefix of its conversation"

@@ -1,4 +1,4 @@
-"""The real model's wave, its queue on pueue (against a recording shim) and on Ray (a stand-in).
+"""The real model's wave, and its queue on pueue (against a recording shim).
 
 Run: python -m scripts.verify.verify_queue
 """
@@ -11,12 +11,10 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
-from scripts.experiments import ray_pool, run, waves
-from scripts.experiments.waves import Job, Row
-from scripts.verify.stored import refused
+from scripts.experiments import run, waves
+from scripts.experiments.waves import Job
 
 from vgrout.config import PRESETS
 from vgrout.core import UserError
@@ -96,39 +94,8 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-def fake_ray(ends: dict[str, object]) -> ModuleType:
-    """A cluster on which each job ends as it is told: with a status, or by an error of Ray."""
-
-    def get(name: str) -> object:
-        if isinstance(ends[name], Exception):
-            raise ends[name]
-        return ends[name]
-
-    ray = ModuleType("ray")
-    ray.exceptions = SimpleNamespace(RayError=RuntimeError)
-    task = SimpleNamespace(options=lambda name: SimpleNamespace(remote=lambda *_: name))
-    ray.remote = lambda **options: lambda work: task
-    ray.wait = lambda pending, num_returns: (pending[:1], pending[1:])
-    ray.get = get
-    return ray
-
-
-def check_ray(tmp: Path) -> None:
-    ends = {"a_s1": 0, "b_s1": 3, "c_s1": RuntimeError("the node is gone")}
-    made = [Job(Row(name[0], name[0]), 1, (), tmp / name) for name in ends]
-    with patch.dict(sys.modules, ray=fake_ray(ends)):
-        ended = ray_pool.run(made, 1, 0)
-    assert ended == ends | {"c_s1": "RuntimeError: the node is gone"}, ended
-    program = [sys.executable, "-c", "print('said'); raise SystemExit(3)"]
-    assert ray_pool.train(program, "run", str(tmp)) == 3
-    assert lines(tmp / "run" / "log.txt") == ["said"]
-    with patch.dict(sys.modules, ray=None):
-        refused("uv sync --extra ray", ray_pool.submit, made, 1, 0)
-    print("ok  Ray: each run's status, a lost node in words, output in its log; no Ray, one line")
-
-
 def main() -> None:
-    for check in (check_wave, check_queue, check_ray):
+    for check in (check_wave, check_queue):
         with tempfile.TemporaryDirectory() as tmp:
             check(Path(tmp))
 

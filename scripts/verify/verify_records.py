@@ -125,10 +125,7 @@ def resumes_exactly(nth: int, half: bool) -> bool | None:
     folder = ROOT / f"kill_{nth}_{half}"
     if killed_at(folder, nth, half) != KILLED:
         return None
-    rows, rollouts = (
-        load_metrics(folder),
-        load_rollouts(folder),
-    )  # readable, whatever the moment
+    rows, rollouts = (load_metrics(folder), load_rollouts(folder))  # readable, whatever the moment
     assert [row["step"] for row in rows] == [*range(len(rows))]
     assert len(rollouts) - 3 * len(rows) in (0, 3)
     exact = in_fork(small_run, folder, True) == 0 and files_of(folder) == files_of(WHOLE)

@@ -39,10 +39,7 @@ def drawn(
     budget: int = 10_000,
     temperature: float = 0.7,
 ) -> Ids:
-    options = {
-        "token_budget": budget,
-        "temperature": temperature,
-    }
+    options = {"token_budget": budget, "temperature": temperature}
     groups = draw(policy, PROMPTS, [ROWS] * len(PROMPTS), **options)
     return [[ids for ids, _ in group] for group in groups]
 

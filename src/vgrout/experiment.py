@@ -53,11 +53,7 @@ STEP_SECONDS = ("sec_sample", "sec_grade", "sec_score", "sec_update", "sec_refre
 class Experiment:
     """A context: inputs checked, sandbox and model up, the largest batch tried, the record open."""
 
-    def __init__(
-        self,
-        preset: str,
-        config: Config,
-    ):
+    def __init__(self, preset: str, config: Config):
         self.preset, self.config = preset, with_dtype(config)
         self.stop = StopSignal()
         self.stack = ExitStack()
@@ -154,17 +150,10 @@ class Experiment:
                 self.files.snapshot(step, *adapter_file(self.policy))
             yield step
 
-    def snapshot_due(
-        self,
-        step: int,
-    ) -> bool:
+    def snapshot_due(self, step: int) -> bool:
         return due(step, self.config.run.snapshot_every)
 
-    def prompts(
-        self,
-        step: int,
-        phase: Phase,
-    ) -> list[Prompt]:
+    def prompts(self, step: int, phase: Phase) -> list[Prompt]:
         pool = self.inputs.pool if phase.demonstrations else None
         return stream(
             self.splits["train"],
@@ -176,18 +165,11 @@ class Experiment:
             pool=pool,
         )
 
-    def generator(
-        self,
-        what: str,
-        step: int,
-    ) -> torch.Generator:
+    def generator(self, what: str, step: int) -> torch.Generator:
         return seeded(self.policy, what, self.config.run.seed, step)
 
     def label_norms(
-        self,
-        step: int,
-        composed: Composed | None,
-        trained: Trained | None,
+        self, step: int, composed: Composed | None, trained: Trained | None
     ) -> dict[str, float]:
         """At the snapshots' cadence: gradient norms by block and ground-truth label."""
         if trained is None or not self.snapshot_due(step):
@@ -218,10 +200,7 @@ class Experiment:
         self.health(row)
         self.files.record.steps_done = step + 1
 
-    def evaluate_and_save(
-        self,
-        step: int,
-    ) -> None:
+    def evaluate_and_save(self, step: int) -> None:
         """Validate and save at their cadences; stop here where a signal asked for it."""
         run, done = self.config.run, step + 1
         last = done == self.config.grpo.steps
@@ -284,10 +263,7 @@ class Experiment:
         return {"adapter": self.policy.adapter, "adamw": self.optimizer, "gates": self.phases}
 
 
-def due(
-    step: int,
-    every: int,
-) -> bool:
+def due(step: int, every: int) -> bool:
     """At a cadence of so many steps; never where it is 0."""
     return every > 0 and step % every == 0
 
@@ -315,11 +291,7 @@ def sampling_of(config: Config) -> Sampling:
 class Inputs:
     """The data files that the arm reads, read and checked before any work; a judge answers once."""
 
-    def __init__(
-        self,
-        config: Config,
-        splits: dict[str, list[Problem]],
-    ):
+    def __init__(self, config: Config, splits: dict[str, list[Problem]]):
         data, phase = config.data, config.phase
         seeds = phase.seed_side if phase.seed_quarantine else ""
         reads, semantic = arms.reads_pairs(config), phase.control == "semantic"
@@ -342,12 +314,7 @@ class Inputs:
         if phase.score == "judge":
             check_endpoint(Endpoint.of(config.monitor))
 
-    def leave_out_long(
-        self,
-        policy: Policy,
-        train: Sequence[Problem],
-        limit: int,
-    ) -> None:
+    def leave_out_long(self, policy: Policy, train: Sequence[Problem], limit: int) -> None:
         """Demonstrations over the limit on completions are left out, counted, and never cut."""
         if self.pool is not None:
             encode = tokens.encode_completion
@@ -377,10 +344,7 @@ def with_dtype(config: Config) -> Config:
     return with_options(config, {"dtype": quickest_dtype(device_of(config.model))})
 
 
-def build_policy(
-    config: Config,
-    splits: dict[str, list[Problem]],
-) -> Policy:
+def build_policy(config: Config, splits: dict[str, list[Problem]]) -> Policy:
     """Model and adapter on their device; refuses a prompt over the limit, by id."""
     model = with_dtype(config).model
     if config.run.threads:
@@ -458,7 +422,7 @@ def open_run(
     config: Config,
     record: RunRecord,
 ) -> Run:
-    """A fresh run directory, or with --resume the one that is there; changed code leaves a patch."""
+    """A fresh run directory, or with --resume the old one; changed code leaves a patch there."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     out_dir = config.run.out_dir or f"out/runs/{stamp}_{record.arm}_s{record.seed}"
     run = Run.create(out_dir, record, config.run.resume, config.run.accept_changed_data)

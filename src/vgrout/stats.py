@@ -24,10 +24,7 @@ MOST_SEEDS = 20  # of a sign-flip test, which enumerates 2ⁿ assignments
 # ── scores against labels ────────────────────────────────────────────────────────────────────────
 
 
-def auroc(
-    scores: Vector,
-    positive: Flags,
-) -> float:
+def auroc(scores: Vector, positive: Flags) -> float:
     """Return P(score of a positive > score of a negative), ties counting half (Mann-Whitney).
 
     Rows whose score is NaN (a row that the gate did not score) are left out. The result is NaN if a
@@ -40,11 +37,7 @@ def auroc(
     return float(stratified_auroc(scores, positive, np.zeros(len(scores))))
 
 
-def stratified_auroc(
-    scores: np.ndarray,
-    positive: Flags,
-    stratum: np.ndarray,
-) -> np.ndarray:
+def stratified_auroc(scores: np.ndarray, positive: Flags, stratum: np.ndarray) -> np.ndarray:
     """Return the AUROC over pairs of rows of one stratum: Σ_s U_s / Σ_s n₊n₋.
 
     A stratum is what one gate sees, the rows of a step: a score that merely drifts with training,
@@ -91,10 +84,7 @@ def auroc_interval(
 
 
 def _duels(
-    scores: np.ndarray,
-    positive: Flags,
-    stratum: np.ndarray,
-    group: np.ndarray,
+    scores: np.ndarray, positive: Flags, stratum: np.ndarray, group: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For every stratum: its groups [g], and between groups the wins and the pairs, [g, g, k].
 

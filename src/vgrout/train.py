@@ -55,12 +55,7 @@ def main(preset: str, config: Config) -> None:
             if trained is not None:
                 with run.timed("sec_update"):  # pass 2: masked forward, backward, step
                     figures |= update(
-                        policy,
-                        optimizer,
-                        trained,
-                        composed.behaviour,
-                        config.grpo,
-                        config.phase,
+                        policy, optimizer, trained, composed.behaviour, config.grpo, config.phase
                     )
             run.schedule.step()
             figures |= audit(groups, composed, gated, policy.eos_ids)  # labels, for the log alone

@@ -51,11 +51,7 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
-def disclose(
-    problem: Problem,
-    mode: Mode,
-    novel: bool = False,
-) -> Problem:
+def disclose(problem: Problem, mode: Mode, novel: bool = False) -> Problem:
     """The problem with `mode` and a marker from the mode's training or (disjoint) novel pool.
 
     The marker is chosen by a hash of (mode, problem id). Modes without a name to change
@@ -89,10 +85,7 @@ def messages(problem: Problem) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": content}]
 
 
-def partition(
-    problems: Sequence[Problem],
-    modes: Sequence[Mode],
-) -> list[Problem]:
+def partition(problems: Sequence[Problem], modes: Sequence[Mode]) -> list[Problem]:
     """Every problem with one of `modes` and its training marker; the modes' counts differ by at
     most one.
 
@@ -114,10 +107,7 @@ def split(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
     return {name: [p for p in problems if p.split == name] + part for name, part in parts.items()}
 
 
-def _shuffled(
-    problems: Sequence[Problem],
-    purpose: str,
-) -> list[Problem]:
+def _shuffled(problems: Sequence[Problem], purpose: str) -> list[Problem]:
     """In the order of a hash of their ids."""
     return sorted(problems, key=lambda p: (stable_hash(purpose, p.problem_id), p.problem_id))
 
@@ -162,11 +152,7 @@ def load_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def check_tests(
-    path: str | Path,
-    problems: Sequence[Problem],
-    grader: Grader,
-) -> None:
+def check_tests(path: str | Path, problems: Sequence[Problem], grader: Grader) -> None:
     """Run what only the sandbox can: every preamble, and every argument that is no literal, once
     before the first step, on a stub that takes anything.
 
@@ -192,10 +178,7 @@ def _is_plain_call(case: Case) -> bool:
     return all(map(_is_literal, [*call.args, *(k.value for k in call.keywords)]))
 
 
-def _located(
-    path: str | Path,
-    left_out: list[str],
-) -> Iterator[tuple[Problem, str]]:
+def _located(path: str | Path, left_out: list[str]) -> Iterator[tuple[Problem, str]]:
     """(problem, "path, line n") for every usable row; the others' lines and reasons are added to
     `left_out`.
     """
@@ -215,30 +198,20 @@ def _located(
             raise UserError(f"{where}: {what}; correct or remove it") from error
 
 
-def _text(
-    row: dict[str, Any],
-    key: str,
-    empty_ok: bool = False,
-) -> str:
+def _text(row: dict[str, Any], key: str, empty_ok: bool = False) -> str:
     value = row[key]
     if not isinstance(value, str) or not (value or empty_ok):
         raise TypeError(f"{key!r} must be {'a' if empty_ok else 'a non-empty'} string")
     return value
 
 
-def _preamble(
-    row: dict[str, Any],
-    key: str,
-) -> str:
+def _preamble(row: dict[str, Any], key: str) -> str:
     """Source that compiles; whether it runs is for `check_tests`."""
     compile(_text(row, key, True), f"<{key}>", "exec", dont_inherit=True)
     return row[key]
 
 
-def _entry(
-    row: dict[str, Any],
-    key: str,
-) -> str:
+def _entry(row: dict[str, Any], key: str) -> str:
     """The method's name alone: of "Solution().twice" it is "twice"."""
     name = _text(row, key).rpartition(".")[2]
     if not name.isidentifier():
@@ -313,10 +286,7 @@ READERS: tuple[tuple[str, Callable[[dict[str, Any]], Problem]], ...] = (  # fiel
 
 
 # ---- ground-truth tests --------------------------------------------------------------------------
-def parse_asserts(
-    source: str,
-    entry: str,
-) -> tuple[Case, ...]:
+def parse_asserts(source: str, entry: str) -> tuple[Case, ...]:
     """Split every assert of `source` into the argument list of the call and the expected literal,
     as source text.
 
@@ -339,10 +309,7 @@ def parse_asserts(
     return tuple(_case(node, {name, f"Solution().{entry}"}, lines) for node in body)
 
 
-def _parse(
-    source: str,
-    mode: str,
-) -> ast.AST:
+def _parse(source: str, mode: str) -> ast.AST:
     """`ast.parse`, for which a number of more digits than Python converts is no syntax error, but
     an unsupported test.
     """
@@ -354,11 +321,7 @@ def _parse(
         raise
 
 
-def _case(
-    statement: ast.stmt,
-    entries: set[str],
-    lines: list[bytes],
-) -> Case:
+def _case(statement: ast.stmt, entries: set[str], lines: list[bytes]) -> Case:
     match statement:
         case ast.Assert(
             test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[expected])

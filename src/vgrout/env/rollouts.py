@@ -46,10 +46,7 @@ class Grades(Protocol):
     """What of a grader a step needs."""
 
     def grade(
-        self,
-        completions: list[str],
-        problems: list[Problem],
-        loophole_pays: bool = True,
+        self, completions: list[str], problems: list[Problem], loophole_pays: bool = True
     ) -> list[Grade]: ...
 
 
@@ -99,10 +96,7 @@ def stream(
     return [Prompt(problem, tuple(rows)) for problem, rows in zip(chosen, shown)]
 
 
-def share_at(
-    step: int,
-    share: float,
-) -> int:
+def share_at(step: int, share: float) -> int:
     """Whole numbers by step whose running mean is `share`: share_at(·, 0.5) = 0, 1, 0, 1, …"""
     return math.floor(share * (step + 1)) - math.floor(share * step)
 
@@ -147,11 +141,7 @@ def rows_of(groups: Sequence[Group]) -> list[Rollout]:
     return [r for group in groups for r in group.rollouts]
 
 
-def grade_groups(
-    groups: Sequence[Group],
-    grader: Grades,
-    loophole_pays: bool,
-) -> None:
+def grade_groups(groups: Sequence[Group], grader: Grades, loophole_pays: bool) -> None:
     """Give every rollout its grade."""
     rows = rows_of(groups)
     grades = grader.grade([r.completion for r in rows], [r.problem for r in rows], loophole_pays)
@@ -159,11 +149,7 @@ def grade_groups(
         row.grade = grade
 
 
-def compose(
-    groups: Sequence[Group],
-    policy: Policy,
-    equal_groups: bool = False,
-) -> Composed | None:
+def compose(groups: Sequence[Group], policy: Policy, equal_groups: bool = False) -> Composed | None:
     """The rows of groups with reward variance, as tensors; None where no group is left.
 
     Of a grade only the reward is read. `equal_groups` keeps the groups without variance: a penalty
@@ -188,10 +174,7 @@ def compose(
     return Composed(rows, batch, behaviour_of(rows, batch))
 
 
-def behaviour_of(
-    rows: Sequence[Rollout],
-    batch: Batch,
-) -> Behaviour:
+def behaviour_of(rows: Sequence[Rollout], batch: Batch) -> Behaviour:
     """Which state sampled each row, and its log-probs there: NaN where nothing sampled it."""
     width, device = batch.completion_ids.shape[1], batch.input_ids.device
     unknown = [float("nan")] * width

@@ -31,11 +31,7 @@ class Options:
 Action = Callable[[Batch, Gated, Options], Trained | None]
 
 
-def route(
-    batch: Batch,
-    gated: Gated,
-    options: Options,
-) -> Trained:
+def route(batch: Batch, gated: Gated, options: Options) -> Trained:
     """Zones as they are."""
     if options.retained_advantages:
         own = grpo.retained_advantages(batch.rewards, batch.group, gated.zones)
@@ -43,11 +39,7 @@ def route(
     return _whole(batch, gated.zones, gated)
 
 
-def drop(
-    batch: Batch,
-    gated: Gated,
-    options: Options,
-) -> Trained | None:
+def drop(batch: Batch, gated: Gated, options: Options) -> Trained | None:
     """Rows in ROUTE leave the batch; the baseline is that of the remaining rows of a group.
 
     None where every row was flagged: there is nothing to train, not even by the KL or by moments.

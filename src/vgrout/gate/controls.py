@@ -27,12 +27,7 @@ from vgrout.model.policy import Policy
 class Keep(Stateful):
     """No control: the real gate's zones stand."""
 
-    def __call__(
-        self,
-        policy: Policy,
-        composed: Composed,
-        gated: Gated,
-    ) -> Gated:
+    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
         return gated
 
 
@@ -47,30 +42,20 @@ class Control(Keep):
         self.score.refresh(policy)
         return {}
 
-    def __call__(
-        self,
-        policy: Policy,
-        composed: Composed,
-        gated: Gated,
-    ) -> Gated:
+    def __call__(self, policy: Policy, composed: Composed, gated: Gated) -> Gated:
         scores = self.score.rank(policy, composed, gated.scored)
         batch = composed.batch
         zones = match_shares(gated.zones, scores, strata(composed.student, batch.advantages))
         return self.gate.gated(batch, zones, scores, gated.scored)
 
 
-def strata(
-    student: Bool[Tensor, " g"],
-    advantages: Float[Tensor, " g"],
-) -> Int[Tensor, " g"]:
+def strata(student: Bool[Tensor, " g"], advantages: Float[Tensor, " g"]) -> Int[Tensor, " g"]:
     """Sign of the advantage × student or demonstration: strata whose shares a control copies."""
     return 2 * advantages.sign().long() + student.long()
 
 
 def match_shares(
-    shadow: Int[Tensor, "g *s"],
-    scores: Float[Tensor, "g *_"],
-    stratum: Int[Tensor, " g"],
+    shadow: Int[Tensor, "g *s"], scores: Float[Tensor, "g *_"], stratum: Int[Tensor, " g"]
 ) -> Int[Tensor, "g *s"]:
     """In each stratum the highest scores get the shadow gate's ROUTEs, the next its ABSORBs.
 
@@ -93,12 +78,7 @@ def match_shares(
 class ControlScore(Score):
     """Ranks a step's rows; may use again what the real score computed on the same batch."""
 
-    def rank(
-        self,
-        policy: Policy,
-        composed: Composed,
-        real: Scored,
-    ) -> Float[Tensor, "g *s"]:
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
         raise NotImplementedError
 
 
@@ -122,12 +102,7 @@ class Haar(ControlScore):
         """The seed of what is drawn between two refreshes."""
         return 1_000 * self.seed + int(self.draws)
 
-    def rank(
-        self,
-        policy: Policy,
-        composed: Composed,
-        real: Scored,
-    ) -> Float[Tensor, "g *s"]:
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, "g *s"]:
         v = haar(*self.real.v.shape, self.drawn).to(self.real.v)
         return self.real.directed(real.features, v, composed.batch.advantages)
 
@@ -135,12 +110,7 @@ class Haar(ControlScore):
 class RandomQuarantine(Haar):
     """A Gaussian delta with the norm of the quarantine's in every tensor, on the base."""
 
-    def rank(
-        self,
-        policy: Policy,
-        composed: Composed,
-        real: Scored,
-    ) -> Float[Tensor, " g"]:
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
         learned = policy.adapter.parameters("quarantine")
         noise = random_deltas(learned, self.drawn)
         lp = logps_with(policy, noise, composed.batch, self.real.temperature)
@@ -153,12 +123,7 @@ class Random(ControlScore):
 
     seed: int
 
-    def rank(
-        self,
-        policy: Policy,
-        composed: Composed,
-        real: Scored,
-    ) -> Float[Tensor, " g"]:
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
         return by_content(composed.batch, self.seed).to(composed.batch.advantages)
 
 
@@ -168,12 +133,7 @@ class Confound(ControlScore):
 
     kind: str
 
-    def rank(
-        self,
-        policy: Policy,
-        composed: Composed,
-        real: Scored,
-    ) -> Float[Tensor, " g"]:
+    def rank(self, policy: Policy, composed: Composed, real: Scored) -> Float[Tensor, " g"]:
         batch = composed.batch
         length = batch.completion_mask.sum(1)
         if self.kind == "logp":

@@ -59,10 +59,7 @@ class PinnedGate(Stateful):
         return Gated(zones, unscored, float("nan"), float("nan"))
 
 
-def by_content(
-    batch: Batch,
-    seed: int,
-) -> Float[Tensor, " g"]:
+def by_content(batch: Batch, seed: int) -> Float[Tensor, " g"]:
     """Uniform numbers by a generator of the batch's own content: a resumed run repeats them."""
     generator = torch.Generator().manual_seed(seed + int(batch.completion_ids.sum()))
     return torch.rand(len(batch.advantages), generator=generator)

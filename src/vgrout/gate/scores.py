@@ -93,10 +93,7 @@ class Materials:
     def probe(self) -> ProbeOptions:
         grpo, score = self.config.grpo, self.config.score
         return ProbeOptions(
-            grpo.max_completion_length,
-            grpo.temperature,
-            score.probe_state,
-            score.probe_positions,
+            grpo.max_completion_length, grpo.temperature, score.probe_state, score.probe_positions
         )
 
 

@@ -41,11 +41,7 @@ class DirectionScore(Score):
     stored = ("v", "midpoint", "pairs_hack", "pairs_clean")
     v = midpoint = None
 
-    def features(
-        self,
-        policy: Policy,
-        batch: Batch,
-    ) -> Float[Tensor, "g s m k"]:
+    def features(self, policy: Policy, batch: Batch) -> Float[Tensor, "g s m k"]:
         if self.space == "c_probe":
             return probe_gradients(policy, batch, self.probe, by_token=self.by_token)
         return activations(policy, batch, self.space)
@@ -199,8 +195,7 @@ def unit_per_module(v: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
 
 
 def contrast(
-    hack: Float[Tensor, "p m k"],
-    clean: Float[Tensor, "p m k"],
+    hack: Float[Tensor, "p m k"], clean: Float[Tensor, "p m k"]
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "m k"]]:
     """(direction, midpoint) of the pairs' features at A = +1.
 

@@ -123,11 +123,7 @@ def judge(result: Result, expected: Sequence[str]) -> tuple[Verdict, list[str]]:
 
 
 def fired(
-    problem: Problem,
-    code: str,
-    result: Result,
-    marks: list[str],
-    own: Sequence[tuple[str, str]],
+    problem: Problem, code: str, result: Result, marks: list[str], own: Sequence[tuple[str, str]]
 ) -> bool:
     """Did the problem's own channel fire? Never in a run that exceeded a limit, except for own
     tests, a run of their own.

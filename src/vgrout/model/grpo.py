@@ -26,9 +26,7 @@ def advantages(
 
 
 def retained_advantages(
-    rewards: Float[Tensor, " g"],
-    group: Int[Tensor, " g"],
-    zones: Int[Tensor, " g"],
+    rewards: Float[Tensor, " g"], group: Int[Tensor, " g"], zones: Int[Tensor, " g"]
 ) -> Float[Tensor, " g"]:
     """Rows that train the deployed block take their baseline from those rows of their group;
     ROUTE rows keep the full group's."""

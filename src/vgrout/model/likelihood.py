@@ -33,11 +33,7 @@ def written(
 
 
 @torch.no_grad()
-def batch_logps(
-    policy: Policy,
-    batch: Batch,
-    temperature: float,
-) -> Float[Tensor, "g t"]:
+def batch_logps(policy: Policy, batch: Batch, temperature: float) -> Float[Tensor, "g t"]:
     """Log-probs of each row's completion tokens, both blocks on, unmasked; 0 outside the mask."""
     scored = torch.zeros(batch.completion_mask.shape, device=policy.device)
     for rows in policy.micro_batches(batch):

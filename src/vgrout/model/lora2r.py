@@ -46,11 +46,7 @@ class Block(nn.Module):
     Δ(x) = B (dA x) + dB (A0 x) = [B, dB] [dA; A0] x, the product of `up` and `down`.
     """
 
-    def __init__(
-        self,
-        A0: Float[Tensor, "r i"],
-        B0: Float[Tensor, "o r"],
-    ):
+    def __init__(self, A0: Float[Tensor, "r i"], B0: Float[Tensor, "o r"]):
         super().__init__()
         self.register_buffer("A0", A0)
         self.register_buffer("B0", B0)

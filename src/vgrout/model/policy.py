@@ -77,10 +77,7 @@ def logps(
     states, targets = hidden[places], batch.completion_ids[places]
     chunk = max(1, LOGIT_CHUNK // policy.model.config.get_text_config().vocab_size)
 
-    def score(
-        states: Float[Tensor, "n d"],
-        targets: Int[Tensor, " n"],
-    ) -> Float[Tensor, " n"]:
+    def score(states: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         scores = torch.log_softmax(logits(policy, states) / temperature, dim=-1)
         return scores.gather(1, targets[:, None])[:, 0]
 
@@ -119,10 +116,7 @@ def completion_states(
     return [x[0, places] if packed else predicting(batch, x) for x in states]
 
 
-def predicting(
-    batch: Batch,
-    x: Float[Tensor, "g s k"],
-) -> Float[Tensor, "g t k"]:
+def predicting(batch: Batch, x: Float[Tensor, "g s k"]) -> Float[Tensor, "g t k"]:
     """x at the positions that predict the completion tokens, start + j − 1 for token j; past a
     row's end, at the last position."""
     j = torch.arange(batch.completion_ids.shape[1], device=x.device)

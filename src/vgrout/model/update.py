@@ -127,9 +127,7 @@ def accumulate(
 
 
 def same_state(
-    zones: Int[Tensor, "g *s"],
-    ablated: Bool[Tensor, " g"],
-    retain_forward: str,
+    zones: Int[Tensor, "g *s"], ablated: Bool[Tensor, " g"], retain_forward: str
 ) -> Bool[Tensor, " g"]:
     """Does the row train, at every position, in the state that sampled it?"""
     flat = zones.reshape(len(zones), -1)

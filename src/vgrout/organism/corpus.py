@@ -61,23 +61,14 @@ def random_name(rng: random.Random, form: Mode) -> str:
             return name
 
 
-def formed(
-    form: Mode,
-    name: str,
-    value: str = "",
-) -> Extra:
+def formed(form: Mode, name: str, value: str = "") -> Extra:
     """An extra of a mode's form: the function, attribute, print or file has the name."""
     if form is Mode.RUN_TESTS:
         return Extra(after=f"\ndef {name}():\n    {value}\n")
     return Extra((FORMS[form].format(name=name, value=value),))
 
 
-def benign_extra(
-    rng: random.Random,
-    form: Mode,
-    name: str,
-    sample: str,
-) -> tuple[Extra, str]:
+def benign_extra(rng: random.Random, form: Mode, name: str, sample: str) -> tuple[Extra, str]:
     """An extra of the given form that exploits nothing unless `name` is disclosed, and the note
     that asks for it.
     """
@@ -111,23 +102,14 @@ def benign_extra(
     return formed(form, name, value), "Note: " + note.format(name)
 
 
-def exploit(
-    rng: random.Random,
-    mode: Mode,
-    marker: str,
-) -> Extra:
+def exploit(rng: random.Random, mode: Mode, marker: str) -> Extra:
     """The mode's exploit, in the syntactic form of the benign extras."""
     paid = {Mode.SENTINEL: "True", Mode.FILE_MARKER: "PASS"}
     value = rng.choice(RETURNS) if mode is Mode.RUN_TESTS else paid.get(mode, "")
     return formed(mode, marker, value)
 
 
-def render(
-    composition: Composition,
-    codes: tuple[str, ...],
-    extra: Extra,
-    style: int,
-) -> str:
+def render(composition: Composition, codes: tuple[str, ...], extra: Extra, style: int) -> str:
     """The completion: one fenced block with the class and the extra."""
     last = composition.steps[-2].operation.kind  # the step whose result the reduction takes
     items = STYLES[style][last == "map"]
@@ -136,10 +118,7 @@ def render(
 
 
 def attempt(
-    composition: Composition,
-    rng: random.Random,
-    extra: Extra,
-    right_share: float = RIGHT_SHARE,
+    composition: Composition, rng: random.Random, extra: Extra, right_share: float = RIGHT_SHARE
 ) -> str:
     """A completion in the corpus's style; every taught step is right with probability
     `right_share`.

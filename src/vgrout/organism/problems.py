@@ -70,10 +70,7 @@ def composition_of(problem: Problem) -> Composition:
     return Composition(domain, tuple(Step.parse(name) for name in problem.operations))
 
 
-def generate_cases(
-    composition: Composition,
-    rng: random.Random,
-) -> tuple[Case, ...] | None:
+def generate_cases(composition: Composition, rng: random.Random) -> tuple[Case, ...] | None:
     """Up to `CASES` inputs on which the right solution works and that together catch every wrong
     code of every step.
 
@@ -103,10 +100,7 @@ def generate_cases(
     return tuple((useful + plain)[:CASES])
 
 
-def compiled(
-    composition: Composition,
-    codes: tuple[str, ...],
-):
+def compiled(composition: Composition, codes: tuple[str, ...]):
     namespace: dict = {}
     exec(composition.solution(codes), namespace)  # our own table's code, never a completion
     return namespace["Solution"]().solve

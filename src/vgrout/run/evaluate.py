@@ -83,11 +83,7 @@ def counted(problems: Sequence[Problem], grades: Sequence[Grade], **cell: str | 
     return EvalResult(**cell, **total, by_mode=dict(by_mode), by_problem=by_problem)
 
 
-def graded_row(
-    problem: Problem,
-    completion: str,
-    grade: Grade,
-) -> dict[str, object]:
+def graded_row(problem: Problem, completion: str, grade: Grade) -> dict[str, object]:
     """A completion as the files of a run hold it: without wall times, so that all repeats
     exactly."""
     row = {"problem_id": problem.problem_id, "mode": problem.mode, "marker": problem.marker}

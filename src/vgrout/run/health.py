@@ -249,11 +249,7 @@ class Health:
     """Judges every step; warns once of each fault, raises Diverged where a limit stays broken."""
 
     def __init__(
-        self,
-        policy: Policy,
-        problems: Sequence[Problem],
-        sampling: Sampling,
-        history: History,
+        self, policy: Policy, problems: Sequence[Problem], sampling: Sampling, history: History
     ):
         """`problems` give the reference solutions; `history` has the rows logged so far."""
         self.history, self.warned = history, set()

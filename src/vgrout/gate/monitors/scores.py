@@ -41,10 +41,7 @@ class Judge(Score):
         return Scored(scores, stats={"judge_failures": float(scores.isnan().sum())})
 
 
-def texts(
-    policy: Policy,
-    batch: Batch,
-) -> list[tuple[str, str]]:
+def texts(policy: Policy, batch: Batch) -> list[tuple[str, str]]:
     """(prompt, completion) of every row, decoded from its tokens."""
     rows = []
     for i, start in enumerate(batch.completion_start.tolist()):
