@@ -38,7 +38,7 @@ TY = "-m ty check --output-format=concise --ignore=all".split()
 TYPES = "unresolved-reference missing-argument unknown-argument too-many-positional-arguments"
 FIELDS = 15  # of a section of the config
 STREAMED = 14  # columns
-PAYLOAD = {"scripts/verify/attacks.py"}  # a table of payloads: its density says nothing
+PAYLOAD = {f"scripts/verify/{name}.py" for name in ("attacks", "cases")}  # tables of inputs
 SEES_LABELS = {"gate/oracle.py", "gate/controls.py", "gate/monitors/labelled.py"}
 LABELS = {"correct", "reward_hack", "mechanism", "teacher", "grade", "own_tests_pass"}
 COMPUTED = {"eta_minutes"}  # streamed, but not stored
