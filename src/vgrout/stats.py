@@ -102,7 +102,13 @@ def _duels(
         scored = ~(np.isnan(a) | np.isnan(b))
         beats = (a > b) + 0.5 * (a == b)  # 0 for a NaN
         wins, pairs = (
-            np.einsum("pg,pqk,qh->ghk", belongs[hit], x, belongs[~hit], optimize=True)
+            np.einsum(
+                "pg,pqk,qh->ghk",
+                belongs[hit],
+                x,
+                belongs[~hit],
+                optimize=True,
+            )
             for x in (beats, scored.astype(float))
         )
         yield members, wins, pairs
