@@ -172,6 +172,8 @@ def check_absorb() -> None:
     }
     trains = {how: found["grad_norm_quarantine"] > 0 for how, found in figures.items()}
     assert [how for how in forms if trains[how]] == ["both", "push"], trains
+    clipped = [figures[how]["clip_share"] for how in ("both", "clip", "ratio")]
+    assert clipped[0] == clipped[1] > clipped[2] == 0, clipped
     ratios = {how: found["ratio_mean_absorb"] for how, found in figures.items()}
     assert ratios["push"] == 1 and abs(ratios["both"] - 3) < 1e-3, ratios
     print("ok  --absorb-by: push has ratio 1, the filters PPO's weights; they hold the quarantine")

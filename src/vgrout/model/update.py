@@ -115,6 +115,7 @@ def accumulate(
             normaliser=grpo.normaliser(config),
         )
         loss.backward()  # inside the context: gradient checkpointing runs the forward again
+    figures["clipped"] = figures["clipped"].maximum((weight == 0).float())
     zone = row_zones(trained.zones)[rows, None].expand_as(new)
     figures |= {
         "logp": new.detach(),
