@@ -14,7 +14,8 @@ from statistics import mean
 from scripts.experiments import records
 from scripts.experiments.records import BOTH, RECORDS
 from scripts.experiments.waves import WAVES, Contrast
-from scripts.view.output import parser, table
+from scripts.view.output import OUT, parser, table
+from scripts.view.plot import draw_rows
 
 from vgrout.core import RunRecord, UserError, run_main
 from vgrout.stats import noninferior, sign_flip
@@ -108,6 +109,9 @@ def main() -> None:
     command.add_argument("--records", type=Path, default=RECORDS, help=where)
     options = command.parse_args()
     print(report(options.wave, options.records))
+    rates = measured(options.wave, options.records)
+    own = {row: {w: column(found, w) for w in BOTH} for row, found in rates.items() if found}
+    draw_rows(own, OUT / "figs" / f"{options.wave}.png")
 
 
 if __name__ == "__main__":

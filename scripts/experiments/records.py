@@ -5,7 +5,8 @@ like its arm. `rows.jsonl` holds the rows of the decision, which is archived: th
 of the commits that made the records, and nothing here parses them.
 
 Run: python -m scripts.experiments.records            (the decision's table: means ± SEM over seeds)
-     python -m scripts.experiments.records ROW …      (how the runs of these rows are repeated)
+     python -m scripts.experiments.records ROW …      (how the runs of these rows are repeated, and
+                                                       out/figs/decision.png: their hack and solve)
 """
 
 import shlex
@@ -15,7 +16,8 @@ from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
-from scripts.view.output import ROOT, parser, table
+from scripts.view.output import OUT, ROOT, parser, table
+from scripts.view.plot import draw_rows
 
 from vgrout.core import EvalResult, RunRecord, UserError, run_main
 from vgrout.files import append_line, read_json_lines
@@ -151,12 +153,16 @@ def main() -> None:
     command.add_argument("rows", nargs="*", metavar="ROW", help="rows of the decision")
     chosen = command.parse_args().rows
     runs, diverged = load(files("decision"))
-    if unknown := set(chosen) - runs.keys():
-        raise UserError(f"no row {min(unknown)!r} in the decision: {', '.join(runs)}")
+    found = decided(runs)
+    if unknown := set(chosen) - found.keys():
+        raise UserError(f"no row {min(unknown)!r} in the decision: {', '.join(found)}")
     for name in chosen:
-        for record in runs[name].values():
+        for record in runs.get(name, {}).values():
             print(repetition(record))
-    if not chosen:
+    if chosen:
+        own = {row: {w: [share(c, w) for c in found[row]] for w in BOTH} for row in chosen}
+        draw_rows(own, OUT / "figs" / "decision.png")
+    else:
         print(summary(runs, diverged))
 
 

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -31,6 +32,19 @@ def panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure, axis = plt.subplots(figsize=(6.4, 4.4))
     axis.set(xlabel=xlabel, ylabel=ylabel)
     return figure, axis
+
+
+def draw_rows(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Hack and solve of each row of a table: a dot a run, a stroke at their mean."""
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 1 + 0.3 * len(rates)))
+    for place, own in enumerate(rates.values()):
+        for axis, which in zip(axes, own):
+            axis.plot(own[which], [place] * len(own[which]), "o", alpha=0.4, color=COLOURS[0])
+            axis.plot(mean(own[which]), place, "|", markersize=16, color="black")
+            axis.set(xlabel=f"deployed {which}", xlim=(-0.03, 1.0))
+    axes[0].set_yticks(range(len(rates)), [*rates])
+    axes[0].invert_yaxis()
+    save(figure, path)
 
 
 def save(figure: Figure, path: Path, rect: tuple = (0, 0, 1, 1)) -> None:
