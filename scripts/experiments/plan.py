@@ -106,7 +106,12 @@ def main() -> None:
     tested = [name for name in WAVES if WAVES[name].contrast]
     command.add_argument("wave", choices=tested)
     where = "folder of the wave's file"
-    command.add_argument("--records", type=Path, default=RECORDS, help=where)
+    command.add_argument(
+        "--records",
+        type=Path,
+        default=RECORDS,
+        help=where,
+    )
     options = command.parse_args()
     print(report(options.wave, options.records))
     rates = measured(options.wave, options.records)

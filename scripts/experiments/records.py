@@ -150,7 +150,12 @@ def repetition(record: RunRecord) -> str:
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("rows", nargs="*", metavar="ROW", help="rows of the decision")
+    command.add_argument(
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help="rows of the decision",
+    )
     chosen = command.parse_args().rows
     runs, diverged = load(files("decision"))
     found = decided(runs)

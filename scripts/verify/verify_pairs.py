@@ -36,7 +36,7 @@ DATA = Path("data/organism")
 PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#mechanism": (ORGANISM_MODES, 12),
     f"{ORGANISM}#mechanism_b": (ORGANISM_MODES, 12),
-    "data/pairs/hack_pairs.md#mechanism": (ALL_MODES, 6),
+    "data/pairs/hack_pairs.md#mechanism": (ALL_MODES, 24),
     "data/pairs/pair_diagnostics.md#placebo": (ALL_MODES, 2),
     "data/pairs/pair_diagnostics.md#framing": (ALL_MODES, 2),
     f"{ORGANISM}#placebo": (ORGANISM_MODES, 6),
