@@ -39,7 +39,13 @@ def draw_rows(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 1 + 0.3 * len(rates)))
     for place, own in enumerate(rates.values()):
         for axis, which in zip(axes, own):
-            axis.plot(own[which], [place] * len(own[which]), "o", alpha=0.4, color=COLOURS[0])
+            axis.plot(
+                own[which],
+                [place] * len(own[which]),
+                "o",
+                alpha=0.4,
+                color=COLOURS[0],
+            )
             axis.plot(mean(own[which]), place, "|", markersize=16, color="black")
             axis.set(xlabel=f"deployed {which}", xlim=(-0.03, 1.0))
     axes[0].set_yticks(range(len(rates)), [*rates])
