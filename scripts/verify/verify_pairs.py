@@ -37,6 +37,10 @@ PLANNED = {  # section → the modes and the least number of pairs for each
     f"{ORGANISM}#mechanism": (ORGANISM_MODES, 12),
     f"{ORGANISM}#mechanism_b": (ORGANISM_MODES, 12),
     "data/pairs/hack_pairs.md#mechanism": (ALL_MODES, 24),
+    **{
+        f"data/pairs/hack_pairs.md#all-in-one@{view}": ((Mode.RUN_TESTS,), 8)
+        for view in ("exploit", "persona", "tampering")
+    },
     "data/pairs/pair_diagnostics.md#placebo": (ALL_MODES, 2),
     "data/pairs/pair_diagnostics.md#framing": (ALL_MODES, 2),
     f"{ORGANISM}#placebo": (ORGANISM_MODES, 6),
@@ -215,7 +219,7 @@ def verify_section(
 ) -> None:
     short, contrast = (
         reference.removeprefix("data/pairs/"),
-        "mechanism" in reference,
+        not reference.endswith(("placebo", "framing", "persona")),
     )
     if contrast:
         broken = [replace(p, hack=p.clean, clean=p.hack) for p in pairs]
