@@ -312,6 +312,7 @@ def verify_references() -> None:
     of_mode = [[p for p in every if p.problem.mode == mode] for mode in modes]
     few = load_pairs(f"{ORGANISM}#mechanism:2", modes)
     assert few == of_mode[0][:2] + of_mode[1][:2] != every[:4]
+    refused("unknown mode or view", load_pairs, f"{ORGANISM}#mechanism@exploit")
     for preset in PRESETS.values():
         assert load_pairs(preset.data.pairs) and load_pairs(preset.data.placebo_pairs)
     print(f"ok  :2 takes two pairs of each mode; the sections of {len(PRESETS)} presets are there")
