@@ -30,12 +30,12 @@ from vgrout.model.policy import logps
 from vgrout.model.update import update
 from vgrout.run.records import load_metrics, load_record, load_rollouts
 
-PAIRS = "data/pairs/hack_pairs.md#mechanism"
+PAIRS = "data/pairs/hack_pairs.md#mechanism:4"
 MODES = tuple(Mode)[:3]  # a split needs a problem for each
 SMALL = (
     "full --intervention routeV --steps 3 --max-completion-length 64 --num-prompts 6 "
     "--gradient-checkpointing --num-generations 5 --final-draws 6 --pair-modes run_tests "
-    "--threads 1 --workers 1 --max-prompt-length 4096 --token-budget 4096"
+    f"--threads 1 --workers 1 --max-prompt-length 4096 --token-budget 4096 --pairs {PAIRS}"
 ).split()
 TOLERANCE = 0.05  # relative error of a block's gradient, from bf16's 8 bits over this depth
 TEMPERATURE = 0.7
